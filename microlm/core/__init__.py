@@ -1,0 +1,1 @@
+"""The cellar: recipe, artifact, records, client, runtime, metrics. Imports no other room."""

@@ -1,0 +1,196 @@
+"""YAML and `key=value` words → a frozen, typed recipe. An unknown key is an error naming the nearest key."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from microlm.core.errors import UserError
+
+R = TypeVar("R", bound="Recipe")
+
+
+class Recipe(BaseModel):
+    """Base of every recipe block: frozen, strict about unknown keys, documented field by field."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), validate_default=True)
+
+
+class Parallel(Recipe):
+    """What differs between a laptop and a cluster; never changes a result's key."""
+
+    processes: int = Field(2, ge=1, le=64, description="worker processes on this machine")
+    threads: int = Field(1, ge=1, le=256, description="threads of each process")
+
+
+def unkeyed(default: Any = ..., **kwargs: Any) -> Any:
+    """A field that does not change the result (paths, device, logging), left out of the key."""
+    return Field(default, json_schema_extra={"keyed": False}, **kwargs)
+
+
+def artifact_input(default: Any = ..., **kwargs: Any) -> Any:
+    """A field that names an input artifact's directory; its key stands for it in our key."""
+    return Field(default, json_schema_extra={"keyed": False, "artifact": True}, **kwargs)
+
+
+class StageRecipe(Recipe):
+    """The fields every stage has."""
+
+    out: str = unkeyed(description="directory (or fsspec URL) of the artifact")
+    seed: int = Field(0, ge=0, description="seed of everything random in this stage")
+    parallel: Parallel = unkeyed(Parallel(), description="processes and threads")
+
+    def keyed(self) -> dict[str, Any]:
+        """The fields that change the result, as plain JSON values."""
+        extra = type(self).model_fields
+        return {k: v for k, v in self.model_dump(mode="json").items() if _mark(extra[k], "keyed", True)}
+
+    def inputs(self) -> dict[str, str]:
+        """Field name → directory of every input artifact that is set."""
+        fields = type(self).model_fields
+        named = {k: getattr(self, k) for k, f in fields.items() if _mark(f, "artifact", False)}
+        return {k: v for k, v in named.items() if v}
+
+
+def _mark(field: Any, name: str, default: bool) -> bool:
+    extra = field.json_schema_extra
+    return bool(extra.get(name, default)) if isinstance(extra, dict) else default
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 scalars: `1e-4` is a number, `yes`/`no`/`on`/`off` are text."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    k: [(t, r) for t, r in v if t not in ("tag:yaml.org,2002:float", "tag:yaml.org,2002:bool", "tag:yaml.org,2002:timestamp")]
+    for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:\d[\d_]*\.[\d_]*(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.(?:inf|nan))$"),
+    list("-+0123456789."),
+)
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|false|True|False)$"), list("tfTF"))
+
+
+def _no_duplicates(loader: yaml.SafeLoader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    seen: set[Any] = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        if not isinstance(key, str | int | float | bool):
+            raise yaml.constructor.ConstructorError(None, None, "a key must be plain text", key_node.start_mark)
+        if key in seen:
+            raise yaml.constructor.ConstructorError(None, None, f"key '{key}' stands twice", key_node.start_mark)
+        seen.add(key)
+    return yaml.SafeLoader.construct_mapping(loader, node, deep)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", lambda loader, node: _no_duplicates(loader, node, deep=True))
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """YAML text → plain values; a syntax error names `where`, line and column."""
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+    except yaml.MarkedYAMLError as e:
+        mark = e.problem_mark
+        place = f"{where}:{mark.line + 1}:{mark.column + 1}" if mark else where
+        raise UserError(f"{place}: not valid YAML ({e.problem}); fix this line") from None
+    except (yaml.YAMLError, RecursionError, ValueError) as e:
+        first = (str(e).splitlines() or [type(e).__name__])[0]
+        raise UserError(f"{where}: not valid YAML ({first}); save the recipe as plain UTF-8 YAML") from None
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """A recipe file → dict. Errors are sentences with file and line."""
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such recipe; recipes/ holds the ones that come with MicroLM") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: is a directory, expected a recipe file (.yaml)") from None
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path}: byte {e.start} is not UTF-8; save the recipe as UTF-8") from None
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read ({e.strerror})") from None
+    data = parse_yaml(text, str(path))
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: a recipe is a mapping of keys to values, this file holds {type(data).__name__}")
+    return data
+
+
+def parse_override(word: str) -> tuple[list[str], Any]:
+    """`a.b=3e-4` → (["a", "b"], 0.0003); the value is read as YAML."""
+    name, sep, value = word.partition("=")
+    path = name.strip().split(".")
+    if not sep or not all(path):
+        raise UserError(f"override '{word}': expected key=value, for example pretrain.tokens=1e6")
+    return path, parse_yaml(value, f"override '{word}'")
+
+
+def apply_overrides(data: Mapping[str, Any], words: Iterable[str]) -> dict[str, Any]:
+    """A copy of `data` with every dotted `key=value` set, making blocks on the way."""
+    result = _copy(data)
+    for word in words:
+        path, value = parse_override(word)
+        node = result
+        for part in path[:-1]:
+            child = node.setdefault(part, {})
+            if child is None:
+                child = node[part] = {}
+            if not isinstance(child, dict):
+                raise UserError(f"override '{word}': '{part}' is a value, not a block")
+            node = child
+        node[path[-1]] = value
+    return result
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _copy(v) for k, v in value.items()}
+    return [_copy(v) for v in value] if isinstance(value, list) else value
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A hint `; did you mean 'x'?`, or the list of known names."""
+    names = sorted(known)
+    close = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
+    return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(names)}"
+
+
+def build(cls: type[R], data: Mapping[str, Any], where: str) -> R:
+    """Plain values → recipe, or a UserError that names the key and the nearest known one."""
+    try:
+        return cls.model_validate(dict(data))
+    except ValidationError as e:
+        raise UserError(_sentence(cls, e, where)) from None
+
+
+def _sentence(cls: type[Recipe], error: ValidationError, where: str) -> str:
+    first = error.errors(include_url=False)[0]
+    path = ".".join(str(p) for p in first["loc"])
+    if first["type"] == "extra_forbidden":
+        block = _block(cls, first["loc"][:-1])
+        return f"{where}: unknown key '{path}'; {nearest(str(first['loc'][-1]), block.model_fields)}"
+    if first["type"] == "missing":
+        return f"{where}: key '{path}' is missing; add it"
+    shown = repr(first.get("input"))
+    return f"{where}: {path}: {first['msg'].lower()} (found {shown[:80]})"
+
+
+def _block(cls: type[Recipe], loc: tuple[Any, ...]) -> type[Recipe]:
+    block: type[Recipe] = cls
+    for part in loc:
+        field = block.model_fields.get(str(part))
+        kinds = [field.annotation, *getattr(field.annotation, "__args__", ())] if field else []
+        inner = [k for k in kinds if isinstance(k, type) and issubclass(k, Recipe)]
+        if not inner:
+            break
+        block = inner[0]
+    return block

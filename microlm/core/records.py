@@ -1,0 +1,133 @@
+"""The only types that cross floors. Enters: plain JSON objects at the border; leaves: frozen records."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+Role = Literal["system", "user", "assistant", "tool"]
+ROLES: tuple[Role, ...] = ("system", "user", "assistant", "tool")
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One piece of raw text. `source` is `file:line` or the generator's name for it."""
+
+    text: str
+    source: str = ""
+    licence: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: Role
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Turns in order; `task` names what it teaches (chat, question, extraction, reading …)."""
+
+    messages: tuple[Message, ...]
+    task: str = "chat"
+    source: str = ""
+    licence: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Preference:
+    """A prompt with a preferred and a rejected answer."""
+
+    prompt: tuple[Message, ...]
+    chosen: str
+    rejected: str
+    source: str = ""
+    licence: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Triple:
+    """One relation of an extraction record (InstructIE names)."""
+
+    head: str
+    relation: str
+    tail: str
+    head_type: str = ""
+    tail_type: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Extraction:
+    """An InstructIE record: `id, cate, text, relation[...]`; `allowed` are the relations asked for, in order.
+
+    `kind` says which held-out wording made the text: specific, generic, mixed, or train.
+    """
+
+    id: str
+    cate: str
+    text: str
+    relation: tuple[Triple, ...]
+    allowed: tuple[str, ...] = ()
+    kind: str = ""
+    lang: str = "zh"
+    source: str = ""
+    licence: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A question with its one exact answer; `kind` is the wording's kind (specific, generic)."""
+
+    id: str
+    question: str
+    answer: str
+    kind: str = ""
+    lang: str = "zh"
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are drawn. `temperature` 0 is greedy; `max_tokens` counts new tokens.
+
+    `json_schema` (a JSON text) constrains the output; `seed` makes a request repeatable.
+    """
+
+    max_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    json_schema: str | None = None
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What the engine answered: text without the EOS, its ids (EOS included when drawn), and why it ended."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    prompt_tokens: int
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """One answer of a predictor to one task item, with its raw text."""
+
+    id: str
+    task: str
+    prompt: str
+    output: str
+    finish_reason: str
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def to_json(record: Any) -> dict[str, Any]:
+    """The JSON object of any record here (tuples become lists when dumped)."""
+    return asdict(record)

@@ -1,0 +1,152 @@
+"""Device, dtype, seed, ranks, folders: the only reader of environment variables. torch is imported on use."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import random
+import signal
+import subprocess
+import sys
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import torch
+
+Dtype = Literal["float32", "bfloat16"]
+
+
+def env(name: str, default: str = "") -> str:
+    """An environment variable; no other module reads them."""
+    return os.environ.get(name, default)
+
+
+def cache_dir() -> Path:
+    """Where compiled kernels and fetched artifacts are kept (MICROLM_CACHE, else the user's cache)."""
+    base = env("MICROLM_CACHE") or str(Path(env("XDG_CACHE_HOME") or Path.home() / ".cache") / "microlm")
+    return Path(base)
+
+
+def rank() -> int:
+    """This process's rank, 0 when alone."""
+    return int(env("RANK", "0"))
+
+
+def world_size() -> int:
+    """How many ranks work together, 1 when alone."""
+    return int(env("WORLD_SIZE", "1"))
+
+
+def child_env(extra: dict[str, str] | None = None) -> dict[str, str]:
+    """The environment for a process that we start."""
+    return {**os.environ, **(extra or {})}
+
+
+def set_env(name: str, value: str) -> None:
+    """Set a variable for libraries that read it at import (compile cache, thread counts)."""
+    os.environ[name] = value
+
+
+def is_ci() -> bool:
+    """Whether a continuous-integration run asks for skips to be failures."""
+    return env("CI").lower() in ("1", "true")
+
+
+def derive_seed(seed: int, *names: object) -> int:
+    """A 63-bit seed for a named purpose: equal inputs, equal seed, on every machine."""
+    text = "\x1f".join([str(seed), *map(str, names)])
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def rng(seed: int, *names: object) -> random.Random:
+    """A random generator of one's own for a named purpose."""
+    return random.Random(derive_seed(seed, *names))
+
+
+def set_seed(seed: int) -> None:
+    """Seed torch and Python's `random`."""
+    import torch
+
+    random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def device() -> torch.device:
+    """CUDA when there is one, else the CPU."""
+    import torch
+
+    return torch.device("cuda", int(env("LOCAL_RANK", "0"))) if torch.cuda.is_available() else torch.device("cpu")
+
+
+@cache
+def has_fast_bfloat16() -> bool:
+    """Whether bf16 matrix products are native here (AVX512-BF16 / AMX on CPUs, any CUDA device of sm80+)."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported()
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="ignore")
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def torch_dtype(name: Dtype) -> torch.dtype:
+    """The torch dtype of a recipe's word."""
+    import torch
+
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def die_with_parent() -> None:
+    """Ask Linux to kill this process when its parent dies, so that `kill -9` leaves no orphan rank."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)
+
+
+def peak_rss_bytes() -> int:
+    """Peak resident memory of this process so far."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def package_version(name: str) -> str | None:
+    """An installed package's version, or None."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+@cache
+def code_commit() -> str | None:
+    """The git commit of the checkout this package runs from, or None (installed from a wheel)."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    done = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None
+
+
+def environment() -> dict[str, Any]:
+    """What a manifest records about where a stage ran."""
+    device_name = "cpu"
+    if "torch" in sys.modules:
+        import torch
+
+        device_name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return {
+        "python": platform.python_version(),
+        "torch": package_version("torch"),
+        "platform": platform.platform(),
+        "device": device_name,
+        "cpus": os.cpu_count(),
+        "world": world_size(),
+    }

@@ -1,0 +1,111 @@
+"""The architecture: exactly Llama, Qwen2 or Qwen3. Enters: an HF `config.json`; leaves: a frozen `ModelConfig`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+from microlm.core.errors import UserError
+
+ModelType = Literal["llama", "qwen2", "qwen3"]
+_CLASS: dict[ModelType, str] = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The fields of a stock decoder, under their HF names. Dimensions in elements, positions in tokens."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rope_theta: float
+    model_type: ModelType = "qwen3"
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+    eos_token_id: int | None = None
+    pad_token_id: int | None = None
+
+    @property
+    def qkv_bias(self) -> bool:
+        """Qwen2 has biases on q, k and v."""
+        return self.model_type == "qwen2"
+
+    @property
+    def qk_norm(self) -> bool:
+        """Qwen3 normalises q and k per head."""
+        return self.model_type == "qwen3"
+
+    def to_hf(self, dtype: str) -> dict[str, Any]:
+        """The `config.json` that transformers, vLLM and llama.cpp's converter read."""
+        fields = asdict(self)
+        return {
+            "architectures": [_CLASS[self.model_type]],
+            **fields,
+            "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "mlp_bias": False,
+            "bos_token_id": None,
+            "initializer_range": 0.02,
+            "use_cache": True,
+            "use_sliding_window": False,
+            "dtype": dtype,
+            "torch_dtype": dtype,
+        }
+
+    @classmethod
+    def from_hf(cls, data: Mapping[str, Any], where: str) -> ModelConfig:
+        """An HF config → ours; what our decoder does not compute is refused by name."""
+        kind = data.get("model_type")
+        if kind not in get_args(ModelType):
+            raise UserError(f"{where}: model_type {kind!r} is not supported; supported: {', '.join(get_args(ModelType))}")
+        _refuse_extras(data, where)
+        try:
+            heads = int(data["num_attention_heads"])
+            hidden = int(data["hidden_size"])
+            rope = data.get("rope_parameters") or {}
+            return cls(
+                vocab_size=int(data["vocab_size"]),
+                hidden_size=hidden,
+                intermediate_size=int(data["intermediate_size"]),
+                num_hidden_layers=int(data["num_hidden_layers"]),
+                num_attention_heads=heads,
+                num_key_value_heads=int(data.get("num_key_value_heads") or heads),
+                head_dim=int(data.get("head_dim") or hidden // heads),
+                max_position_embeddings=int(data["max_position_embeddings"]),
+                rope_theta=float(rope.get("rope_theta") or data.get("rope_theta") or 10_000.0),
+                model_type=kind,
+                rms_norm_eps=float(data["rms_norm_eps"]),
+                tie_word_embeddings=bool(data.get("tie_word_embeddings", False)),
+                eos_token_id=_first(data.get("eos_token_id")),
+                pad_token_id=_first(data.get("pad_token_id")),
+            )
+        except KeyError as e:
+            raise UserError(f"{where}: key {e} is missing; is this the config.json of a {kind} model?") from None
+        except (TypeError, ValueError) as e:
+            raise UserError(f"{where}: {e}; every size must be a whole number") from None
+
+
+def _refuse_extras(data: Mapping[str, Any], where: str) -> None:
+    rope = data.get("rope_parameters") or data.get("rope_scaling") or {}
+    if rope.get("rope_type", rope.get("type", "default")) != "default":
+        raise UserError(f"{where}: rotary scaling {rope!r} is not supported yet; use a model without it")
+    if data.get("use_sliding_window"):
+        raise UserError(f"{where}: sliding-window attention is not supported; use a model without it")
+    if data.get("hidden_act", "silu") != "silu":
+        raise UserError(f"{where}: activation {data['hidden_act']!r} is not supported, only silu")
+    if data["model_type"] != "qwen2" and (data.get("attention_bias") or data.get("mlp_bias")):
+        raise UserError(f"{where}: biases are not supported for {data['model_type']}")
+
+
+def _first(value: Any) -> int | None:
+    if isinstance(value, list):
+        value = value[0] if value else None
+    return None if value is None else int(value)

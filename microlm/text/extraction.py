@@ -1,0 +1,67 @@
+"""Extraction as text: the prompt, the compact JSON answer `{head: {relation: tail}}`, its schema, its parser."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from microlm.core.records import Triple
+
+MAX_HEADS, MAX_CHARS = 4, 40
+Found = frozenset[tuple[str, str, str]]
+
+
+def prompt(text: str, allowed: Sequence[str], lang: str = "zh") -> str:
+    """What the user asks: which relations, out of which text."""
+    if lang == "en":
+        return f"Extract as JSON: {', '.join(allowed)}\nText: {text}"
+    return f"抽取为JSON：{'、'.join(allowed)}\n文本：{text}"
+
+
+def answer(triples: Iterable[Triple], allowed: Sequence[str]) -> str:
+    """The gold answer: heads in order of appearance, relations in the order asked; several tails form a list."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for t in triples:
+        if t.relation in allowed:
+            tails = found.setdefault(t.head, {}).setdefault(t.relation, [])
+            if t.tail not in tails:
+                tails.append(t.tail)
+    ordered = {
+        head: {r: (tails[r][0] if len(tails[r]) == 1 else tails[r]) for r in allowed if r in tails}
+        for head, tails in found.items()
+    }
+    return json.dumps(ordered, ensure_ascii=False, separators=(",", ":"))
+
+
+def parse(output: str) -> Found | None:
+    """The triples of an answer; None when it is not JSON of the asked shape."""
+    try:
+        data = json.loads(output)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(data, dict):
+        return None
+    triples: set[tuple[str, str, str]] = set()
+    for head, relations in data.items():
+        if not isinstance(relations, dict):
+            return None
+        for relation, value in relations.items():
+            tails = value if isinstance(value, list) else [value]
+            if not all(isinstance(t, str) for t in tails):
+                return None
+            triples.update((head, relation, t) for t in tails)
+    return frozenset(triples)
+
+
+def json_schema(allowed: Sequence[str]) -> dict[str, Any]:
+    """The schema of an answer: bounded heads, only the asked relations, bounded strings."""
+    return {
+        "type": "object",
+        "maxProperties": MAX_HEADS,
+        "additionalProperties": {
+            "type": "object",
+            "properties": {r: {"type": "string", "maxLength": MAX_CHARS} for r in allowed},
+            "additionalProperties": False,
+        },
+    }
