@@ -1,69 +1,47 @@
-"""A stage's directory: written as `<out>.tmp`, signed with a manifest, renamed. Without a manifest it does not exist.
+"""A stage's directory: written as `<out>.tmp`, signed with a manifest, renamed. No manifest, no artifact.
 
-Enters: a recipe and the stage's body. Leaves: an `Artifact` with its key (what was asked) and digest (what came out).
+Enters: a recipe and the stage's body. Leaves: an `Artifact` with its key (what was asked) and its digest
+(what came out).
 """
 
 from __future__ import annotations
 
-import fcntl
 import functools
-import hashlib
 import json
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from microlm import __version__
 from microlm.core import runtime, storage
 from microlm.core.errors import UserError
+from microlm.core.manifest import (
+    FORMAT,
+    MANIFEST,
+    Artifact,
+    Kind,
+    damages,
+    find,
+    hash_file,
+    open_artifact,
+    payload_digest,
+    require_intact,
+    sha256,
+)
 from microlm.core.recipe import StageRecipe
 
-FORMAT = 1
-MANIFEST = storage.MANIFEST
+__all__ = [
+    "FORMAT", "LOGS", "MANIFEST", "RESUME", "Artifact", "Kind", "Workspace", "compute_key", "damages",
+    "find", "hash_file", "lock_path", "open_artifact", "payload_digest", "replaced", "require_intact",
+    "sha256", "stage", "temporary",
+]  # fmt: skip
 LOGS = "logs"  # metrics, reports, times: hashed, but not part of the digest
 RESUME = "resume"  # private state of an unfinished stage, deleted at the end
-Kind = Literal["data", "tokenizer", "shards", "model", "adapter", "predictions", "scores", "verdict", "report"]
 R = TypeVar("R", bound=StageRecipe)
-
-
-@dataclass(frozen=True)
-class Artifact:
-    """A finished stage directory. `path` is local (a cached copy when the place is remote)."""
-
-    url: str
-    path: Path
-    manifest: Mapping[str, Any]
-
-    @property
-    def key(self) -> str:
-        """The hash of what was asked for."""
-        return str(self.manifest["key"])
-
-    @property
-    def digest(self) -> str:
-        """The hash of the payload: names the artifact, equal for equal runs."""
-        return str(self.manifest["digest"])
-
-    @property
-    def kind(self) -> str:
-        """What it holds: data, tokenizer, shards, model, adapter …"""
-        return str(self.manifest["kind"])
-
-    def file(self, name: str) -> Path:
-        """The path of a file in it; a missing one is an error that names it."""
-        path = self.path / name
-        if not path.exists():
-            raise UserError(f"{self.url}: holds no '{name}' (kind {self.kind}); is this the right artifact?")
-        return path
-
-    def json(self, name: str) -> Any:
-        """A JSON file in it."""
-        return json.loads(self.file(name).read_bytes())
 
 
 @dataclass
@@ -78,7 +56,7 @@ class Workspace:
 
     @property
     def logs(self) -> Path:
-        """The folder for what is not payload."""
+        """The folder for what is not payload; it too survives a crash of this stage."""
         return _folder(self.path / LOGS)
 
     @property
@@ -119,8 +97,8 @@ def stage(
 ) -> Callable[[Body[R]], Callable[[R], Artifact]]:
     """Make a body `(recipe, workspace) → None` into `run(recipe) → Artifact`.
 
-    `run` returns the finished artifact of the same key if it is there, resumes `<out>.tmp` otherwise, and finishes
-    atomically. `fingerprint` adds what else changes the result (the digest of a user's file, say) to the key.
+    `run` returns the finished artifact of the same key if it is there, resumes `<out>.tmp` otherwise, and
+    finishes atomically. `fingerprint` adds what else changes the result (the digest of a user's file, say).
     """
 
     def wrap(body: Body[R]) -> Callable[[R], Artifact]:
@@ -129,24 +107,37 @@ def stage(
             inputs = {k: open_artifact(v) for k, v in recipe.inputs().items()}
             extra = dict(fingerprint(recipe)) if fingerprint else {}
             key = compute_key(name, version, recipe, inputs, extra)
-            actual: Kind = kind(recipe) if callable(kind) else kind
-            done = find(recipe.out)
-            if done and done.key == key:
+            if done := _finished(recipe.out, key):
                 return done
-            with _locked(recipe.out) as folder:
-                if recovered := _recover(recipe.out, folder, key):
-                    return recovered
-                workspace = _open_workspace(folder, recipe.out, key, inputs)
-                started = time.time()
-                body(recipe, workspace)
-                head = {"format": FORMAT, "kind": actual, "stage": name, "stage_version": version, "key": key}
-                _sign(head, recipe, workspace, started)
-                return _finish(recipe.out, folder)
+            if not storage.is_free(recipe.out):
+                raise UserError(
+                    f"{recipe.out}: is in the way and is no artifact; move it away or choose another place"
+                )
+            actual: Kind = kind(recipe) if callable(kind) else kind
+            head = {"format": FORMAT, "kind": actual, "stage": name, "stage_version": version, "key": key}
+            busy = f"{recipe.out}: another process is making this artifact; wait for it, or stop it"
+            with storage.locked(lock_path(recipe.out), busy):
+                return _finished(recipe.out, key) or _make(body, recipe, inputs, head)
 
         run.stage_kind = kind  # type: ignore[attr-defined]
         return run
 
     return wrap
+
+
+def _make(body: Body[R], recipe: R, inputs: dict[str, Artifact], head: dict[str, Any]) -> Artifact:
+    """Run the body in `<out>.tmp`, sign, rename; the caller holds the lock."""
+    folder = _folder(temporary(recipe.out))
+    if recovered := _recover(recipe.out, folder, head["key"]):
+        return recovered
+    for artifact in inputs.values():
+        require_intact(artifact)
+    workspace = _open_workspace(folder, recipe.out, head["key"], inputs)
+    started = time.time()
+    body(recipe, workspace)
+    with storage.explain_write(folder):
+        _sign(head, recipe, workspace, started)
+    return _finish(recipe.out, folder)
 
 
 def compute_key(
@@ -160,60 +151,7 @@ def compute_key(
         "inputs": {k: a.key for k, a in sorted(inputs.items())},
         "extra": dict(extra),
     }
-    return _sha(json.dumps(asked, ensure_ascii=False, sort_keys=True).encode())
-
-
-def find(url: str) -> Artifact | None:
-    """The artifact at `url`, or None when there is no manifest."""
-    if not storage.exists(storage.join(url, MANIFEST)):
-        return None
-    return open_artifact(url)
-
-
-def open_artifact(url: str) -> Artifact:
-    """The finished artifact at `url`; an error sentence when there is none or its format is unknown."""
-    manifest_url = storage.join(url, MANIFEST)
-    try:
-        manifest = json.loads(storage.read_bytes(manifest_url))
-    except (FileNotFoundError, NotADirectoryError):
-        hint = "the stage that makes it has not finished" if storage.exists(url + ".tmp") else "check the path"
-        raise UserError(f"{url}: no {MANIFEST} there, so no finished artifact; {hint}") from None
-    except (ValueError, RecursionError):
-        raise UserError(f"{manifest_url}: not valid JSON, the manifest is damaged; make the artifact again") from None
-    needed = ("kind", "key", "digest", "files", "inputs")
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or any(k not in manifest for k in needed):
-        found = manifest.get("format") if isinstance(manifest, dict) else None
-        raise UserError(f"{manifest_url}: manifest format {found!r}, this version reads {FORMAT}; use the MicroLM that wrote it")
-    return Artifact(url, storage.fetch(url), manifest)
-
-
-def damaged_file(artifact: Artifact) -> str | None:
-    """The first file whose bytes differ from the manifest (missing, changed or extra), or None."""
-    listed = {f["path"]: f for f in artifact.manifest["files"]}
-    for name, entry in sorted(listed.items()):
-        path = artifact.path / name
-        if not path.is_file() or path.stat().st_size != entry["bytes"] or hash_file(path) != entry["sha256"]:
-            return name
-    present = {str(p.relative_to(artifact.path)) for p in artifact.path.rglob("*") if p.is_file()}
-    unknown = sorted(present - set(listed) - {MANIFEST})
-    return unknown[0] if unknown else None
-
-
-def require_intact(artifact: Artifact) -> Artifact:
-    """Refuse an artifact with a changed byte, by the file's name."""
-    if name := damaged_file(artifact):
-        raise UserError(f"{artifact.url}/{name}: differs from its manifest; the artifact is damaged, make it again")
-    return artifact
-
-
-def hash_file(path: Path) -> str:
-    """sha256 of a file, read in pieces."""
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def _sha(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+    return sha256(json.dumps(asked, ensure_ascii=False, sort_keys=True).encode())
 
 
 def _folder(path: Path) -> Path:
@@ -222,23 +160,34 @@ def _folder(path: Path) -> Path:
     return path
 
 
-def _temporary(out: str) -> Path:
+def temporary(out: str) -> Path:
+    """The local folder in which the artifact for `out` is made."""
     if storage.is_remote(out):
-        return runtime.cache_dir() / "work" / (_sha(out.encode())[:24] + ".tmp")
-    path = storage.local_path(out)
+        return runtime.cache_dir() / "work" / (sha256(out.encode())[:24] + ".tmp")
+    path = storage.local_path(out).absolute()
+    if not path.name:
+        raise UserError(f"{out}: cannot be an artifact's place; name a folder inside it")
     return path.with_name(path.name + ".tmp")
 
 
-@contextmanager
-def _locked(out: str) -> Iterator[Path]:
-    """Own `<out>.tmp`: a second process that wants the same stage is told so."""
-    folder = _folder(_temporary(out))
-    with (folder / ".lock").open("w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{out}: another process is making this artifact; wait for it, or stop it") from None
-        yield folder
+def lock_path(out: str) -> Path:
+    """The lock of the process that makes the artifact for `out`: beside the folder, which is renamed."""
+    folder = temporary(out)
+    return folder.with_name(f".{folder.name.removesuffix('.tmp')}.lock")
+
+
+def replaced(target: Path) -> Path:
+    """Where an artifact lies while a new one takes its place (after a crash `runs gc` deletes it)."""
+    return target.with_name(f".{target.name}.old")
+
+
+def _finished(out: str, key: str) -> Artifact | None:
+    """The artifact at `out` if it was made for this key and no file of it is missing or cut off."""
+    done = find(out)
+    if done is None or done.key != key:
+        return None
+    sizes = ((done.path / f["path"], f["bytes"]) for f in done.manifest["files"])
+    return done if all(p.is_file() and p.stat().st_size == size for p, size in sizes) else None
 
 
 def _recover(out: str, folder: Path, key: str) -> Artifact | None:
@@ -256,13 +205,13 @@ def _recover(out: str, folder: Path, key: str) -> Artifact | None:
 
 
 def _open_workspace(folder: Path, out: str, key: str, inputs: dict[str, Artifact]) -> Workspace:
-    """Keep `resume/` when it belongs to the same key; everything else is made anew."""
+    """Keep `resume/` and `logs/` when they belong to the same key; everything else is made anew."""
     mark = folder / RESUME / "key"
     same = mark.exists() and mark.read_text(encoding="utf-8") == key
     for entry in folder.iterdir():
-        if entry.name == ".lock" or (same and entry.name == RESUME):
+        if same and entry.name in (RESUME, LOGS):
             continue
-        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
     workspace = Workspace(folder, out, inputs)
     if not same:
         storage.write_atomic(workspace.resume / "key", key.encode())
@@ -272,19 +221,23 @@ def _open_workspace(folder: Path, out: str, key: str, inputs: dict[str, Artifact
 
 
 def _sign(head: dict[str, Any], recipe: StageRecipe, work: Workspace, started: float) -> None:
-    """Hash every file, write the manifest last, fsync all."""
-    if (work.path / RESUME).exists():
-        shutil.rmtree(work.path / RESUME)
+    """Hash every file, write the manifest last, sync all; `resume/` stays until then."""
+    assert not (work.path / MANIFEST).exists(), "a stage's body does not write the manifest"
     files = []
-    for path in sorted(p for p in work.path.rglob("*") if p.is_file() and p.name != ".lock"):
+    for path in sorted(work.path.rglob("*")):
         name = path.relative_to(work.path).as_posix()
-        with path.open("rb+") as f:
+        if name.split("/")[0] == RESUME:
+            continue
+        if path.is_dir():
+            storage.sync_folder(path)
+            continue
+        with path.open("rb") as f:
             os.fsync(f.fileno())
         payload = not name.startswith(LOGS + "/")
-        files.append({"path": name, "bytes": path.stat().st_size, "sha256": hash_file(path), "payload": payload})
-    digest = _sha(json.dumps([[f["path"], f["sha256"]] for f in files if f["payload"]]).encode())
+        size = path.stat().st_size
+        files.append({"path": name, "bytes": size, "sha256": hash_file(path), "payload": payload})
     manifest = head | {
-        "digest": digest,
+        "digest": payload_digest(files),
         "recipe": recipe.model_dump(mode="json"),
         "inputs": {k: _reference(work.out, a) for k, a in work.inputs.items()},
         "files": files,
@@ -295,35 +248,47 @@ def _sign(head: dict[str, Any], recipe: StageRecipe, work: Workspace, started: f
         "environment": runtime.environment(),
         "times": {"started": started, "finished": time.time(), "seconds": time.time() - started},
     }
-    storage.write_atomic(work.path / MANIFEST, (json.dumps(manifest, ensure_ascii=False, indent=1) + "\n").encode())
+    text = json.dumps(manifest, ensure_ascii=False, indent=1) + "\n"
+    storage.write_atomic(work.path / MANIFEST, text.encode())
 
 
 def _reference(out: str, artifact: Artifact) -> dict[str, str]:
     """An input as the manifest names it: relative to our parent folder when both are local."""
     place = artifact.url
-    if not storage.is_remote(out) and not storage.is_remote(artifact.url):
-        place = os.path.relpath(storage.local_path(artifact.url).resolve(), storage.local_path(out).resolve().parent)
+    if not storage.is_remote(place):
+        path = storage.local_path(place).resolve()
+        here = storage.local_path(out).absolute().parent.resolve()
+        place = str(path) if storage.is_remote(out) else os.path.relpath(path, here)
     return {"path": place, "key": artifact.key, "digest": artifact.digest}
 
 
 def _finish(out: str, folder: Path) -> Artifact:
     """Make the signed folder visible at its place, in one rename (or manifest-last upload)."""
-    (folder / ".lock").unlink(missing_ok=True)
+    if (folder / RESUME).exists():
+        shutil.rmtree(folder / RESUME)
     if storage.is_remote(out):
         storage.publish(folder, out)
         shutil.rmtree(folder)
         return open_artifact(out)
-    target = storage.local_path(out)
+    target = storage.local_path(out).absolute()
     with storage.explain_write(target):
-        if target.exists():
-            if not (target / MANIFEST).exists():
-                raise UserError(f"{target}: is in the way and is no artifact; move it away or choose another out=DIR")
-            old = target.with_name(target.name + ".old")
-            shutil.rmtree(old, ignore_errors=True)
-            target.rename(old)
-            folder.rename(target)
-            shutil.rmtree(old)
+        if (target / MANIFEST).exists():
+            _replace(target, folder)
         else:
             folder.rename(target)
         storage.sync_folder(target.parent)
     return open_artifact(out)
+
+
+def _replace(target: Path, folder: Path) -> None:
+    """Put `folder` where an older artifact stands; when the disk refuses, the older one stays."""
+    old = replaced(target)
+    if old.exists():
+        shutil.rmtree(old)
+    target.rename(old)
+    try:
+        folder.rename(target)
+    except OSError:
+        old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

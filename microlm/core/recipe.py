@@ -19,14 +19,16 @@ R = TypeVar("R", bound="Recipe")
 class Recipe(BaseModel):
     """Base of every recipe block: frozen, strict about unknown keys, documented field by field."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), validate_default=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", protected_namespaces=(), validate_default=True, allow_inf_nan=False
+    )
 
 
 class Parallel(Recipe):
     """What differs between a laptop and a cluster; never changes a result's key."""
 
-    processes: int = Field(2, ge=1, le=64, description="worker processes on this machine")
-    threads: int = Field(1, ge=1, le=256, description="threads of each process")
+    processes: int = Field(default=2, ge=1, le=64, description="worker processes on this machine")
+    threads: int = Field(default=1, ge=1, le=256, description="threads of each process")
 
 
 def unkeyed(default: Any = ..., **kwargs: Any) -> Any:
@@ -48,8 +50,7 @@ class StageRecipe(Recipe):
 
     def keyed(self) -> dict[str, Any]:
         """The fields that change the result, as plain JSON values."""
-        extra = type(self).model_fields
-        return {k: v for k, v in self.model_dump(mode="json").items() if _mark(extra[k], "keyed", True)}
+        return _keyed(self)
 
     def inputs(self) -> dict[str, str]:
         """Field name → directory of every input artifact that is set."""
@@ -58,25 +59,56 @@ class StageRecipe(Recipe):
         return {k: v for k, v in named.items() if v}
 
 
+def _keyed(block: Recipe) -> dict[str, Any]:
+    fields, result = type(block).model_fields, {}
+    for name, value in block.model_dump(mode="json").items():
+        inner = getattr(block, name)
+        if _mark(fields[name], "keyed", True):
+            result[name] = _keyed(inner) if isinstance(inner, Recipe) else value
+    return result
+
+
 def _mark(field: Any, name: str, default: bool) -> bool:
     extra = field.json_schema_extra
     return bool(extra.get(name, default)) if isinstance(extra, dict) else default
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2 scalars: `1e-4` is a number, `yes`/`no`/`on`/`off` are text."""
+    """YAML 1.2 scalars: `1e-4` is a number, `yes`, `no`, `12:30` and dates are text. No aliases."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """Refuse `*alias`: a recipe of aliases of aliases grows without bound."""
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.composer.ComposerError(None, None, "aliases (*name) are not supported", mark)
+        return super().compose_node(parent, index)
 
 
+_OWN = {f"tag:yaml.org,2002:{name}" for name in ("int", "float", "bool", "timestamp")}
 _Loader.yaml_implicit_resolvers = {
-    k: [(t, r) for t, r in v if t not in ("tag:yaml.org,2002:float", "tag:yaml.org,2002:bool", "tag:yaml.org,2002:timestamp")]
-    for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    k: [(t, r) for t, r in v if t not in _OWN] for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile(r"^(?:[-+]?\d[\d_]*|0o[0-7]+|0x[0-9a-fA-F]+)$"), list("-+0123456789")
+)
+_Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:\d[\d_]*\.[\d_]*(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.(?:inf|nan))$"),
+    re.compile(
+        r"^[-+]?(?:\d[\d_]*\.[\d_]*(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.(?:inf|nan))$"
+    ),
     list("-+0123456789."),
 )
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|false|True|False)$"), list("tfTF"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|false|True|False|TRUE|FALSE)$"), list("tfTF")
+)
+
+
+def _integer(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
+    text = str(loader.construct_scalar(node)).replace("_", "")
+    return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _integer)
 
 
 def _no_duplicates(loader: yaml.SafeLoader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -84,9 +116,13 @@ def _no_duplicates(loader: yaml.SafeLoader, node: yaml.MappingNode, deep: bool =
     for key_node, _ in node.value:
         key = loader.construct_object(key_node, deep=True)
         if not isinstance(key, str | int | float | bool):
-            raise yaml.constructor.ConstructorError(None, None, "a key must be plain text", key_node.start_mark)
+            raise yaml.constructor.ConstructorError(
+                None, None, "a key must be plain text", key_node.start_mark
+            )
         if key in seen:
-            raise yaml.constructor.ConstructorError(None, None, f"key '{key}' stands twice", key_node.start_mark)
+            raise yaml.constructor.ConstructorError(
+                None, None, f"key '{key}' stands twice", key_node.start_mark
+            )
         seen.add(key)
     return yaml.SafeLoader.construct_mapping(loader, node, deep)
 
@@ -97,7 +133,7 @@ _Loader.add_constructor("tag:yaml.org,2002:map", lambda loader, node: _no_duplic
 def parse_yaml(text: str, where: str) -> Any:
     """YAML text → plain values; a syntax error names `where`, line and column."""
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+        return yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as e:
         mark = e.problem_mark
         place = f"{where}:{mark.line + 1}:{mark.column + 1}" if mark else where
@@ -120,8 +156,12 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror})") from None
     data = parse_yaml(text, str(path))
+    if data is None:
+        raise UserError(f"{path}: the recipe is empty; recipes/ holds examples")
     if not isinstance(data, dict):
-        raise UserError(f"{path}: a recipe is a mapping of keys to values, this file holds {type(data).__name__}")
+        raise UserError(
+            f"{path}: a recipe is a mapping of keys to values, this file holds {type(data).__name__}"
+        )
     return data
 
 
@@ -181,7 +221,8 @@ def _sentence(cls: type[Recipe], error: ValidationError, where: str) -> str:
     if first["type"] == "missing":
         return f"{where}: key '{path}' is missing; add it"
     shown = repr(first.get("input"))
-    return f"{where}: {path}: {first['msg'].lower()} (found {shown[:80]})"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{where}: {path}: {message[:1].lower()}{message[1:]} (found {shown[:80]})"
 
 
 def _block(cls: type[Recipe], loc: tuple[Any, ...]) -> type[Recipe]:

@@ -6,12 +6,14 @@ A stage always writes to a local folder; `publish` makes it visible at its place
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import fsspec
 
@@ -19,6 +21,7 @@ from microlm.core import runtime
 from microlm.core.errors import UserError
 
 MANIFEST = "manifest.json"
+UPLOADING = ".uploading"  # lies in a remote place while `publish` works there
 
 
 def is_remote(url: str) -> bool:
@@ -79,22 +82,36 @@ def remove(url: str) -> None:
         local_path(url).unlink()
 
 
+def is_free(url: str) -> bool:
+    """Whether an artifact may be put at `url`: nothing, an empty folder, an artifact or half an upload."""
+    if not exists(url):
+        return True
+    if not is_remote(url) and not local_path(url).is_dir():
+        return False
+    names = list_names(url)
+    return not names or MANIFEST in names or UPLOADING in names
+
+
 def publish(folder: Path, url: str) -> None:
     """Copy a finished local folder to a remote place, the manifest last: without it nothing exists."""
-    fs, root = fsspec.core.url_to_fs(url)
-    if fs.exists(root):
-        fs.rm(root, recursive=True)
-    names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+    fs, root = fsspec.core.url_to_fs(url.rstrip("/"))
+    fs.makedirs(root, exist_ok=True)
+    fs.pipe_file(f"{root}/{UPLOADING}", b"")
+    old = [p for p in map(str, fs.find(root)) if not p.endswith(f"/{UPLOADING}")]
+    for path in sorted(old, key=lambda p: not p.endswith(f"/{MANIFEST}")):
+        fs.rm_file(path)
+    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
     for name in [n for n in names if n != MANIFEST] + [MANIFEST]:
         fs.makedirs(f"{root}/{name}".rpartition("/")[0], exist_ok=True)
         fs.put_file(str(folder / name), f"{root}/{name}")
+    fs.rm_file(f"{root}/{UPLOADING}")
 
 
 def fetch(url: str) -> Path:
     """A local folder with the content of `url`: the folder itself, or a cached copy keyed by its manifest."""
     if not is_remote(url):
         return local_path(url)
-    fs, root = fsspec.core.url_to_fs(url)
+    fs, root = fsspec.core.url_to_fs(url.rstrip("/"))
     try:
         manifest = read_bytes(join(url, MANIFEST))
     except FileNotFoundError:
@@ -103,8 +120,8 @@ def fetch(url: str) -> Path:
     if not (folder / MANIFEST).exists():
         for path in fs.find(root):
             name = str(path)[len(root) :].lstrip("/")
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            if name != MANIFEST:
+            if name not in (MANIFEST, UPLOADING):
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 fs.get_file(path, str(folder / name))
         write_atomic(folder / MANIFEST, manifest)
     return folder
@@ -114,33 +131,91 @@ def write_atomic(path: Path, data: bytes) -> None:
     """Write a file so that a reader sees all of it or nothing: temporary name, fsync, rename."""
     temporary = path.with_name(path.name + ".part")
     with explain_write(path):
-        with temporary.open("wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        temporary.replace(path)
+        try:
+            with temporary.open("wb") as f:
+                f.write(data)
+                f.flush()
+                os.fsync(f.fileno())
+            temporary.replace(path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
         sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename inside `folder` survive a power cut."""
+    """Make a rename inside `folder` survive a power cut (where the file system lets a folder be synced)."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as e:
+        if e.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(handle)
 
 
+@contextmanager
+def locked(path: Path, busy: str) -> Iterator[None]:
+    """Hold the lock file `path` (deleted at the end); UserError(`busy`) when another process holds it."""
+    with explain_write(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = _acquire(path)
+    if handle is None:
+        raise UserError(busy)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        handle.close()
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a living process holds the lock file `path`."""
+    try:
+        with path.open("rb") as handle:
+            return not _flock(handle)
+    except OSError:
+        return False
+
+
+def _acquire(path: Path) -> IO[str] | None:
+    while True:
+        handle = path.open("a", encoding="utf-8")
+        if not _flock(handle):
+            handle.close()
+            return None
+        try:
+            # The holder before us may just have deleted the file: ours is then a lock on nothing.
+            if os.fstat(handle.fileno()).st_ino == path.stat().st_ino:
+                return handle
+        except FileNotFoundError:
+            pass
+        handle.close()
+
+
+def _flock(handle: IO[str] | IO[bytes]) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as e:
+        if e.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):  # a shared file system without locks
+            raise
+    return True
+
+
+_IN_THE_WAY = "a file stands where a folder is needed; move it away or choose another place with output=DIR"
 _REASONS = {
-    errno.ENOSPC: "the disk is full; free some space and run the same command again, finished stages are kept",
+    errno.ENOSPC: "the disk is full; free some space and run the same command again",
     errno.EDQUOT: "the disk quota is used up; free some space and run the same command again",
-    errno.EROFS: "the file system is read-only; choose another place with out=DIR",
-    errno.EACCES: "permission denied; choose a writable place with out=DIR",
-    errno.EPERM: "not permitted; choose a writable place with out=DIR",
+    errno.EROFS: "the file system is read-only; choose another place with output=DIR",
+    errno.EACCES: "permission denied; change the permissions, or choose another place with output=DIR",
+    errno.EPERM: "not permitted; choose another place with output=DIR",
     errno.EIO: "the disk reported an input/output error; check the disk, then run the same command again",
-    errno.ENOTDIR: "a file stands where a folder is needed; move it away or choose another place with out=DIR",
-    errno.EEXIST: "a file stands where a folder is needed; move it away or choose another place with out=DIR",
-    errno.ENAMETOOLONG: "the name is too long; choose a shorter place with out=DIR",
+    errno.ENOTDIR: _IN_THE_WAY,
+    errno.EEXIST: _IN_THE_WAY,
+    errno.ENAMETOOLONG: "the name is too long; choose a shorter place with output=DIR",
 }
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from microlm.core.records import Triple
 
-MAX_HEADS, MAX_CHARS = 4, 40
+MAX_HEADS, MAX_TAILS, MAX_CHARS = 3, 4, 30
 Found = frozenset[tuple[str, str, str]]
 
 
@@ -55,13 +55,13 @@ def parse(output: str) -> Found | None:
 
 
 def json_schema(allowed: Sequence[str]) -> dict[str, Any]:
-    """The schema of an answer: bounded heads, only the asked relations, bounded strings."""
+    """The schema of an answer: bounded heads, only the asked relations in the order asked, bounded strings."""
+    text = {"type": "string", "minLength": 1, "maxLength": MAX_CHARS}
+    tails = {"anyOf": [text, {"type": "array", "items": text, "minItems": 2, "maxItems": MAX_TAILS}]}
+    relations = {"type": "object", "properties": {r: tails for r in allowed}, "additionalProperties": False}
     return {
         "type": "object",
+        "patternProperties": {f"^.{{1,{MAX_CHARS}}}$": relations},
+        "additionalProperties": False,
         "maxProperties": MAX_HEADS,
-        "additionalProperties": {
-            "type": "object",
-            "properties": {r: {"type": "string", "maxLength": MAX_CHARS} for r in allowed},
-            "additionalProperties": False,
-        },
     }

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import codecs
+import shutil
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 
 from tokenizers import Tokenizer as HFTokenizer
 
+from microlm.core import storage
 from microlm.core.errors import UserError
+
+FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+"""What a tokenizer is made of in an HF directory; a foreign directory may lack all but the first."""
 
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 SPECIAL = (PAD, START, END)
@@ -77,6 +82,17 @@ class Tokenizer:
             except KeyError:
                 raise UserError(f"{self.path}: token {token!r} is not byte-level; only byte-level BPE is read") from None
         return table
+
+
+def copy_files(source: Path, target: Path) -> None:
+    """Copy the tokenizer's files, and nothing else, of one directory into a model's HF directory."""
+    if not (source / FILES[0]).is_file():
+        raise UserError(f"{source}: no {FILES[0]} there; expected a tokenizer or a Hugging Face model directory")
+    with storage.explain_write(target):
+        target.mkdir(parents=True, exist_ok=True)
+        for name in FILES:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, target / name)
 
 
 class StreamDecoder:

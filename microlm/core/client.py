@@ -1,0 +1,342 @@
+"""The one OpenAI-protocol client, synchronous. Enters: messages or a prompt and `Sampling`; leaves: replies, or deltas
+with the time each was received. It retries nothing: what the endpoint did is what the caller sees.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+
+from microlm.core.errors import UserError
+from microlm.core.records import Message, Sampling
+
+DONE = "[DONE]"
+MAX_EVENT_BYTES = 8 << 20  # an endpoint that never ends a line is not worth our memory
+
+
+class EndpointError(UserError):
+    """The endpoint answered with an error: `status` is the HTTP status, `body` what it sent (None: not JSON)."""
+
+    def __init__(self, sentence: str, status: int, body: Any = None) -> None:
+        super().__init__(sentence)
+        self.status = status
+        self.body = body
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Token counts as the endpoint reports them."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class ChatReply:
+    """A whole answer. `usage` is None when the endpoint reports none; `raw` is the JSON object it sent."""
+
+    text: str
+    finish_reason: str | None
+    usage: Usage | None
+    id: str = ""
+    model: str = ""
+    raw: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ChatDelta:
+    """One event of a stream; `received_s` is `time.perf_counter()` when its last byte was read."""
+
+    text: str
+    finish_reason: str | None
+    usage: Usage | None
+    received_s: float
+    raw: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One server-sent event's data, `[DONE]` included."""
+
+    data: str
+    received_s: float
+
+
+class Client:
+    """An OpenAI-compatible endpoint. `base_url` with or without `/v1`; use as a context manager or `close()` it."""
+
+    def __init__(self, base_url: str, api_key: str | None = None, timeout_s: float = 60.0) -> None:
+        self.url = root_url(base_url)
+        self.timeout_s = timeout_s
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        proxies = not is_loopback(urlsplit(self.url).hostname or "")  # a proxy cannot reach our loopback
+        self._http = httpx.Client(base_url=self.url, headers=headers, timeout=timeout_s, trust_env=proxies)
+        self._model: str | None = None
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._http.close()
+
+    def health(self) -> bool:
+        """Whether `GET /health` answers 200; a server that cannot be reached is an error."""
+        return self.request("GET", "/health").status_code == 200
+
+    def models(self) -> list[str]:
+        """The ids of the served models."""
+        data = self.call("GET", "/v1/models").get("data")
+        if not isinstance(data, list) or not all(
+            isinstance(m, dict) and isinstance(m.get("id"), str) for m in data
+        ):
+            raise EndpointError(
+                f"{self.url}/v1/models: no list of models with ids; is this OpenAI-compatible?", 200
+            )
+        return [m["id"] for m in data]
+
+    def default_model(self) -> str:
+        """The first served model, asked for once."""
+        if self._model is None:
+            names = self.models()
+            if not names:
+                raise EndpointError(f"{self.url}/v1/models: the list is empty; load a model first", 200)
+            self._model = names[0]
+        return self._model
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        sampling: Sampling | None = None,
+        model: str | None = None,
+        **extra: Any,
+    ) -> ChatReply:
+        """The answer to a conversation. `extra` are more fields of the request body."""
+        body = self.chat_body(messages, sampling or Sampling(), model) | extra
+        return self._reply("/v1/chat/completions", self.call("POST", "/v1/chat/completions", body))
+
+    def chat_stream(
+        self,
+        messages: Sequence[Message],
+        sampling: Sampling | None = None,
+        model: str | None = None,
+        **extra: Any,
+    ) -> Iterator[ChatDelta]:
+        """The answer piece by piece, usage last; closing the iterator closes the connection."""
+        streaming = {"stream": True, "stream_options": {"include_usage": True}}
+        body = self.chat_body(messages, sampling or Sampling(), model) | streaming | extra
+        for event in self.events("/v1/chat/completions", body):
+            if event.data == DONE:
+                return
+            yield self._delta(event)
+
+    def complete(
+        self, prompt: str, sampling: Sampling | None = None, model: str | None = None, **extra: Any
+    ) -> ChatReply:
+        """The continuation of raw text (`/v1/completions`)."""
+        body = {
+            "model": model or self.default_model(),
+            "prompt": prompt,
+            **wire(sampling or Sampling()),
+            **extra,
+        }
+        return self._reply("/v1/completions", self.call("POST", "/v1/completions", body))
+
+    def chat_body(
+        self, messages: Sequence[Message], sampling: Sampling, model: str | None = None
+    ) -> dict[str, Any]:
+        """The request body of a chat."""
+        turns = [{"role": m.role, "content": m.content} for m in messages]
+        return {"model": model or self.default_model(), "messages": turns, **wire(sampling)}
+
+    def request(self, method: str, path: str, content: bytes | None = None) -> httpx.Response:
+        """One exchange, whatever its status; only an unreachable or silent endpoint is an error."""
+        headers = {"Content-Type": "application/json"} if content is not None else {}
+        with self._explained(path):
+            return self._http.request(method, path, content=content, headers=headers)
+
+    def call(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """One exchange of JSON objects; an error status or another content is an `EndpointError`."""
+        content = None if body is None else json.dumps(body, ensure_ascii=False).encode()
+        response = self.request(method, path, content)
+        data = _json(response.content)
+        if response.status_code >= 400:
+            raise self._error(path, response.status_code, data)
+        if not isinstance(data, dict):
+            sentence = (
+                f"{self.url}{path}: the answer is not a JSON object; is this an OpenAI-compatible server?"
+            )
+            raise EndpointError(sentence, response.status_code)
+        return data
+
+    def events(self, path: str, body: Mapping[str, Any]) -> Iterator[Event]:
+        """The server-sent events of a streaming request, `[DONE]` included, until the server ends the stream."""
+        content = json.dumps(body, ensure_ascii=False).encode()
+        deadline = time.perf_counter() + self.timeout_s
+        json_header = {"Content-Type": "application/json"}
+        with (
+            self._explained(path),
+            self._http.stream("POST", path, content=content, headers=json_header) as response,
+        ):
+            if response.status_code >= 400:
+                raise self._error(path, response.status_code, _json(response.read()))
+            kind = response.headers.get("content-type", "")
+            if not kind.startswith("text/event-stream"):
+                sentence = f"{self.url}{path}: asked for a stream, got '{kind}'; does this server stream?"
+                raise EndpointError(sentence, response.status_code)
+            for event in split_events(response.iter_bytes()):
+                yield event
+                if time.perf_counter() > deadline:
+                    raise UserError(f"{self.url}{path}: the stream did not end within {self.timeout_s:g} s")
+
+    @contextmanager
+    def _explained(self, path: str) -> Iterator[None]:
+        try:
+            yield
+        except httpx.TimeoutException:
+            raise UserError(
+                f"{self.url}{path}: no answer within {self.timeout_s:g} s; is the server busy, or the timeout too short?"
+            ) from None
+        except httpx.ConnectError as e:
+            raise UserError(
+                f"{self.url}: cannot connect ({e}); start a server with 'microlm serve DIR' or check the address"
+            ) from None
+        except (httpx.HTTPError, httpx.InvalidURL) as e:
+            raise UserError(f"{self.url}{path}: the connection failed ({type(e).__name__}: {e})") from None
+
+    def _error(self, path: str, status: int, data: Any) -> EndpointError:
+        error = data.get("error") if isinstance(data, dict) else None
+        message = error.get("message") if isinstance(error, dict) else None
+        hint = "; give the key with --api-key-file or MICROLM_API_KEY" if status == 401 else ""
+        return EndpointError(
+            f"{self.url}{path}: HTTP {status}: {message or 'no error message'}{hint}", status, data
+        )
+
+    def _reply(self, path: str, data: dict[str, Any]) -> ChatReply:
+        try:
+            choice = data["choices"][0]
+            text = choice["message"]["content"] if "message" in choice else choice["text"]
+            return ChatReply(
+                text=text if text is not None else "",
+                finish_reason=choice.get("finish_reason"),
+                usage=parse_usage(data.get("usage")),
+                id=str(data.get("id", "")),
+                model=str(data.get("model", "")),
+                raw=data,
+            )
+        except (KeyError, IndexError, TypeError, AttributeError):
+            sentence = (
+                f"{self.url}{path}: the answer has no choices[0] with a text; is this OpenAI-compatible?"
+            )
+            raise EndpointError(sentence, 200, data) from None
+
+    def _delta(self, event: Event) -> ChatDelta:
+        data = _json(event.data.encode("utf-8", "surrogatepass"))
+        if not isinstance(data, dict):
+            raise EndpointError(
+                f"{self.url}: an event of the stream is not a JSON object: {event.data[:80]!r}", 200
+            )
+        if "error" in data:
+            raise self._error("", 200, data)
+        choices = data.get("choices") or [{}]
+        delta = choices[0].get("delta") or {}
+        return ChatDelta(
+            text=delta.get("content") or "",
+            finish_reason=choices[0].get("finish_reason"),
+            usage=parse_usage(data.get("usage")),
+            received_s=event.received_s,
+            raw=data,
+        )
+
+
+def wire(sampling: Sampling) -> dict[str, Any]:
+    """`Sampling` as fields of an OpenAI request; what stands at its neutral value is not sent."""
+    body: dict[str, Any] = {"max_tokens": sampling.max_tokens, "temperature": sampling.temperature}
+    if sampling.top_p != 1.0:
+        body["top_p"] = sampling.top_p
+    if sampling.top_k:
+        body["top_k"] = sampling.top_k
+    if sampling.seed is not None:
+        body["seed"] = sampling.seed
+    if sampling.stop:
+        body["stop"] = list(sampling.stop)
+    if sampling.ignore_eos:
+        body["ignore_eos"] = True
+    if sampling.json_schema is not None:
+        schema = {"name": "answer", "schema": json.loads(sampling.json_schema), "strict": True}
+        body["response_format"] = {"type": "json_schema", "json_schema": schema}
+    return body
+
+
+def parse_usage(data: Any) -> Usage | None:
+    """The usage object of an answer; None when it is missing or not made of counts."""
+    names = ("prompt_tokens", "completion_tokens", "total_tokens")
+    if not isinstance(data, dict) or not all(isinstance(data.get(n), int) for n in names):
+        return None
+    return Usage(*(data[n] for n in names))
+
+
+def root_url(base_url: str) -> str:
+    """`http://host:port[/path]` without a trailing `/v1`; anything else is an error sentence."""
+    url = base_url.strip().rstrip("/").removesuffix("/v1").rstrip("/")
+    try:
+        parts = urlsplit(url)
+        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+    except ValueError:
+        valid = False
+    if not valid:
+        raise UserError(f"'{base_url}': not an address; expected a URL such as http://127.0.0.1:8000")
+    return url
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host name or address means this machine only."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
+
+
+def split_events(chunks: Iterable[bytes]) -> Iterator[Event]:
+    """Bytes → server-sent events (LF or CRLF lines), each with the time at which its last bytes came."""
+    buffer = b""
+    data: list[str] = []
+    now = 0.0
+    for chunk in chunks:
+        now = time.perf_counter()
+        buffer += chunk
+        if len(buffer) > MAX_EVENT_BYTES:
+            raise UserError(
+                f"an event of the stream is longer than {MAX_EVENT_BYTES} bytes; this server misbehaves"
+            )
+        *lines, buffer = buffer.replace(b"\r\n", b"\n").split(b"\n")
+        for line in lines:
+            if line.startswith(b"data:"):
+                data.append(line[5:].removeprefix(b" ").decode("utf-8", "replace"))
+            elif not line and data:
+                yield Event("\n".join(data), now)
+                data = []
+    if data:
+        yield Event("\n".join(data), now)
+
+
+def _json(content: bytes) -> Any:
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError):
+        return None

@@ -1,0 +1,141 @@
+"""The reading side of an artifact: its manifest, its files, whether they still agree.
+
+Enters: a directory or URL. Leaves: an `Artifact`, or a sentence that says what is wrong with it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from microlm.core import storage
+from microlm.core.errors import UserError
+
+FORMAT = 1
+MANIFEST = storage.MANIFEST
+Kind = Literal[
+    "data", "tokenizer", "shards", "model", "adapter", "predictions", "scores", "verdict", "report"
+]
+_AGAIN = "remove the folder and make the artifact again"
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A finished stage directory. `path` is local (a cached copy when the place is remote)."""
+
+    url: str
+    path: Path
+    manifest: Mapping[str, Any]
+
+    @property
+    def key(self) -> str:
+        """The hash of what was asked for."""
+        return str(self.manifest["key"])
+
+    @property
+    def digest(self) -> str:
+        """The hash of the payload: names the artifact, equal for equal runs."""
+        return str(self.manifest["digest"])
+
+    @property
+    def kind(self) -> str:
+        """What it holds: data, tokenizer, shards, model, adapter …"""
+        return str(self.manifest["kind"])
+
+    def file(self, name: str) -> Path:
+        """The path of a file in it; a missing one is an error that names it."""
+        path = self.path / name
+        if not path.exists():
+            raise UserError(f"{self.url}: holds no '{name}' (kind {self.kind}); is this the right artifact?")
+        return path
+
+    def json(self, name: str) -> Any:
+        """A JSON file in it."""
+        return json.loads(self.file(name).read_bytes())
+
+
+def find(url: str) -> Artifact | None:
+    """The artifact at `url`, or None when there is no manifest."""
+    if not storage.exists(storage.join(url, MANIFEST)):
+        return None
+    return open_artifact(url)
+
+
+def open_artifact(url: str) -> Artifact:
+    """The finished artifact at `url`; an error sentence when there is none or its format is unknown."""
+    manifest_url = storage.join(url, MANIFEST)
+    try:
+        manifest = json.loads(storage.read_bytes(manifest_url))
+    except (FileNotFoundError, NotADirectoryError):
+        unfinished = storage.exists(url.rstrip("/") + ".tmp")
+        hint = "the stage that makes it has not finished" if unfinished else "check the path"
+        raise UserError(f"{url}: no {MANIFEST} there, so no finished artifact; {hint}") from None
+    except OSError as e:
+        raise UserError(f"{manifest_url}: cannot be read ({e.strerror}); check the path") from None
+    except (ValueError, RecursionError):
+        raise UserError(f"{manifest_url}: not valid JSON, the manifest is damaged; {_AGAIN}") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        found = manifest.get("format") if isinstance(manifest, dict) else None
+        hint = "use the MicroLM that wrote it, or remove the folder"
+        raise UserError(f"{manifest_url}: manifest format {found!r}, this version reads {FORMAT}; {hint}")
+    if not _well_formed(manifest):
+        raise UserError(f"{manifest_url}: a field is missing or of the wrong type; {_AGAIN}")
+    return Artifact(url, storage.fetch(url), manifest)
+
+
+def _well_formed(manifest: Mapping[str, Any]) -> bool:
+    texts = all(isinstance(manifest.get(k), str) for k in ("kind", "key", "digest"))
+    files, inputs = manifest.get("files"), manifest.get("inputs")
+    if not texts or not isinstance(files, list) or not isinstance(inputs, dict):
+        return False
+    shapes = {"path": str, "bytes": int, "sha256": str, "payload": bool}
+    rows = [*files, *inputs.values()]
+    if not all(isinstance(row, dict) and isinstance(row.get("path"), str) for row in rows):
+        return False
+    if any(Path(f["path"]).is_absolute() or ".." in Path(f["path"]).parts for f in files):
+        return False
+    linked = all(isinstance(i.get(k), str) for i in inputs.values() for k in ("key", "digest"))
+    return linked and all(isinstance(f.get(k), t) for f in files for k, t in shapes.items())
+
+
+def damages(artifact: Artifact) -> dict[str, str]:
+    """File name → missing, changed or extra, for every file whose bytes differ from the manifest."""
+    found: dict[str, str] = {}
+    for entry in artifact.manifest["files"]:
+        path = artifact.path / entry["path"]
+        if not path.is_file():
+            found[entry["path"]] = "missing"
+        elif path.stat().st_size != entry["bytes"] or hash_file(path) != entry["sha256"]:
+            found[entry["path"]] = "changed"
+    listed = {f["path"] for f in artifact.manifest["files"]}
+    present = {p.relative_to(artifact.path).as_posix() for p in artifact.path.rglob("*") if p.is_file()}
+    found |= dict.fromkeys(present - listed - {MANIFEST}, "extra")
+    if payload_digest(artifact.manifest["files"]) != artifact.digest:
+        found[MANIFEST] = "changed"
+    return dict(sorted(found.items()))
+
+
+def require_intact(artifact: Artifact) -> Artifact:
+    """Refuse an artifact with a changed byte, by the file's name."""
+    for name, what in damages(artifact).items():
+        raise UserError(f"{artifact.url}/{name}: {what} since the manifest was written; {_AGAIN}")
+    return artifact
+
+
+def payload_digest(files: list[dict[str, Any]]) -> str:
+    """The digest of a manifest's file list: names and hashes of the payload files, in order."""
+    return sha256(json.dumps([[f["path"], f["sha256"]] for f in files if f["payload"]]).encode())
+
+
+def hash_file(path: Path) -> str:
+    """sha256 of a file, read in pieces."""
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

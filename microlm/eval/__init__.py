@@ -1,0 +1,1 @@
+"""Answers → numbers: one `Predictor` in two forms, predict and score as two stages, baselines, the report."""

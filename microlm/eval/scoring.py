@@ -1,0 +1,120 @@
+"""Answers + gold → outcomes. Pure functions; a change that alters a number raises `SCORER_VERSION`.
+
+Nothing is repaired before it is scored: a fenced, truncated or nested answer counts as it was given.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from microlm.core.records import Extraction
+from microlm.text import extraction
+
+SCORER_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """Set sizes of one item: what was matched, predicted and wanted."""
+
+    matched: int
+    predicted: int
+    gold: int
+
+
+@dataclass(frozen=True, slots=True)
+class ExtractionOutcome:
+    """One extraction answer against its gold. `unsupported` counts predicted tails that the text does not hold."""
+
+    triples: Counts
+    heads: Counts
+    parsed: bool
+    schema_valid: bool
+    truncated: bool
+    unsupported: int
+
+
+def exact(output: str, answer: str) -> bool:
+    """Whether an answer equals the gold, outer whitespace aside."""
+    return output.strip() == answer.strip()
+
+
+def gold_triples(record: Extraction) -> extraction.Found:
+    """The triples that were asked for: relations outside `allowed` are not part of the task."""
+    return frozenset((t.head, t.relation, t.tail) for t in record.relation if t.relation in record.allowed)
+
+
+def count(predicted: Iterable[Any], gold: Iterable[Any]) -> Counts:
+    """Sizes of two collections as sets (a duplicate counts once) and of their overlap."""
+    left, right = set(predicted), set(gold)
+    return Counts(len(left & right), len(left), len(right))
+
+
+def score_extraction(record: Extraction, output: str, finish_reason: str) -> ExtractionOutcome:
+    """Compare one raw answer with its record; an answer of another shape predicts nothing."""
+    found = extraction.parse(output)
+    gold = gold_triples(record)
+    predicted = found or frozenset()
+    return ExtractionOutcome(
+        triples=count(predicted, gold),
+        heads=count((head for head, _, _ in predicted), (head for head, _, _ in gold)),
+        parsed=found is not None,
+        schema_valid=found is not None and conforms(json.loads(output), extraction.json_schema(record.allowed)),
+        truncated=finish_reason == "length",
+        unsupported=sum(tail not in record.text for _, _, tail in predicted),
+    )
+
+
+def stopped(finish_reason: str) -> bool:
+    """Whether an answer ended at EOS, before its token cap."""
+    return finish_reason == "stop"
+
+
+def conforms(value: Any, schema: Mapping[str, Any]) -> bool:
+    """Whether a JSON value fits a schema of the few keywords that `text.extraction.json_schema` uses.
+
+    Raises ValueError for a keyword it does not know: a check that skips a rule would be a false pass.
+    """
+    unknown = set(schema) - {*_KEYWORDS, "description", "title"}
+    if unknown:
+        raise ValueError(f"schema keyword {sorted(unknown)[0]!r} is not checked by the scorer")
+    if "anyOf" in schema and not any(conforms(value, s) for s in schema["anyOf"]):
+        return False
+    if "enum" in schema and value not in schema["enum"]:
+        return False
+    kind = schema.get("type")
+    if kind is not None and not isinstance(value, _TYPES[kind]):
+        return False
+    if isinstance(value, dict):
+        return _object_conforms(value, schema)
+    if isinstance(value, str):
+        return len(value) >= schema.get("minLength", 0) and len(value) <= schema.get("maxLength", len(value))
+    if isinstance(value, list):
+        size = len(value)
+        within = schema.get("minItems", 0) <= size <= schema.get("maxItems", size)
+        return within and all(conforms(v, schema.get("items", {})) for v in value)
+    return True
+
+
+_TYPES: Mapping[str, type] = {"object": dict, "array": list, "string": str}
+_KEYWORDS = frozenset(
+    "type properties additionalProperties required minProperties maxProperties minLength maxLength "
+    "items minItems maxItems anyOf enum".split()
+)
+
+
+def _object_conforms(value: Mapping[str, Any], schema: Mapping[str, Any]) -> bool:
+    size = len(value)
+    if not schema.get("minProperties", 0) <= size <= schema.get("maxProperties", size):
+        return False
+    if not set(schema.get("required", ())) <= set(value):
+        return False
+    known, rest = schema.get("properties", {}), schema.get("additionalProperties", True)
+    for key, item in value.items():
+        rule = known.get(key, rest)
+        if rule is False or (isinstance(rule, Mapping) and not conforms(item, rule)):
+            return False
+    return True

@@ -1,0 +1,143 @@
+"""What happened to a corpus, in numbers. Enters: tallies of each step and the records that were kept.
+
+Leaves: `logs/audit.json` and `logs/audit.html` (read / kept / dropped with reasons, lengths, scripts, leakage, licences).
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from microlm.core.artifact import Artifact
+from microlm.core.report import Page
+from microlm.core.records import Document
+from microlm.text.clean import Effects
+from microlm.text.read import Record
+from microlm.text.sources import Tally
+
+SCHEMA = 1
+STEPS = ("read", "clean", "dedup", "decontaminate")
+SAMPLE_CHARS = 1000  # of each document, for its script
+MAX_NAMES = 200
+_HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\U00020000-\U000323af]")
+_LATIN = re.compile("[A-Za-z\u00c0-\u024f]")
+
+
+@dataclass
+class Audit:
+    """Counters filled while records go by; `to_json` is the audit."""
+
+    tallies: dict[str, Tally] = field(default_factory=lambda: {step: Tally() for step in STEPS})
+    effects: Effects = field(default_factory=Effects)
+    written: dict[str, Counter[str]] = field(default_factory=dict)
+    lengths: Counter[int] = field(default_factory=Counter)
+    scripts: Counter[str] = field(default_factory=Counter)
+    sources: Counter[str] = field(default_factory=Counter)
+    licences: Counter[str] = field(default_factory=Counter)
+    leakage: dict[str, int] = field(default_factory=dict)
+    filled: list[str] = field(default_factory=list)
+    chars: int = 0
+
+    def observe(self, kind: str, split: str, record: Record) -> None:
+        """Count a record that was written."""
+        self.written.setdefault(kind, Counter())[split] += 1
+        _count(self.sources, re.split("[:#]", record.source, maxsplit=1)[0] or "unknown")
+        _count(self.licences, record.licence or "unknown")
+        if isinstance(record, Document):
+            self.lengths[len(record.text).bit_length()] += 1
+            self.chars += len(record.text)
+            sample = record.text[:SAMPLE_CHARS]
+            han, latin = len(_HAN.findall(sample)), len(_LATIN.findall(sample))
+            self.scripts.update(han=han, latin=latin, other=len(sample) - han - latin)
+
+    def check(self) -> None:
+        """Our own invariants: every record read is written or dropped with a reason."""
+        for tally in self.tallies.values():
+            tally.check()
+        first = self.tallies["read"]
+        dropped = sum(tally.dropped.total() for tally in self.tallies.values())
+        assert first.read == dropped + self.total_written(), "accepted + dropped = read"
+
+    def total_written(self) -> int:
+        """The records of all kinds and splits."""
+        return sum(counts.total() for counts in self.written.values())
+
+    def warnings(self) -> list[str]:
+        """Sentences about what a person should look at."""
+        found = [
+            f"{count} records lack a key that others have: {reason}; rename it"
+            for reason, count in self.tallies["read"].dropped.most_common()
+            if reason.startswith("missing_field")
+        ]
+        found += [f"{n} training {kind} are also held out" for kind, n in self.leakage.items() if n]
+        if unknown := self.licences["unknown"]:
+            found.append(f"{unknown} records state no licence; add a 'licence' key")
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """The audit as plain values, stable for equal corpora."""
+        return {
+            "schema_version": SCHEMA,
+            "steps": {step: _tally_json(tally) for step, tally in self.tallies.items()},
+            "edits": {
+                rule: {"documents": n, "examples": self.effects.examples[rule]}
+                for rule, n in self.effects.changed.most_common()
+            },
+            "written": {kind: dict(counts) for kind, counts in self.written.items()},
+            "document_chars": self.chars,
+            "length_histogram": [{"below_chars": 1 << b, "documents": self.lengths[b]} for b in sorted(self.lengths)],
+            "scripts": dict(self.scripts),
+            "leakage": self.leakage,
+            "sources": dict(self.sources.most_common()),
+            "licences": dict(self.licences.most_common()),
+            "from_factbook": self.filled,
+            "warnings": self.warnings(),
+        }
+
+
+def _count(counter: Counter[str], name: str) -> None:
+    counter[name if name in counter or len(counter) < MAX_NAMES else "other"] += 1
+
+
+def _tally_json(tally: Tally) -> dict[str, Any]:
+    reasons = [
+        {"reason": reason, "records": count, "examples": tally.examples[reason]}
+        for reason, count in tally.dropped.most_common()
+    ]
+    return {"read": tally.read, "kept": tally.kept, "dropped": tally.dropped.total(), "reasons": reasons}
+
+
+def summary(artifact: Artifact) -> dict[str, Any]:
+    """The audit of a data artifact."""
+    audit: dict[str, Any] = artifact.json("logs/audit.json")
+    return audit
+
+
+def summary_rows(audit: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The audit as (name, value) rows for a terminal."""
+    rows = []
+    for step, tally in audit["steps"].items():
+        rows.append((step, f"{tally['read']:,} read, {tally['kept']:,} kept, {tally['dropped']:,} dropped"))
+        rows += [(f"  {r['reason']}", f"{r['records']:,}, first {_first(r)}") for r in tally["reasons"]]
+    rows += [(f"edited: {rule}", f"{e['documents']:,} documents") for rule, e in audit["edits"].items()]
+    for kind, counts in audit["written"].items():
+        rows.append((f"written: {kind}", ", ".join(f"{split} {n:,}" for split, n in counts.items())))
+    rows.append(("characters of documents", f"{audit['document_chars']:,}"))
+    rows.append(("scripts", ", ".join(f"{name} {share:.1%}" for name, share in script_shares(audit))))
+    rows += [(f"leakage: {kind}", f"{n:,}") for kind, n in audit["leakage"].items()]
+    rows += [(f"licence: {name}", f"{n:,}") for name, n in audit["licences"].items()]
+    rows.append(("taken from the factbook", ", ".join(audit["from_factbook"]) or "nothing"))
+    return rows + [("warning", warning) for warning in audit["warnings"]]
+
+
+def _first(reason: Mapping[str, Any]) -> str:
+    return str(reason["examples"][0])[:100]
+
+
+def script_shares(audit: Mapping[str, Any]) -> list[tuple[str, float]]:
+    """(script, share of characters) over the first 1,000 characters of each document."""
+    total = sum(audit["scripts"].values()) or 1
+    return [(name, count / total) for name, count in audit["scripts"].items()]

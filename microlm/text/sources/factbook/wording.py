@@ -1,0 +1,99 @@
+"""Facts → sentences, questions, paragraphs, with wordings of the training half or of the held-out half."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from random import Random
+from typing import Literal
+
+from microlm.text.sources.factbook.tables import Entity, Lang, Tables
+
+Kind = Literal["train", "specific", "generic", "mixed"]
+_PART = re.compile(r"(\{[erv]\})")
+_FILLERS = "的是在了有为于这那一个人会也都就被把给从和与之其所以对此"
+SLIP_SHARE = 0.35
+"""Share of training wordings that get random slips: without them a small model learns wordings by heart."""
+
+
+@dataclass
+class Writer:
+    """Words facts. `slips` turns on random slips in training wordings."""
+
+    tables: Tables
+    rng: Random
+    slips: bool = True
+
+    def statement(self, entity: Entity, relation: str, subject: str, kind: Kind) -> str:
+        """One sentence (no final stop) saying that `subject` has the fact."""
+        template = self._pick(entity, relation, "statements", kind, specific_share=0.75)
+        return self._fill(template, entity, relation, subject)
+
+    def question(self, entity: Entity, relation: str, kind: Kind) -> str:
+        """One question whose answer is the fact's value."""
+        template = self._pick(entity, relation, "questions", kind, specific_share=0.6)
+        return self._fill(template, entity, relation, entity.name)
+
+    def paragraph(self, entity: Entity, kind: Kind) -> str:
+        """All facts of an entity in their order; later sentences may use a pronoun or the topic's noun."""
+        words = self.tables.generic[entity.lang]
+        openers = words["openers"] if kind == "train" else words["openers_held_out"]
+        tails = words["tails"] if kind == "train" else []
+        stop, comma = ("。", "，") if entity.lang == "zh" else (". ", "; ")
+        out: list[str] = []
+        facts = list(entity.facts)
+        for i, relation in enumerate(facts):
+            subject = entity.name if i == 0 else self._subject(entity)
+            opener = self.rng.choice(openers) if openers and self.rng.random() < 0.35 else ""
+            tail = self.rng.choice(tails) if tails and self.rng.random() < 0.15 else ""
+            sentence = self.statement(entity, relation, subject, kind)
+            if entity.lang == "en" and not opener and (not out or out[-1] == stop):
+                sentence = sentence[:1].upper() + sentence[1:]
+            last = i == len(facts) - 1
+            out += [opener + sentence + tail, stop if last or self.rng.random() < 0.6 else comma]
+        return "".join(out).strip()
+
+    def relation_name(self, entity: Entity, relation: str) -> str:
+        """The relation's name in the entity's language."""
+        return relation_name(self.tables, entity.topic, relation, entity.lang)
+
+    def _subject(self, entity: Entity) -> str:
+        if entity.lang == "en" or self.rng.random() < 0.4:
+            return entity.name
+        topic = self.tables.topics[entity.topic]
+        return self.rng.choice(topic.pronouns) if self.rng.random() < 0.65 else "该" + topic.noun
+
+    def _pick(self, entity: Entity, relation: str, form: str, kind: Kind, specific_share: float) -> str:
+        own = getattr(self.tables.topics[entity.topic].relations[relation], entity.lang)
+        generic = self.tables.generic[entity.lang]
+        if kind == "train":
+            specific = self.rng.random() < specific_share
+            template = self.rng.choice(getattr(own, form) if specific else generic[form])
+            slip = self.slips and entity.lang == "zh" and self.rng.random() < SLIP_SHARE
+            return self._slip(template) if slip else template
+        specific = kind == "specific" or (kind == "mixed" and self.rng.random() < 0.6)
+        return self.rng.choice(getattr(own, form + "_held_out") if specific else generic[form + "_held_out"])
+
+    def _fill(self, template: str, entity: Entity, relation: str, subject: str) -> str:
+        values = {"{e}": subject, "{v}": entity.facts[relation], "{r}": self.relation_name(entity, relation)}
+        return "".join(values.get(p, p) for p in _PART.split(template))
+
+    def _slip(self, template: str) -> str:
+        """Drop, replace or add a few characters outside the braces."""
+        parts = _PART.split(template)
+        for i in range(0, len(parts), 2):
+            out = ""
+            for char in parts[i]:
+                dice = self.rng.random()
+                if dice < 0.12:
+                    continue
+                out += self.rng.choice(_FILLERS) if dice < 0.18 and not char.isascii() else char
+                if dice > 0.92 and not char.isascii():
+                    out += self.rng.choice(_FILLERS)
+            parts[i] = out
+        return "".join(parts)
+
+
+def relation_name(tables: Tables, topic: str, relation: str, lang: Lang) -> str:
+    """The relation's name in a language."""
+    return relation if lang == "zh" else tables.topics[topic].relations[relation].name_en

@@ -1,0 +1,127 @@
+"""Optimizers and schedules: Muon for hidden matrices, AdamW for embedding, head and norms."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from microlm.core.recipe import Recipe
+from microlm.model.transformer import Decoder
+
+# Coefficients of the five steps of Polar Express (Amsel et al., 2505.16932), which bring singular values to one.
+_POLAR = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+
+
+class OptimRecipe(Recipe):
+    """Rates, schedule, clipping."""
+
+    matrix_lr: float = Field(0.02, gt=0, description="Muon's rate for hidden matrices")
+    embedding_lr: float = Field(0.02, gt=0, description="AdamW's rate for the embedding")
+    head_lr: float = Field(0.004, gt=0, description="AdamW's rate for the head and the norms")
+    adapter_lr: float = Field(0.004, gt=0, description="AdamW's rate for LoRA matrices")
+    warmup_steps: int = Field(20, ge=0, description="steps of linear warm-up")
+    schedule: Literal["wsd", "cosine", "linear", "constant"] = Field("wsd", description="shape after warm-up")
+    stable_share: float = Field(0.6, ge=0, le=1, description="wsd: share of the run at the full rate")
+    final_share: float = Field(0.02, ge=0, le=1, description="rate at the end, as a share of the full rate")
+    clip_norm: float = Field(1.0, gt=0, description="largest norm of the gradient")
+    muon_momentum: float = Field(0.95, ge=0, lt=1, description="Muon's momentum after its own warm-up")
+
+
+def rate(recipe: OptimRecipe, step: int, steps: int) -> float:
+    """The factor on every learning rate at `step` of `steps` (from 0)."""
+    warm = min(1.0, (step + 1) / max(1, recipe.warmup_steps))
+    done = step / max(1, steps)
+    floor = recipe.final_share
+    if recipe.schedule == "constant":
+        return warm
+    if recipe.schedule == "cosine":
+        return warm * (floor + (1 - floor) * 0.5 * (1 + float(torch.cos(torch.tensor(done * torch.pi)))))
+    start = recipe.stable_share if recipe.schedule == "wsd" else 0.0
+    left = 1.0 if done < start else (1 - done) / max(1e-9, 1 - start)
+    return warm * max(floor, left)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum orthogonalised by polar iterations (Jordan et al. 2024); equal shapes go through in one batch."""
+
+    def __init__(self, params: Iterable[Tensor], lr: float, momentum: float) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            by_shape: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(p)
+                buffer = state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
+                update = p.grad.lerp(buffer, group["momentum"])
+                wide = update if p.shape[0] <= p.shape[1] else update.mT
+                by_shape.setdefault(tuple(wide.shape), []).append((p, wide))
+            for items in by_shape.values():
+                whitened = _orthogonal(torch.stack([u for _, u in items]))
+                for (p, _), direction in zip(items, whitened, strict=True):
+                    tall = p.shape[0] > p.shape[1]
+                    scale = max(1.0, p.shape[0] / p.shape[1]) ** 0.5
+                    p.add_(direction.mT if tall else direction, alpha=-scale * group["lr"])
+
+
+def _orthogonal(x: Tensor) -> Tensor:
+    """The nearest semi-orthogonal matrices of a batch [N, rows <= columns], float32 out."""
+    x = x.bfloat16()
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)
+    for a, b, c in _POLAR:
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * (gram @ gram)) @ x
+    return x.float()
+
+
+def make(decoder: Decoder, recipe: OptimRecipe) -> list[torch.optim.Optimizer]:
+    """Optimizers over the trainable parameters; each group keeps its full rate as `base_lr`."""
+    trainable = [(n, p) for n, p in decoder.named_parameters() if p.requires_grad]
+    groups: dict[str, list[nn.Parameter]] = {"matrix": [], "embedding": [], "head": [], "adapter": []}
+    for name, p in trainable:
+        groups[_group(name, p)].append(p)
+    rates = {"embedding": recipe.embedding_lr, "head": recipe.head_lr, "adapter": recipe.adapter_lr}
+    optimizers: list[torch.optim.Optimizer] = []
+    if groups["matrix"]:
+        optimizers.append(Muon(groups["matrix"], recipe.matrix_lr, recipe.muon_momentum))
+    adam = [{"params": groups[g], "lr": r} for g, r in rates.items() if groups[g]]
+    if adam:
+        optimizers.append(torch.optim.AdamW(adam, betas=(0.8, 0.95), eps=1e-10, weight_decay=0.0, fused=True))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["base_lr"] = group["lr"]
+    return optimizers
+
+
+def set_rates(optimizers: list[torch.optim.Optimizer], recipe: OptimRecipe, step: int, steps: int) -> float:
+    """Set every group's rate for `step`; Muon's momentum warms up over the first 60 steps. Returns the factor."""
+    factor = rate(recipe, step, steps)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["base_lr"] * factor
+            if isinstance(optimizer, Muon):
+                group["momentum"] = min(recipe.muon_momentum, 0.85 + 0.1 * step / 60)
+    return factor
+
+
+def _group(name: str, p: nn.Parameter) -> str:
+    if "lora_" in name:
+        return "adapter"
+    if "embed_tokens" in name:
+        return "embedding"
+    return "matrix" if p.dim() == 2 and "lm_head" not in name else "head"
