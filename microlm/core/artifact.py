@@ -134,8 +134,8 @@ def _make(body: Body[R], recipe: R, inputs: dict[str, Artifact], head: dict[str,
         require_intact(artifact)
     workspace = _open_workspace(folder, recipe.out, head["key"], inputs)
     started = time.time()
-    body(recipe, workspace)
     with storage.explain_write(folder):
+        body(recipe, workspace)
         _sign(head, recipe, workspace, started)
     return _finish(recipe.out, folder)
 

@@ -1,10 +1,10 @@
-"""The one OpenAI-protocol client, synchronous. Enters: messages or a prompt and `Sampling`; leaves: replies, or deltas
-with the time each was received. It retries nothing: what the endpoint did is what the caller sees.
+"""The one OpenAI-protocol client, synchronous. Enters: messages or a prompt and `Sampling`.
+
+Leaves: replies, or deltas with the time each was received. It retries nothing.
 """
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
+from microlm.core.endpoint import is_loopback, root_url
 from microlm.core.errors import UserError
 from microlm.core.records import Message, Sampling
 
@@ -24,7 +25,7 @@ MAX_EVENT_BYTES = 8 << 20  # an endpoint that never ends a line is not worth our
 
 
 class EndpointError(UserError):
-    """The endpoint answered with an error: `status` is the HTTP status, `body` what it sent (None: not JSON)."""
+    """The endpoint answered with an error: its HTTP `status`, and the `body` it sent (None: not JSON)."""
 
     def __init__(self, sentence: str, status: int, body: Any = None) -> None:
         super().__init__(sentence)
@@ -73,7 +74,7 @@ class Event:
 
 
 class Client:
-    """An OpenAI-compatible endpoint. `base_url` with or without `/v1`; use as a context manager or `close()` it."""
+    """An OpenAI-compatible endpoint. `base_url` with or without `/v1`; a context manager."""
 
     def __init__(self, base_url: str, api_key: str | None = None, timeout_s: float = 60.0) -> None:
         self.url = root_url(base_url)
@@ -185,7 +186,7 @@ class Client:
         return data
 
     def events(self, path: str, body: Mapping[str, Any]) -> Iterator[Event]:
-        """The server-sent events of a streaming request, `[DONE]` included, until the server ends the stream."""
+        """The server-sent events of a streaming request, `[DONE]` included, until the server ends."""
         content = json.dumps(body, ensure_ascii=False).encode()
         deadline = time.perf_counter() + self.timeout_s
         json_header = {"Content-Type": "application/json"}
@@ -210,11 +211,11 @@ class Client:
             yield
         except httpx.TimeoutException:
             raise UserError(
-                f"{self.url}{path}: no answer within {self.timeout_s:g} s; is the server busy, or the timeout too short?"
+                f"{self.url}{path}: no answer within {self.timeout_s:g} s; is the server busy?"
             ) from None
         except httpx.ConnectError as e:
             raise UserError(
-                f"{self.url}: cannot connect ({e}); start a server with 'microlm serve DIR' or check the address"
+                f"{self.url}: cannot connect ({e}); is 'microlm serve DIR' running, the address right?"
             ) from None
         except (httpx.HTTPError, httpx.InvalidURL) as e:
             raise UserError(f"{self.url}{path}: the connection failed ({type(e).__name__}: {e})") from None
@@ -289,27 +290,6 @@ def parse_usage(data: Any) -> Usage | None:
     if not isinstance(data, dict) or not all(isinstance(data.get(n), int) for n in names):
         return None
     return Usage(*(data[n] for n in names))
-
-
-def root_url(base_url: str) -> str:
-    """`http://host:port[/path]` without a trailing `/v1`; anything else is an error sentence."""
-    url = base_url.strip().rstrip("/").removesuffix("/v1").rstrip("/")
-    try:
-        parts = urlsplit(url)
-        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
-    except ValueError:
-        valid = False
-    if not valid:
-        raise UserError(f"'{base_url}': not an address; expected a URL such as http://127.0.0.1:8000")
-    return url
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host name or address means this machine only."""
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host.lower() == "localhost"
 
 
 def split_events(chunks: Iterable[bytes]) -> Iterator[Event]:

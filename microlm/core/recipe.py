@@ -52,10 +52,14 @@ class StageRecipe(Recipe):
         """The fields that change the result, as plain JSON values."""
         return _keyed(self)
 
+    @classmethod
+    def input_fields(cls) -> tuple[str, ...]:
+        """The fields that name input artifacts."""
+        return tuple(k for k, f in cls.model_fields.items() if _mark(f, "artifact", False))
+
     def inputs(self) -> dict[str, str]:
         """Field name → directory of every input artifact that is set."""
-        fields = type(self).model_fields
-        named = {k: getattr(self, k) for k, f in fields.items() if _mark(f, "artifact", False)}
+        named = {k: getattr(self, k) for k in self.input_fields()}
         return {k: v for k, v in named.items() if v}
 
 

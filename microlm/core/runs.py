@@ -45,7 +45,7 @@ def list_runs(root: Path) -> list[Run]:
 
 
 def remove(name: str, root: Path, *, force: bool = False) -> list[Path]:
-    """Delete RUN/STAGE (or every stage of RUN) and return the paths; refuse what another artifact was made from."""
+    """Delete RUN/STAGE (or every stage of RUN) and return the paths; refuse what another was made from."""
     target = _target(name, root)
     doomed = [Path(url).resolve() for url in lineage.find_artifacts(str(target))]
     if not doomed:

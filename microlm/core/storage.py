@@ -9,6 +9,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -224,7 +225,16 @@ def explain_write(path: str | Path) -> Iterator[None]:
     """Turn an operating-system refusal to write into a sentence with a next step."""
     try:
         yield
-    except OSError as e:
-        if e.errno not in _REASONS:
+    except Exception as e:
+        code = _error_number(e)
+        if code not in _REASONS:
             raise
-        raise UserError(f"{e.filename or path}: {_REASONS[e.errno]}") from e
+        raise UserError(f"{getattr(e, 'filename', None) or path}: {_REASONS[code]}") from e
+
+
+def _error_number(error: Exception) -> int:
+    """The errno of a refusal, also of one that a Rust library (safetensors, tokenizers) tells in words."""
+    if isinstance(error, OSError):
+        return error.errno or 0
+    told = None if isinstance(error, UserError) else re.search(r"\(os error (\d+)\)", str(error))
+    return int(told[1]) if told else 0

@@ -91,7 +91,8 @@ class Engine:
                 f"sampling: {len(each)} settings for {len(prompts)} prompts; give one, or one for each"
             )
         requests = self._prepare_all(prompts, each)
-        self._scheduler.waiting.extend(requests)
+        # Neighbours of like length waste less padding; who shares a batch changes no answer.
+        self._scheduler.waiting.extend(sorted(requests, key=lambda r: -len(r.prompt)))
         mine, open_count = set(map(id, requests)), len(requests)
         try:
             while open_count:

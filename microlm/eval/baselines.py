@@ -1,4 +1,4 @@
-"""What a score is worth without a model: a regex and a nearest-template answerer, learnt from the training split alone.
+"""What a score is worth without a model: a regex and a nearest-template answerer, learnt from training data.
 
 Enters: training records and questions. Leaves: functions that answer test items, deterministic, one core.
 """
@@ -9,7 +9,7 @@ import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from itertools import chain
+from itertools import chain, pairwise
 
 from microlm.core.records import Extraction, Question
 from microlm.eval.wordings import HEAD, TAIL, Match, Tokens, Wording, choose, learn, tokenise, windows
@@ -18,7 +18,7 @@ from microlm.text.extraction import Found
 Extractor = Callable[[Extraction], Found]
 Answerer = Callable[[str], str]
 NAMES = ("regex", "nearest_template")
-_OVERLAP, _FIT, _CANDIDATES = 0.3, 0.5, 3  # set once by thought, not by looking at the test split
+_OVERLAP, _FIT, _CANDIDATES = 0.3, 0.5, 3  # set by hand, not fitted
 
 
 def extractors(train: Sequence[Extraction]) -> dict[str, Extractor]:
@@ -26,9 +26,9 @@ def extractors(train: Sequence[Extraction]) -> dict[str, Extractor]:
     return {"regex": _regex(train), "nearest_template": _nearest_template(train)}
 
 
-def answerers(train: Sequence[Question]) -> dict[str, Answerer]:
-    """The two question baselines by name; both answer "" where they find nothing."""
-    return {"regex": _by_entity(train), "nearest_template": _nearest_question(train)}
+def answerers(train: Sequence[Question], names: Iterable[str]) -> dict[str, Answerer]:
+    """The two question baselines; `names` are the training split's entities. No finding is answered ""."""
+    return {"regex": _by_entity(train, names), "nearest_template": _nearest_question(train)}
 
 
 def _regex(train: Sequence[Extraction]) -> Extractor:
@@ -43,8 +43,8 @@ def _regex(train: Sequence[Extraction]) -> Extractor:
         for window, text in windows(record.text):
             for wording, size, pattern in chain.from_iterable(patterns.get(r, []) for r in record.allowed):
                 if m := pattern.fullmatch(text):
-                    found = m.groupdict()
-                    matches.append(Match(window, size, wording, found.get("e", "").strip(), found["v"].strip()))
+                    found = {k: v.strip() for k, v in m.groupdict().items()}
+                    matches.append(Match(window, size, wording, found.get("e", ""), found["v"]))
         return choose(matches)
 
     return extract
@@ -56,7 +56,7 @@ def _compile(wording: Wording) -> re.Pattern[str]:
 
 
 def _nearest_template(train: Sequence[Extraction]) -> Extractor:
-    """For each clause the training wordings with most bigrams in common, aligned word by word to find the spans."""
+    """For each clause the training wordings with most bigrams in common, aligned word by word."""
     index: dict[str, defaultdict[str, list[Wording]]] = {}
     sizes: dict[Wording, int] = {}
     for relation, wordings in learn(train, at_least=2, most=200).items():
@@ -74,7 +74,8 @@ def _nearest_template(train: Sequence[Extraction]) -> Extractor:
             shared: Counter[Wording] = Counter()
             for gram in sorted(_bigrams(tokens)):
                 for relation in record.allowed:
-                    shared.update(index.get(relation, {}).get(gram, ()))
+                    if relation in index:
+                        shared.update(index[relation].get(gram, ()))
             near = [(n / sizes[w], w) for w, n in shared.items() if n / sizes[w] >= _OVERLAP]
             for _, wording in sorted(near, key=lambda x: (-x[0], x[1].relation, x[1].tokens))[:_CANDIDATES]:
                 score, head, tail = align(tokens, wording.tokens)
@@ -86,19 +87,16 @@ def _nearest_template(train: Sequence[Extraction]) -> Extractor:
 
 
 def _bigrams(tokens: Tokens) -> frozenset[str]:
-    """Neighbouring words, masks and spaces left out; single words too, so that short wordings have something."""
+    """Neighbouring words, spaces left out, none across a mask; single words where there are no two."""
     words = [t.lower() for t in tokens if not t.isspace()]
-    pairs = [(a, b) for a, b in zip(words, words[1:], strict=False)]
-    masks = (HEAD, TAIL)
-    return frozenset([a + "\x00" + b for a, b in pairs if a not in masks and b not in masks]) or frozenset(
-        w for w in words if w not in masks
-    )
+    pairs = {f"{a}\x00{b}" for a, b in pairwise(words) if not {a, b} & {HEAD, TAIL}}
+    return frozenset(pairs or set(words) - {HEAD, TAIL})
 
 
 def align(tokens: Tokens, wording: Tokens) -> tuple[float, str, str]:
     """Lay a wording over a clause: `(score, head, tail)`.
 
-    A literal that meets its word gives 1, one that is left out costs 0.5, a word that no mask covers costs 1,
+    A literal that meets its word gives 1; one that is left out, or a word that nothing covers, costs 0.5;
     a mask costs 0.1 for each word that it covers (at least one). Dynamic programming over both sequences.
     """
     rows, columns = len(tokens) + 1, len(wording) + 1
@@ -137,50 +135,27 @@ def _moves(
     if j and not mask:
         yield best[i][j - 1] - (0 if wording[j - 1].isspace() else 0.5), "left out"
     if i and not mask:
-        yield best[i - 1][j] - (0 if tokens[i - 1].isspace() else 1), "extra"
+        yield best[i - 1][j] - (0 if tokens[i - 1].isspace() else 0.5), "extra"
 
 
-def _by_entity(train: Sequence[Question]) -> Answerer:
-    """The entity named in the question, then the training question about it that shares the longest keyword."""
+def _by_entity(train: Sequence[Question], names: Iterable[str]) -> Answerer:
+    """The entity named in the question, then the training question about it with most text in common."""
+    longest_first = sorted(set(names), key=lambda n: (-len(n), n))
+    find = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
     known: defaultdict[str, list[tuple[str, str]]] = defaultdict(list)
-    for question, entity in zip(train, _entities([q.question for q in train]), strict=True):
-        if entity:
-            known[entity].append((question.question.replace(entity, "\x00"), question.answer))
-    names = sorted(known, key=lambda e: (-len(e), e))
+    for q in train:
+        if m := find.search(q.question):
+            known[m[0]].append((q.question.replace(m[0], "\x00"), q.answer))
 
     def answer(question: str) -> str:
-        entity = next((n for n in names if n in question), None)
-        if entity is None:
+        m = find.search(question)
+        if m is None or m[0] not in known:
             return ""
-        rest = question.replace(entity, "\x00")
-        shared = [(_common(rest, other), reply) for other, reply in known[entity]]
-        size, reply = max(shared, key=lambda x: x[0])
+        rest = question.replace(m[0], "\x00")
+        size, reply = max(((_common(rest, other), reply) for other, reply in known[m[0]]), key=lambda x: x[0])
         return reply if size >= 2 else ""
 
     return answer
-
-
-def _entities(questions: Sequence[str]) -> list[str]:
-    """The part of each question that changes while the rest recurs, and that recurs while the rest changes."""
-    fills: defaultdict[tuple[Tokens, Tokens], set[Tokens]] = defaultdict(set)
-    frames: defaultdict[Tokens, set[tuple[Tokens, Tokens]]] = defaultdict(set)
-    split = [tokenise(q) for q in questions]
-    for tokens in set(split):
-        for span, frame in _spans(tokens):
-            fills[frame].add(span)
-            frames[span].add(frame)
-    found = []
-    for tokens in split:
-        scored = [(min(len(fills[f]), len(frames[s])), len(s), s) for s, f in _spans(tokens)]
-        found.append("".join(max(scored)[2]) if scored else "")
-    return found
-
-
-def _spans(tokens: Tokens) -> Iterable[tuple[Tokens, tuple[Tokens, Tokens]]]:
-    for i in range(len(tokens)):
-        for j in range(i + 1, min(i + 12, len(tokens)) + 1):
-            if not tokens[i].isspace() and not tokens[j - 1].isspace() and j - i < len(tokens):
-                yield tokens[i:j], (tokens[:i], tokens[j:])
 
 
 def _common(a: str, b: str) -> int:
@@ -194,7 +169,7 @@ def _common(a: str, b: str) -> int:
 
 
 def _nearest_question(train: Sequence[Question]) -> Answerer:
-    """The answer of the training question with the highest cosine of character 1- to 3-grams, weighted by rarity."""
+    """The answer to the training question of highest cosine: character 2- and 3-grams, by rarity."""
     grams = [Counter(_grams(q.question)) for q in train]
     frequency = Counter(chain.from_iterable(grams))
     rarity = {g: math.log(len(train) / n) + 0.1 for g, n in frequency.items()}
@@ -217,4 +192,4 @@ def _nearest_question(train: Sequence[Question]) -> Answerer:
 
 
 def _grams(text: str) -> list[str]:
-    return [text[i : i + n] for n in (1, 2, 3) for i in range(len(text) - n + 1)]
+    return [text[i : i + n] for n in (2, 3) for i in range(len(text) - n + 1)]

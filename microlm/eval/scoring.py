@@ -6,6 +6,7 @@ Nothing is repaired before it is scored: a fenced, truncated or nested answer co
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,10 +25,15 @@ class Counts:
     predicted: int
     gold: int
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether all that was wanted was predicted, and nothing else."""
+        return self.matched == self.predicted == self.gold
+
 
 @dataclass(frozen=True, slots=True)
 class ExtractionOutcome:
-    """One extraction answer against its gold. `unsupported` counts predicted tails that the text does not hold."""
+    """One extraction answer against its gold. `unsupported`: predicted tails that are not in the text."""
 
     triples: Counts
     heads: Counts
@@ -62,7 +68,8 @@ def score_extraction(record: Extraction, output: str, finish_reason: str) -> Ext
         triples=count(predicted, gold),
         heads=count((head for head, _, _ in predicted), (head for head, _, _ in gold)),
         parsed=found is not None,
-        schema_valid=found is not None and conforms(json.loads(output), extraction.json_schema(record.allowed)),
+        schema_valid=found is not None
+        and conforms(json.loads(output), extraction.json_schema(record.allowed)),
         truncated=finish_reason == "length",
         unsupported=sum(tail not in record.text for _, _, tail in predicted),
     )
@@ -100,10 +107,10 @@ def conforms(value: Any, schema: Mapping[str, Any]) -> bool:
 
 
 _TYPES: Mapping[str, type] = {"object": dict, "array": list, "string": str}
-_KEYWORDS = frozenset(
-    "type properties additionalProperties required minProperties maxProperties minLength maxLength "
-    "items minItems maxItems anyOf enum".split()
-)
+_KEYWORDS = {
+    *("type", "properties", "patternProperties", "additionalProperties", "required", "minProperties"),
+    *("maxProperties", "minLength", "maxLength", "items", "minItems", "maxItems", "anyOf", "enum"),
+}
 
 
 def _object_conforms(value: Mapping[str, Any], schema: Mapping[str, Any]) -> bool:
@@ -112,9 +119,11 @@ def _object_conforms(value: Mapping[str, Any], schema: Mapping[str, Any]) -> boo
         return False
     if not set(schema.get("required", ())) <= set(value):
         return False
-    known, rest = schema.get("properties", {}), schema.get("additionalProperties", True)
+    patterns = schema.get("patternProperties", {})
     for key, item in value.items():
-        rule = known.get(key, rest)
-        if rule is False or (isinstance(rule, Mapping) and not conforms(item, rule)):
+        rules = [schema["properties"][key]] if key in schema.get("properties", {}) else []
+        rules += [rule for pattern, rule in patterns.items() if re.search(pattern, key)]
+        rules = rules or [schema.get("additionalProperties", True)]
+        if not all(rule is True or (rule is not False and conforms(item, rule)) for rule in rules):
             return False
     return True

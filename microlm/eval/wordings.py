@@ -1,4 +1,4 @@
-"""Training records → wordings: clauses with head and tail masked, and where such a wording fits another clause.
+"""Training records → wordings (clauses with head and tail masked), and the choice among their matches.
 
 What the two extraction baselines share. It knows nothing of how the training texts were written.
 """
@@ -9,6 +9,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from microlm.core.records import Extraction
 
@@ -35,7 +36,7 @@ class Wording:
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """A wording laid over a window of clauses: what its masks cover, and how well it fits (more is better)."""
+    """A wording laid over a window of clauses: what its masks cover; a higher score is a better fit."""
 
     window: tuple[int, int]
     score: float
@@ -50,7 +51,7 @@ def tokenise(text: str) -> Tokens:
 
 
 def windows(text: str) -> list[tuple[tuple[int, int], str]]:
-    """Every clause and every two neighbouring clauses of a sentence, with the span of clause numbers they cover."""
+    """Every clause and every two neighbours of a sentence, with the span of clause numbers they cover."""
     found: list[tuple[tuple[int, int], str]] = []
     number = 0
     for sentence in _SENTENCE.split(text):
@@ -87,10 +88,11 @@ def learn(records: Iterable[Extraction], at_least: int, most: int) -> dict[str, 
 
 
 def _masked(parts: Sequence[tuple[tuple[int, int], str]], head: str, tail: str) -> Tokens | None:
-    """The shortest window that holds head and tail, masked; failing that, a clause that holds the tail alone."""
+    """The shortest window that holds head and tail, masked; else the shortest that holds the tail."""
     both = sorted((w for _, w in parts if head in w and tail in w), key=len)
     for window in both:
-        first, second = ((head, HEAD), (tail, TAIL)) if len(head) >= len(tail) else ((tail, TAIL), (head, HEAD))
+        pair = [(head, HEAD), (tail, TAIL)]
+        first, second = sorted(pair, key=lambda x: -len(x[0]))  # the longer first: it may hold the other
         text = window.replace(first[0], f"\x00{first[1]}\x00", 1)
         if second[0] in text:
             return _tokens(text.replace(second[0], f"\x00{second[1]}\x00", 1))
@@ -103,7 +105,7 @@ def _tokens(masked: str) -> Tokens | None:
     tokens: list[str] = []
     for part in re.split(f"\x00({HEAD}|{TAIL})\x00", masked):
         tokens += [part] if part in (HEAD, TAIL) else tokenise(part)
-    touching = any(a in (HEAD, TAIL) and b in (HEAD, TAIL) for a, b in zip(tokens, tokens[1:], strict=False))
+    touching = any({a, b} <= {HEAD, TAIL} for a, b in pairwise(tokens))
     literal = [t for t in tokens if t not in (HEAD, TAIL) and not t.isspace()]
     return None if touching or not literal else tuple(tokens)
 

@@ -1,4 +1,4 @@
-"""The architecture: exactly Llama, Qwen2 or Qwen3. Enters: an HF `config.json`; leaves: a frozen `ModelConfig`."""
+"""The architecture: exactly Llama, Qwen2 or Qwen3. Enters: an HF `config.json`; leaves: `ModelConfig`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,16 @@ from typing import Any, Literal, get_args
 from microlm.core.errors import UserError
 
 ModelType = Literal["llama", "qwen2", "qwen3"]
-_CLASS: dict[ModelType, str] = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+_CLASS: dict[ModelType, str] = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+
+_SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "max_position_embeddings",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -63,15 +72,17 @@ class ModelConfig:
     @classmethod
     def from_hf(cls, data: Mapping[str, Any], where: str) -> ModelConfig:
         """An HF config → ours; what our decoder does not compute is refused by name."""
-        kind = data.get("model_type")
+        kind: Any = data.get("model_type")
         if kind not in get_args(ModelType):
-            raise UserError(f"{where}: model_type {kind!r} is not supported; supported: {', '.join(get_args(ModelType))}")
+            raise UserError(
+                f"{where}: model_type {kind!r} is not supported; supported: {', '.join(get_args(ModelType))}"
+            )
         _refuse_extras(data, where)
         try:
             heads = int(data["num_attention_heads"])
             hidden = int(data["hidden_size"])
             rope = data.get("rope_parameters") or {}
-            return cls(
+            config = cls(
                 vocab_size=int(data["vocab_size"]),
                 hidden_size=hidden,
                 intermediate_size=int(data["intermediate_size"]),
@@ -88,13 +99,29 @@ class ModelConfig:
                 pad_token_id=_first(data.get("pad_token_id")),
             )
         except KeyError as e:
-            raise UserError(f"{where}: key {e} is missing; is this the config.json of a {kind} model?") from None
-        except (TypeError, ValueError) as e:
+            raise UserError(
+                f"{where}: key {e} is missing; is this the config.json of a {kind} model?"
+            ) from None
+        except (TypeError, ValueError, ArithmeticError) as e:
             raise UserError(f"{where}: {e}; every size must be a whole number") from None
+        config._require_sizes(where)
+        return config
+
+    def _require_sizes(self, where: str) -> None:
+        for name in _SIZES:
+            if (size := getattr(self, name)) < 1:
+                raise UserError(f"{where}: {name} is {size}; every size must be at least 1")
+        if self.num_attention_heads % self.num_key_value_heads or self.head_dim < 2 or self.head_dim % 2:
+            raise UserError(
+                f"{where}: {self.num_attention_heads} heads, {self.num_key_value_heads} key-value heads and "
+                f"head_dim {self.head_dim} do not fit; heads must be a multiple, head_dim even"
+            )
 
 
 def _refuse_extras(data: Mapping[str, Any], where: str) -> None:
     rope = data.get("rope_parameters") or data.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise UserError(f"{where}: rope_parameters must be an object, found {type(rope).__name__}")
     if rope.get("rope_type", rope.get("type", "default")) != "default":
         raise UserError(f"{where}: rotary scaling {rope!r} is not supported yet; use a model without it")
     if data.get("use_sliding_window"):

@@ -38,11 +38,15 @@ def load(path: Path, compute_dtype: torch.dtype = torch.float32) -> Decoder:
     tensors = _read_tensors(path)
     if decoder.config.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)
-    wanted = {n: p for n, p in decoder.named_parameters()}
+    wanted = dict(decoder.named_parameters())
     if missing := sorted(set(wanted) - set(tensors)):
-        raise UserError(f"{path}: the weights lack '{missing[0]}' ({len(missing)} missing); export the model again")
+        raise UserError(
+            f"{path}: the weights lack '{missing[0]}' ({len(missing)} missing); export the model again"
+        )
     if extra := sorted(set(tensors) - set(wanted)):
-        raise UserError(f"{path}: the weights hold an unknown '{extra[0]}'; the architecture does not match config.json")
+        raise UserError(
+            f"{path}: the weights hold an unknown '{extra[0]}'; the architecture does not match config.json"
+        )
     with torch.no_grad():
         for name, weight in wanted.items():
             if tensors[name].shape != weight.shape:
@@ -53,14 +57,18 @@ def load(path: Path, compute_dtype: torch.dtype = torch.float32) -> Decoder:
 
 
 def save(decoder: Decoder, path: Path, dtype: torch.dtype = torch.float32) -> None:
-    """Write `config.json`, `generation_config.json` and the weights in `dtype`; tied heads are stored once."""
+    """Write `config.json`, `generation_config.json`, the weights in `dtype`; a tied head is stored once."""
     config = decoder.config
     tensors = {n: p.detach().to("cpu", dtype).contiguous() for n, p in decoder.named_parameters()}
     with storage.explain_write(path):
         path.mkdir(parents=True, exist_ok=True)
         save_file(tensors, path / WEIGHTS, metadata={"format": "pt"})
         _write(path / "config.json", config.to_hf(_NAMES[dtype]))
-        generation = {"eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id, "do_sample": False}
+        generation = {
+            "eos_token_id": config.eos_token_id,
+            "pad_token_id": config.pad_token_id,
+            "do_sample": False,
+        }
         _write(path / "generation_config.json", generation)
 
 
@@ -71,7 +79,9 @@ def _write(path: Path, value: object) -> None:
 def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
     files = sorted(path.glob("model*.safetensors"))
     if not files:
-        raise UserError(f"{path}: no {WEIGHTS} there; expected a Hugging Face model directory with safetensors")
+        raise UserError(
+            f"{path}: no {WEIGHTS} there; expected a Hugging Face model directory with safetensors"
+        )
     tensors: dict[str, torch.Tensor] = {}
     for file in files:
         try:

@@ -155,10 +155,10 @@ def _peft_config(config: LoraConfig, base_name: str, digest: str) -> dict[str, A
 
 
 def load_adapter(decoder: Decoder, path: Path, base_digest: str | None = None) -> None:
-    """Put a saved adapter on a decoder; one made for another model than `base_digest` (when given) is refused."""
+    """Put a saved adapter on a decoder; when `base_digest` is given, one not made for it is refused."""
     config = read_config(path)
     made_for = config.get(_DIGEST)
-    if base_digest is not None and made_for is not None and made_for != base_digest:
+    if base_digest is not None and made_for != base_digest:
         raise UserError(
             f"{path}: the adapter was made for model {str(made_for)[:12]}…, this one is {base_digest[:12]}…; "
             "give the model that it was trained on"

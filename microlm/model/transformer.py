@@ -118,11 +118,15 @@ class Decoder(nn.Module):
 
     def hidden(self, input_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """Normed hidden states [B,T,D] of `input_ids` [B,T] at `positions` [T] or [B,T] (tokens from 0)."""
-        x = F.embedding(input_ids, self.model.embed_tokens.weight).to(self.compute_dtype)
-        rope = (self._at(self.cos, positions), self._at(self.sin, positions))
+        x, rope = self.embed(input_ids, positions)
         for i, block in enumerate(self.model.layers):
             x = block(x, rope, i, attend)
         return self.model.norm(x)
+
+    def embed(self, input_ids: Tensor, positions: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """What enters the blocks: embeddings [B,T,D] and the rows of the rotary tables."""
+        x = F.embedding(input_ids, self.model.embed_tokens.weight).to(self.compute_dtype)
+        return x, (self._at(self.cos, positions), self._at(self.sin, positions))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores [..., V] in float32 of hidden states [..., D]."""
@@ -139,8 +143,10 @@ class Decoder(nn.Module):
 
 
 def rope_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
-    """cos and sin [max_position_embeddings, d], float32, in the half-split layout of Llama (RoFormer, 2104.09864)."""
-    inverse = config.rope_theta ** (-torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
+    """cos and sin [max_position_embeddings, d], in Llama's half-split layout (RoFormer, 2104.09864)."""
+    inverse = config.rope_theta ** (
+        -torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    )
     angles = torch.outer(torch.arange(config.max_position_embeddings, dtype=torch.float32), inverse)
     both = torch.cat((angles, angles), dim=-1)
     return both.cos(), both.sin()
@@ -156,10 +162,21 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """Scaled dot-product attention; key-value heads are repeated to the query heads; no mask means causal."""
-    if k.shape[1] != q.shape[1]:
-        k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-        v = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
+    k, v = _repeated(q, k, v)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+
+
+def _repeated(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Key-value heads repeated to the number of query heads."""
+    times = q.shape[1] // k.shape[1]
+    return (k, v) if times == 1 else (k.repeat_interleave(times, dim=1), v.repeat_interleave(times, dim=1))
+
+
+def spelled_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """The same, written out for torch.compile: on CPUs it beats the built-in kernel for short rows."""
+    k, v = _repeated(q, k, v)
+    scores = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5 + mask
+    return torch.softmax(scores, dim=-1).to(q.dtype) @ v
 
 
 def causal_attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

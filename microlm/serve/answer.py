@@ -1,4 +1,4 @@
-"""One request's way through the engine. Enters: prompts and sampling; leaves: a JSON answer or a stream of events.
+"""One request's way through the engine. Enter: prompts and sampling; leaves: a JSON answer or a stream.
 
 A client that goes away cancels its generations, so that their slots are free for others.
 """

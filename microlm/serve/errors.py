@@ -1,4 +1,4 @@
-"""Errors as OpenAI writes them: `{"error": {"message", "type", "param", "code"}}`. No traceback, prompt or key in them."""
+"""Errors as OpenAI writes them: `{"error": {"message", "type", "param", "code"}}`. No prompt or key."""
 
 from __future__ import annotations
 

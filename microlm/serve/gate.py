@@ -16,7 +16,7 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from microlm.core.client import is_loopback
+from microlm.core.endpoint import is_loopback
 from microlm.serve.errors import ApiError
 
 LOG = logging.getLogger("microlm.serve")
@@ -29,7 +29,7 @@ class ClientGone(Exception):
 
 @dataclass(frozen=True)
 class Limits:
-    """What the door lets in. `loopback_hosts_only` refuses a Host header that is not loopback (DNS rebinding)."""
+    """What the door lets in. `loopback_hosts_only` refuses any other Host header (DNS rebinding)."""
 
     max_body_bytes: int = 1 << 20
     body_timeout_s: float = 30.0

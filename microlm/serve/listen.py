@@ -1,4 +1,4 @@
-"""From an application to an open port. Enters: app, host, port, key file; leaves: a served address and an exit code.
+"""From an application to an open port. Enter: app, host, port; leaves: a served address.
 
 Closed by default: loopback, and no public address without a key. The key never comes from the command line.
 """
@@ -6,45 +6,18 @@ Closed by default: loopback, and no public address without a key. The key never 
 from __future__ import annotations
 
 import errno
-import re
 import signal
 import socket
 from collections.abc import Callable
-from pathlib import Path
 from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
 
-from microlm.core import runtime
-from microlm.core.client import is_loopback
+from microlm.core.endpoint import KEY_VARIABLE, is_loopback
 from microlm.core.errors import UserError
 
-KEY_VARIABLE = "MICROLM_API_KEY"
 DRAIN_S = 30  # how long requests may take to end after SIGTERM
-
-
-def read_key(file: Path | None) -> str | None:
-    """The API key from a file, else from MICROLM_API_KEY; None when neither is given."""
-    place = KEY_VARIABLE
-    key = runtime.env(KEY_VARIABLE)
-    if file is not None:
-        place = str(file)
-        try:
-            key = file.read_text(encoding="utf-8").strip()
-        except OSError as e:
-            raise UserError(
-                f"{file}: the API key cannot be read ({e.strerror}); write it into this file"
-            ) from None
-        except UnicodeDecodeError:
-            raise UserError(f"{file}: is not UTF-8 text; write the API key into it, on one line") from None
-        if not key:
-            raise UserError(f"{file}: is empty; write the API key into it, on one line")
-    if key and not re.fullmatch(r"[\x21-\x7e]{8,512}", key):
-        raise UserError(
-            f"{place}: an API key is 8 to 512 visible ASCII characters on one line; make a longer one"
-        )
-    return key or None
 
 
 def require_key_if_public(host: str, api_key: str | None) -> None:

@@ -91,7 +91,7 @@ class Desk:
 
 
 def create_app(engine: Engine, name: str, api_key: str | None, limits: Limits | None = None) -> FastAPI:
-    """The application that serves `engine` as model `name`; with a key, every route but /health asks for it."""
+    """The application that serves `engine` as `name`; with a key, every route but /health asks for it."""
     limits = limits or Limits()
     desk = Desk(engine, name, limits)
     app = FastAPI(

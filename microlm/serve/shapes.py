@@ -1,4 +1,4 @@
-"""OpenAI's answers. Enters: what the engine made; leaves: response objects and stream chunks as plain JSON values."""
+"""OpenAI's answers. Enters: what the engine made; leave: response objects and stream chunks."""
 
 from __future__ import annotations
 

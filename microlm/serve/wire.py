@@ -1,6 +1,6 @@
-"""OpenAI's request bodies. Enters: parsed JSON; leaves: a typed request with its `Sampling`, or a validation error.
+"""OpenAI's request bodies. Enters: parsed JSON; leaves: a typed request with its `Sampling`, or an error.
 
-What this server does not do yet (tools, logprobs, penalties …) is refused unless it stands at its neutral value.
+What this server does not do yet (tools, logprobs, penalties …) is refused unless at its neutral value.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What happened to a corpus, in numbers. Enters: tallies of each step and the records that were kept.
 
-Leaves: `logs/audit.json` and `logs/audit.html` (read / kept / dropped with reasons, lengths, scripts, leakage, licences).
+Leaves: `logs/audit.json` and `logs/audit.html` (kept and dropped with reasons, lengths, leakage, licences).
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from microlm.core.artifact import Artifact
-from microlm.core.report import Page
 from microlm.core.records import Document
+from microlm.core.report import Page
 from microlm.text.clean import Effects
 from microlm.text.read import Record
 from microlm.text.sources import Tally
@@ -88,7 +88,9 @@ class Audit:
             },
             "written": {kind: dict(counts) for kind, counts in self.written.items()},
             "document_chars": self.chars,
-            "length_histogram": [{"below_chars": 1 << b, "documents": self.lengths[b]} for b in sorted(self.lengths)],
+            "length_histogram": [
+                {"below_chars": 1 << b, "documents": self.lengths[b]} for b in sorted(self.lengths)
+            ],
             "scripts": dict(self.scripts),
             "leakage": self.leakage,
             "sources": dict(self.sources.most_common()),
@@ -141,3 +143,44 @@ def script_shares(audit: Mapping[str, Any]) -> list[tuple[str, float]]:
     """(script, share of characters) over the first 1,000 characters of each document."""
     total = sum(audit["scripts"].values()) or 1
     return [(name, count / total) for name, count in audit["scripts"].items()]
+
+
+def page(audit: Mapping[str, Any]) -> str:
+    """The audit as one self-contained HTML page."""
+    page = Page("Data audit")
+    page.heading("Records")
+    steps = audit["steps"].items()
+    page.table(
+        ["step", "read", "kept", "dropped"], [[s, t["read"], t["kept"], t["dropped"]] for s, t in steps]
+    )
+    page.heading("Why records were dropped")
+    reasons = [
+        [s, r["reason"], r["records"], " · ".join(r["examples"])] for s, t in steps for r in t["reasons"]
+    ]
+    page.table(["step", "reason", "records", "examples"], reasons)
+    page.heading("What cleaning edited")
+    edits = [[rule, e["documents"], " · ".join(e["examples"])] for rule, e in audit["edits"].items()]
+    page.table(["rule", "documents", "examples"], edits)
+    page.heading("Splits and leakage")
+    written = audit["written"].items()
+    page.table(
+        ["kind", "train", "validation", "test", "training records also held out"],
+        [
+            [k, *(c.get(s, 0) for s in ("train", "validation", "test")), audit["leakage"][k]]
+            for k, c in written
+        ],
+    )
+    page.heading("Lengths of documents")
+    lengths = [
+        (f"< {b['below_chars']:,} characters", b["documents"], None) for b in audit["length_histogram"]
+    ]
+    page.bar_chart("Documents by length", lengths)
+    page.heading("Scripts, sources, licences")
+    page.table(
+        ["script", "share of characters"], [[name, f"{share:.1%}"] for name, share in script_shares(audit)]
+    )
+    page.table(["source", "records"], [[name, n] for name, n in audit["sources"].items()])
+    page.table(["licence", "records"], [[name, n] for name, n in audit["licences"].items()])
+    for warning in audit["warnings"]:
+        page.paragraph(f"Warning: {warning}.")
+    return page.html()

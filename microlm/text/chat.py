@@ -1,4 +1,4 @@
-"""ChatML. One walk over the messages gives ids and loss mask; the Jinja form beside it gives the same text."""
+"""ChatML. One walk over the messages gives ids and loss mask; the Jinja form gives the same text."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from microlm.core.records import Message
 from microlm.text.tokenizer import END, START, Tokenizer
 
 JINJA = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% for message in messages %}"
+    "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    "{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
@@ -24,19 +26,30 @@ def encode_chat(
 ) -> tuple[list[int], list[int]]:
     """Ids of the conversation and a mask: 1 on the assistant's words and on the EOS that closes them.
 
-    The newline after a turn belongs to nobody; a control token typed inside a message stays text.
+    The newline after a turn belongs to nobody; a control token typed inside a message stays text. Role and
+    words are encoded as one string, as the Jinja form does it: a token may reach over the newline between.
     """
     ids: list[int] = []
     mask: list[int] = []
     newline = tokenizer.encode("\n")
     for message in messages:
-        head = [tokenizer.start_id, *tokenizer.encode(f"{message.role}\n")]
-        body = tokenizer.encode(message.content)
+        turn = tokenizer.encode(f"{message.role}\n{message.content}")
+        covered = _count_covering(tokenizer, turn, len(message.role) + 1)
         learn = int(message.role == "assistant")
-        ids += [*head, *body, tokenizer.eos_id, *newline]
-        mask += [0] * len(head) + [learn] * (len(body) + 1) + [0] * len(newline)
+        ids += [tokenizer.start_id, *turn, tokenizer.eos_id, *newline]
+        mask += [0] * (1 + covered) + [learn] * (len(turn) - covered + 1) + [0] * len(newline)
     if generation_prompt:
         head = [tokenizer.start_id, *tokenizer.encode("assistant\n")]
         ids += head
         mask += [0] * len(head)
     return ids, mask
+
+
+def _count_covering(tokenizer: Tokenizer, ids: Sequence[int], size: int) -> int:
+    """How many of the first ids it takes to cover `size` bytes."""
+    covered = 0
+    for count, token_id in enumerate(ids):
+        if covered >= size:
+            return count
+        covered += len(tokenizer.token_bytes[token_id])
+    return len(ids)

@@ -1,6 +1,6 @@
-"""JSON lines → records. Enters: bytes of one line, or a file that we wrote. Leaves: a record, or a `Drop` with its reason.
+"""JSON lines → records. Enters: bytes of a line, or a file that we wrote. Leaves: a record, or a `Drop`.
 
-`parse_line` is tolerant (raw corpora: every fault is a counted reason); `read_records` is strict (our own prepared files).
+`parse_line` is tolerant (raw corpora: every fault is a reason); `read_records` is strict (our own files).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 @dataclass(frozen=True, slots=True)
 class Drop:
-    """Something that was read and not kept: `reason` is counted, `place` is `file:line`, `detail` the sentence."""
+    """What was read and not kept: `reason` is counted, `place` is `file:line`, `detail` the sentence."""
 
     reason: str
     place: str
@@ -108,7 +108,9 @@ def main_key(record: Record) -> str:
 def _text(data: Mapping[str, Any], key: str, expected: str | None = None) -> str:
     if key not in data:
         found = ", ".join(_shown(k) for k in list(data)[:5]) or "no keys"
-        raise Fault(f"missing_field:{expected or key} (found {found})", f"no key '{expected or key}'; found {found}")
+        raise Fault(
+            f"missing_field:{expected or key} (found {found})", f"no key '{expected or key}'; found {found}"
+        )
     value = data[key]
     if value is None:
         raise Fault(f"{key}_null", f"'{key}' is null")
@@ -127,7 +129,9 @@ def _messages(value: Any) -> tuple[Message, ...]:
 
 def _message(turn: Any) -> Message:
     if not isinstance(turn, dict):
-        raise Fault("bad_messages", f"a message is {type(turn).__name__}, expected an object {{role, content}}")
+        raise Fault(
+            "bad_messages", f"a message is {type(turn).__name__}, expected an object {{role, content}}"
+        )
     word = turn.get("role", turn.get("from"))
     role = _ROLE_WORDS.get(word) if isinstance(word, str) else None
     if role is None:
@@ -147,7 +151,10 @@ def _alpaca(data: Mapping[str, Any], source: str, licence: str) -> Conversation:
 def _preference(data: Mapping[str, Any], source: str, licence: str) -> Preference:
     value = data.get("prompt", data.get("messages", data.get("conversations")))
     if value is None:
-        raise Fault("missing_field:prompt", "a preference needs 'prompt' or 'conversations' beside chosen and rejected")
+        raise Fault(
+            "missing_field:prompt",
+            "a preference needs 'prompt' or 'conversations' beside chosen and rejected",
+        )
     prompt = (Message("user", _text(data, "prompt")),) if isinstance(value, str) else _messages(value)
     return Preference(prompt, _answer(data, "chosen"), _answer(data, "rejected"), source, licence)
 
@@ -191,7 +198,9 @@ def _word(value: Any) -> str:
 def _shown(value: Any) -> str:
     """A word of the user's, short and printable, for a message."""
     text = value if isinstance(value, str) else type(value).__name__
-    return text[:24].encode("ascii" if not text.isprintable() else "utf-8", "backslashreplace").decode("utf-8")
+    return (
+        text[:24].encode("ascii" if not text.isprintable() else "utf-8", "backslashreplace").decode("utf-8")
+    )
 
 
 def _first_words(error: Exception) -> str:
@@ -208,7 +217,7 @@ def _has_surrogate(value: Any) -> bool:
 
 def read_records(path: str | Path, kind: type[T]) -> Iterator[T]:
     """The records of a JSONL file that a stage wrote; any fault is a UserError `file:line: …`."""
-    build = _builder(kind)
+    build: Callable[[Any], T] = _builder(kind)  # type: ignore[arg-type]
     try:
         with Path(path).open("rb") as f:
             for number, line in enumerate(f, 1):
@@ -244,7 +253,9 @@ def _record_builder(kind: Any) -> Callable[[Any], Any]:
     hints = typing.get_type_hints(kind)
     builders = {f.name: _builder(hints[f.name]) for f in dataclasses.fields(kind)}
     missing = dataclasses.MISSING
-    needed = [f.name for f in dataclasses.fields(kind) if f.default is missing and f.default_factory is missing]
+    needed = [
+        f.name for f in dataclasses.fields(kind) if f.default is missing and f.default_factory is missing
+    ]
 
     def build(value: Any) -> Any:
         data = _require(value, dict)

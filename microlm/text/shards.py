@@ -24,8 +24,7 @@ from microlm.core.recipe import StageRecipe, artifact_input
 from microlm.core.records import Conversation, Document
 from microlm.text.chat import encode_chat
 from microlm.text.read import read_records
-from microlm.text.tokenizer import Tokenizer
-from microlm.text.train_tokenizer import copy_files
+from microlm.text.tokenizer import Tokenizer, copy_files
 
 SCHEMA = 1
 CHUNK = 512

@@ -1,21 +1,44 @@
-"""Train, validation and test by content. Enters: a record's digest. Leaves: the name of its split.
+"""Train, validation and test by content. Enters: records and digests. Leaves: a JSONL file a kind and split.
 
-The split depends on nothing but the content: not on the seed, the order or what else is in the corpus.
+A record's split depends on what it says alone: not on the seed, the order or the rest of the corpus.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Literal
+from types import TracebackType
+from typing import IO, Any, Literal, Self
 
+from microlm.core import storage
 from microlm.core.errors import UserError
-from microlm.core.records import Conversation, Document, Extraction
+from microlm.core.records import Conversation, Document, Extraction, Preference, to_json
 from microlm.text.dedup import DigestSet, record_digest
-from microlm.text.read import read_records
+from microlm.text.read import Record, read_records
 
 Split = Literal["train", "validation", "test"]
+Kind = Literal["documents", "conversations", "extraction", "preferences"]
+TYPES: Mapping[Kind, type[Any]] = {
+    "documents": Document,
+    "conversations": Conversation,
+    "extraction": Extraction,
+    "preferences": Preference,
+}
+SPLITS: Mapping[Kind, tuple[Split, ...]] = {
+    "documents": ("train", "validation", "test"),
+    "conversations": ("train", "validation"),
+    "extraction": ("train", "test"),
+    "preferences": ("train",),
+}
 _SCALE = 1 << 32
+
+
+def kind_of(record: Record) -> Kind:
+    """The kind of file a record belongs to."""
+    return next(kind for kind, cls in TYPES.items() if isinstance(record, cls))
 
 
 def split_of(digest: bytes, validation_share: float, test_share: float) -> Split:
@@ -30,22 +53,106 @@ def check_shares(validation_share: float, test_share: float) -> None:
     """Refuse shares that leave nothing to train on."""
     if validation_share + test_share >= 1:
         raise UserError(
-            f"data: validation_share {validation_share} and test_share {test_share} leave nothing to train on; lower them"
+            f"data: validation_share {validation_share} and test_share {test_share} leave nothing to train on"
+            "; lower them"
         )
 
 
-def leakage(files: Mapping[str, Path], kind: type[Document] | type[Conversation] | type[Extraction]) -> int:
-    """How many training records of the written files say the same as a held-out one, by digest. Must be 0."""
+class Shelves:
+    """The open files `root/kind/split.jsonl`, and how many records of each kind they hold."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.counts: Counter[Kind] = Counter()
+        self._files: dict[tuple[Kind, Split], IO[str]] = {}
+        self._open = ExitStack()
+
+    def __enter__(self) -> Self:
+        self._open.enter_context(storage.explain_write(self.root))
+        for kind, splits in SPLITS.items():
+            (self.root / kind).mkdir(parents=True, exist_ok=True)
+            for split in splits:
+                handle = place(self.root, kind, split).open("w", encoding="utf-8", newline="\n")
+                self._files[kind, split] = self._open.enter_context(handle)
+        return self
+
+    def __exit__(
+        self, cls: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._open.__exit__(cls, error, trace)
+
+    def put(self, record: Record, split: Split) -> None:
+        """Write a record at the end of its file."""
+        kind = kind_of(record)
+        self.counts[kind] += 1
+        self._files[kind, split].write(line_of(record))
+
+
+def place(root: Path, kind: Kind, split: Split) -> Path:
+    """Where the records of a kind and split lie."""
+    return root / kind / f"{split}.jsonl"
+
+
+def line_of(record: Record) -> str:
+    """A record as its JSON line (the most frequent kinds are spared dataclasses.asdict)."""
+    data: dict[str, Any]
+    if isinstance(record, Document):
+        data = {"text": record.text, "source": record.source, "licence": record.licence}
+    elif isinstance(record, Conversation):
+        messages = [{"role": m.role, "content": m.content} for m in record.messages]
+        data = {"messages": messages, "task": record.task, "source": record.source, "licence": record.licence}
+    else:
+        data = to_json(record)
+    return json.dumps(data, ensure_ascii=False, separators=(",", ":")) + "\n"
+
+
+def records_of(root: Path, kind: Kind, split: Split) -> Iterator[Any]:
+    """The records of a kind and split, as written."""
+    return read_records(place(root, kind, split), TYPES[kind])
+
+
+def rewrite(root: Path, kind: Kind, split: Split, change: Callable[[Any], Any | None]) -> None:
+    """Put `change(record)` in the place of every record of a file, in order; None takes it out."""
+    path = place(root, kind, split)
+    fresh = path.with_suffix(".part")
+    with (
+        storage.explain_write(fresh),
+        path.open(encoding="utf-8", newline="\n") as old,
+        fresh.open("w", encoding="utf-8", newline="\n") as new,
+    ):
+        for line, record in zip(old, records_of(root, kind, split), strict=True):
+            changed = change(record)
+            if changed is not None:
+                new.write(line if changed is record else line_of(changed))
+        fresh.replace(path)
+
+
+def move_one(root: Path, kind: Kind, split: Split) -> None:
+    """Give an empty held-out split the training record with the smallest digest, if there are two."""
+    if next(records_of(root, kind, split), None) is not None:
+        return
+    train = [record_digest(r) for r in records_of(root, kind, "train")]  # few, or chance had filled the split
+    if len(train) < 2:
+        return
+    smallest = min(train)
+    moved: list[Record] = []
+
+    def keep(record: Record) -> Record | None:
+        if record_digest(record) != smallest:
+            return record
+        moved.append(record)
+        return None
+
+    rewrite(root, kind, "train", keep)
+    with storage.explain_write(root), place(root, kind, split).open("w", encoding="utf-8", newline="\n") as f:
+        f.writelines(map(line_of, moved))
+
+
+def held_out_digests(root: Path, kind: Kind) -> DigestSet:
+    """The digests of the records of a kind that must not be trained on."""
     held_out = DigestSet()
-    for name, path in files.items():
-        if name != "train":
-            add_all(held_out, read_records(path, kind))
-    if not len(held_out):
-        return 0
-    return sum(record_digest(r) in held_out for r in read_records(files["train"], kind))
-
-
-def add_all(digests: DigestSet, records: Iterable[Document | Conversation | Extraction]) -> None:
-    """Put the digest of every record into the set."""
-    for record in records:
-        digests.add(record_digest(record))
+    for split in SPLITS[kind]:
+        if split != "train":
+            for record in records_of(root, kind, split):
+                held_out.add(record_digest(record))
+    return held_out

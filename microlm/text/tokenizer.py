@@ -1,4 +1,4 @@
-"""Byte-level BPE: strings ↔ ids through an HF `tokenizer.json`. Special tokens in user text stay plain text."""
+"""Byte-level BPE: strings ↔ ids through an HF `tokenizer.json`. Control tokens in user text stay text."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "
 
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 SPECIAL = (PAD, START, END)
-"""The ids 0, 1, 2 of every tokenizer that we train; `<|im_end|>` is the one EOS, of documents and of turns."""
+"""The ids 0, 1, 2 of every tokenizer that we train; `<|im_end|>` is the one EOS of documents and turns."""
 
 
 class Tokenizer:
@@ -42,12 +42,14 @@ class Tokenizer:
         except UserError:
             raise
         except Exception as e:  # tokenizers raises bare Exception for every fault of the file
-            raise UserError(f"{file}: not a tokenizer file ({str(e)[:120]}); make the tokenizer again") from None
+            raise UserError(f"{file}: not a tokenizer file ({str(e)[:120]}); make it again") from None
 
     def _special(self, token: str) -> int:
         number = self._inner.token_to_id(token)
         if number is None:
-            raise UserError(f"{self.path}: the tokenizer has no {token}; MicroLM models need ChatML's special tokens")
+            raise UserError(
+                f"{self.path}: the tokenizer has no {token}; MicroLM needs ChatML's control tokens"
+            )
         return int(number)
 
     def encode(self, text: str) -> list[int]:
@@ -80,14 +82,16 @@ class Tokenizer:
             try:
                 table[number] = bytes(_BYTE_OF[c] for c in token)
             except KeyError:
-                raise UserError(f"{self.path}: token {token!r} is not byte-level; only byte-level BPE is read") from None
+                raise UserError(
+                    f"{self.path}: token {token!r} is not of byte-level BPE; only that is read"
+                ) from None
         return table
 
 
 def copy_files(source: Path, target: Path) -> None:
     """Copy the tokenizer's files, and nothing else, of one directory into a model's HF directory."""
     if not (source / FILES[0]).is_file():
-        raise UserError(f"{source}: no {FILES[0]} there; expected a tokenizer or a Hugging Face model directory")
+        raise UserError(f"{source}: no {FILES[0]} there; expected a tokenizer or a Hugging Face model")
     with storage.explain_write(target):
         target.mkdir(parents=True, exist_ok=True)
         for name in FILES:

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer as HFTokenizer
 
 from microlm.core.artifact import Artifact, Workspace, stage
 from microlm.core.errors import UserError
+from microlm.core.metrics import Progress
 from microlm.core.recipe import StageRecipe, artifact_input
 from microlm.core.records import Conversation, Document, Extraction
 from microlm.text import chat, extraction
@@ -89,16 +90,20 @@ def train(recipe: TokenizerRecipe, texts: Iterator[str]) -> tuple[HFTokenizer, i
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    seen = 0
+    with Progress("tokenizer", None, "texts") as bar:
 
-    def batches() -> Iterator[list[str]]:
-        nonlocal seen
-        while batch := list(islice(texts, _BATCH)):
-            seen += len(batch)
-            yield batch
+        def batches() -> Iterator[list[str]]:
+            while batch := list(islice(texts, _BATCH)):
+                bar.update(len(batch))
+                yield batch
 
-    inner.train_from_iterator(batches(), trainer)
-    return inner, seen
+        inner.train_from_iterator(batches(), trainer)
+        bar.update(0, vocabulary=_size_in_words(inner.get_vocab_size(), recipe.vocab_size))
+        return inner, int(bar.done)
+
+
+def _size_in_words(size: int, asked: int) -> str:
+    return f"{size}" if size == asked else f"{size} of {asked} (the corpus has no more merges)"
 
 
 def _pre_tokenizer(han_alone: bool) -> pre_tokenizers.PreTokenizer:

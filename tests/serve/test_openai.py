@@ -6,7 +6,8 @@ import json
 
 import openai
 import pytest
-from conftest import Running
+from serving import Running, run_model
+from tiny_model import write_tiny_model
 from openai import OpenAI
 
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -135,6 +136,17 @@ def test_error_classes(client, server):
     with pytest.raises(openai.APIStatusError) as big:
         chat(client, messages=[{"role": "user", "content": "x" * (2 << 20)}])
     assert big.value.status_code == 413
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_damaged_weights_fail_the_request_and_not_the_server(tmp_path, stream):
+    with run_model(write_tiny_model(tmp_path / "nan")) as broken:
+        next(broken.engine._runner.decoder.parameters()).data.fill_(float("nan"))
+        client = OpenAI(base_url=broken.url + "/v1", api_key="none", max_retries=0)
+        for _ in range(2):
+            with pytest.raises(openai.InternalServerError, match="not finite"):
+                chat(client, stream=stream)
+        assert broken.engine.free_slots == 4 and [m.id for m in client.models.list()] == ["tiny"]
 
 
 @pytest.mark.anyio

@@ -1,4 +1,4 @@
-"""The words of `data.source` → records: `jsonl:PATH`, `text:PATH|FOLDER`, `hf:owner/dataset[:split]`, `ms:…`, `factbook`.
+"""The words of `data.source` → records: factbook, jsonl:PATH, text:PATH|FOLDER, hf:NAME[:split], ms:NAME.
 
 Every source counts what it reads; one whose records are mostly faulty is a UserError (see `read`).
 """
@@ -54,7 +54,7 @@ class Tally:
 
 @dataclass(frozen=True)
 class Source:
-    """A parsed word of `data.source`: its kind, where it lies (path or dataset name), and the split of a dataset."""
+    """A parsed word of `data.source`: its kind, its path or dataset name, and the split of a dataset."""
 
     word: str
     kind: str
@@ -77,7 +77,9 @@ class Source:
         if self.kind in ("hf", "ms") and not self.path.exists():
             return {f"{self.kind}:{self.place}:{self.split}": "remote"}
         root = self.path
-        named = {p.relative_to(root).as_posix() if root.is_dir() else p.name: hash_file(p) for p in self._files()}
+        named = {
+            p.relative_to(root).as_posix() if root.is_dir() else p.name: hash_file(p) for p in self._files()
+        }
         return {"kind": self.kind, "split": self.split, **named}
 
     def _files(self) -> list[Path]:
@@ -112,11 +114,13 @@ def hash_folder(folder: Path) -> str:
     return whole.hexdigest()
 
 
-def read(source: Source, tally: Tally, strict: bool, advance: Callable[[int], None] = lambda _: None) -> Iterator[Record]:
+def read(
+    source: Source, tally: Tally, strict: bool, advance: Callable[[int], None] = lambda _: None
+) -> Iterator[Record]:
     """The records of a user's source, in constant memory.
 
-    Faults are counted in `tally`; with `strict` the first is a UserError with file and line. A source of which more
-    than half is dropped, or that holds no record, is a UserError.
+    Faults are counted in `tally`; with `strict` the first is a UserError with file and line. A source that is
+    more than half dropped, or holds no record, is a UserError.
     """
     own = Tally()
     for record in _stream(source, advance):
@@ -126,7 +130,9 @@ def read(source: Source, tally: Tally, strict: bool, advance: Callable[[int], No
             yield record
             continue
         if strict:
-            raise UserError(f"{source.word}: {record.place}: {record.detail}; mend it, or set strict: false to drop it")
+            raise UserError(
+                f"{source.word}: {record.place}: {record.detail}; mend it, or set strict: false to drop it"
+            )
         own.drop(record.reason, f"{record.place}: {record.detail}")
         tally.drop(record.reason, f"{record.place}: {record.detail}")
     own.check()
@@ -135,8 +141,8 @@ def read(source: Source, tally: Tally, strict: bool, advance: Callable[[int], No
     if 2 * own.kept < own.read:
         reason, count = own.dropped.most_common(1)[0]
         raise UserError(
-            f"{source.word}: {own.read - own.kept} of {own.read} records cannot be used, most often {reason} ({count} times,"
-            f" first {own.examples[reason][0]}); rename or mend that field"
+            f"{source.word}: {own.read - own.kept} of {own.read} records cannot be used, most often {reason}"
+            f" ({count} times, first {own.examples[reason][0]}); rename or mend that field"
         )
 
 

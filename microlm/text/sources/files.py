@@ -1,4 +1,4 @@
-"""Raw files of a user → records. Enters: a JSONL, text or markdown file (plain, gzip, zstd) or a folder of texts.
+"""Raw files of a user → records. Enters: JSONL, text or markdown (plain, gzip, zstd), or a folder of texts.
 
 Leaves: records and drops in order, in constant memory; what makes the whole file unreadable is a UserError.
 """
@@ -33,7 +33,9 @@ _FOREIGN = {
     b"\xff\xfe": "UTF-16; save it as UTF-8 (iconv -f UTF-16 -t UTF-8)",
     b"\xfe\xff": "UTF-16; save it as UTF-8 (iconv -f UTF-16 -t UTF-8)",
 }
-_SPREAD = re.compile(rb"(?:\xef\xbb\xbf)?\s*(?:\[\s*\{|\[[ \t\r]*\n|\{[ \t\r]*\n)")  # a JSON array, or pretty-printed
+_SPREAD = re.compile(
+    rb"(?:\xef\xbb\xbf)?\s*(?:\[\s*\{|\[[ \t\r]*\n|\{[ \t\r]*\n)"
+)  # a JSON array, or pretty-printed
 _CONTROL = bytes(b for b in range(32) if b not in b"\t\n\r\f\x1b")
 
 Advance = Callable[[int], None]
@@ -48,7 +50,7 @@ class Broken(Exception):
 
 
 def read_jsonl(path: Path, advance: Advance = lambda _: None) -> Iterator[Record | Drop]:
-    """The records of a JSONL file, each fault a Drop. `advance` is told how many bytes of the file went by."""
+    """The records of a JSONL file, each fault a Drop. `advance` is told the bytes that went by."""
     expected = "text"
     for place, line in _lines(path, advance):
         if isinstance(line, Drop):
@@ -91,7 +93,9 @@ def require_file(path: Path, suffixes: tuple[str, ...]) -> None:
         raise UserError(f"{path}: is a directory, expected a file ({', '.join(suffixes)})")
     if _suffix(path) not in suffixes:
         known = ", ".join(suffixes)
-        raise UserError(f"{path}: '{_suffix(path) or 'no extension'}' is not one of {known} (also .gz, .zst); convert it")
+        raise UserError(
+            f"{path}: '{_suffix(path) or 'no extension'}' is not one of {known} (also .gz, .zst); convert it"
+        )
 
 
 def require_source(path: Path, kind: str) -> None:
@@ -115,7 +119,9 @@ def _document(path: Path, name: str, advance: Advance) -> Document | Drop:
         for piece in _unpacked(path, advance):
             held += piece
             if len(held) > MAX_LINE_BYTES:
-                return Drop("line_too_long", name, f"the text is longer than {MAX_LINE_BYTES >> 20} MiB; cut it")
+                return Drop(
+                    "line_too_long", name, f"the text is longer than {MAX_LINE_BYTES >> 20} MiB; cut it"
+                )
     except Broken as e:
         return Drop(e.reason, name, str(e))
     if b"\0" in held:
@@ -155,12 +161,14 @@ def _lines(path: Path, advance: Advance) -> Iterator[tuple[str, bytes | Drop]]:
 def _line(held: list[bytes], size: int, last: bytes, place: str) -> bytes | Drop:
     if size > MAX_LINE_BYTES:
         limit = MAX_LINE_BYTES >> 20
-        return Drop("line_too_long", place, f"the line has {size >> 20} MiB, the limit is {limit} MiB; cut it")
+        return Drop(
+            "line_too_long", place, f"the line has {size >> 20} MiB, the limit is {limit} MiB; cut it"
+        )
     return b"".join([*held, last]) if held else last
 
 
 def _unpacked(path: Path, advance: Advance) -> Iterator[bytes]:
-    """The file's bytes, unpacked, without a byte-order mark, in pieces; raises Broken where the packing breaks."""
+    """The file's bytes in pieces, unpacked, without byte-order mark; Broken where the packing breaks."""
     with _open(path) as f:
         head = f.read(4)
         f.seek(0)
@@ -182,7 +190,9 @@ def _open(path: Path) -> BinaryIO:
     try:
         return path.open("rb")
     except OSError as e:
-        raise UserError(f"{path}: cannot be read ({e.strerror}); check the path and its permissions") from None
+        raise UserError(
+            f"{path}: cannot be read ({e.strerror}); check the path and its permissions"
+        ) from None
 
 
 def _require_text(path: Path, head: bytes) -> None:
@@ -212,7 +222,9 @@ def _gunzip(f: BinaryIO, advance: Advance) -> Iterator[bytes]:
             try:
                 out = unpacker.decompress(data, _PIECE)
             except zlib.error as e:
-                raise Broken("damaged_file", f"the gzip data is damaged before byte {f.tell()} ({e})") from None
+                raise Broken(
+                    "damaged_file", f"the gzip data is damaged before byte {f.tell()} ({e})"
+                ) from None
             started = True
             if out:
                 yield out
@@ -227,7 +239,9 @@ def _gunzip(f: BinaryIO, advance: Advance) -> Iterator[bytes]:
             yield rest
         if unpacker.eof:
             return
-        raise Broken("truncated_file", f"the gzip data ends in the middle at byte {f.tell()}; fetch the file again")
+        raise Broken(
+            "truncated_file", f"the gzip data ends in the middle at byte {f.tell()}; fetch the file again"
+        )
 
 
 def _unzstd(f: BinaryIO, advance: Advance) -> Iterator[bytes]:
@@ -240,7 +254,9 @@ def _unzstd(f: BinaryIO, advance: Advance) -> Iterator[bytes]:
                 try:
                     out = unpacker.decompress(data)
                 except zstandard.ZstdError as e:
-                    raise Broken("damaged_file", f"the zstd data is damaged before byte {f.tell()} ({e})") from None
+                    raise Broken(
+                        "damaged_file", f"the zstd data is damaged before byte {f.tell()} ({e})"
+                    ) from None
                 started, data = True, b""
                 if out:
                     yield out
@@ -250,4 +266,6 @@ def _unzstd(f: BinaryIO, advance: Advance) -> Iterator[bytes]:
                     started = False
         advance(len(piece))
     if started:
-        raise Broken("truncated_file", f"the zstd data ends in the middle at byte {f.tell()}; fetch the file again")
+        raise Broken(
+            "truncated_file", f"the zstd data ends in the middle at byte {f.tell()}; fetch the file again"
+        )

@@ -1,4 +1,4 @@
-"""Datasets of Hugging Face (`hf:`) and ModelScope (`ms:`) → records, through their own libraries (extra 'hub').
+"""Datasets of Hugging Face (`hf:`) and ModelScope (`ms:`) → records, by their own libraries (extra 'hub').
 
 Enters: `owner/dataset` or a local folder in that format, and a split. Leaves: records and drops, row by row.
 """
@@ -43,7 +43,9 @@ def _huggingface(name: str, split: str) -> Iterable[Mapping[str, Any]]:
     try:
         if any((Path(name) / saved).exists() for saved in _SAVED):
             held = datasets.load_from_disk(name)
-            rows: Iterable[Mapping[str, Any]] = held[split] if isinstance(held, datasets.DatasetDict) else held
+            rows: Iterable[Mapping[str, Any]] = (
+                held[split] if isinstance(held, datasets.DatasetDict) else held
+            )
             return rows
         loaded: Iterable[Mapping[str, Any]] = datasets.load_dataset(name, split=split, streaming=True)
         return loaded

@@ -1,0 +1,193 @@
+"""`microlm run` and the commands that run one stage of a recipe.
+
+Enters: a recipe file and `key=value` words. Leaves: artifacts; a line a stage on stderr, JSON on stdout.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+import typer
+
+if TYPE_CHECKING:
+    from microlm.cli.pipeline import Planned
+    from microlm.core.recipe import StageRecipe
+
+RecipeFile = Annotated[Path, typer.Argument(help="a recipe file (.yaml)", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="values that replace the recipe's", show_default=False),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="show the resolved plan and run nothing")]
+
+# command words → (stage type, what it does, example)
+COMMANDS: dict[str, tuple[str, str, str]] = {
+    "data prepare": (
+        "data",
+        "Clean, deduplicate, split and audit the raw data.",
+        "data.source=jsonl:my.jsonl",
+    ),
+    "tokenizer train": ("tokenizer", "Train a tokenizer on prepared data.", "tokenizer.vocab_size=4000"),
+    "pretrain": ("pretrain", "Train a model from token shards.", "pretrain.tokens=1e6"),
+    "sft": ("sft", "Tune a model on conversations, wholly or by LoRA.", "seed=1"),
+    "eval predict": ("predict", "Let a model answer the held-out items.", "output=runs/mine"),
+    "eval score": ("score", "Score predictions, with intervals and baselines.", "output=runs/mine"),
+    "export merge": ("merge", "Merge a LoRA adapter into its model.", "output=runs/mine"),
+    "export hf": ("export", "Write a Hugging Face directory, checked against transformers.", "seed=1"),
+}
+GROUPS = {
+    "data": "Raw text to clean, split records.",
+    "tokenizer": "Text to token ids.",
+    "eval": "Answers to numbers.",
+    "export": "Weights to other weights.",
+}
+
+
+class Result(NamedTuple):
+    """What became of one stage."""
+
+    name: str
+    kind: str
+    key: str
+    digest: str
+    skipped: bool
+    seconds: float
+    path: str
+
+
+def register(app: typer.Typer) -> None:
+    """Add `run` and the one-stage commands."""
+    app.command("run", help=_RUN_HELP)(run)
+    groups = {name: typer.Typer(no_args_is_help=True, help=text) for name, text in GROUPS.items()}
+    for name, group in groups.items():
+        app.add_typer(group, name=name)
+    for words, (stage, help_text, example) in COMMANDS.items():
+        group_name, _, word = words.rpartition(" ")
+        owner = groups[group_name] if group_name else app
+        _add_stage_command(
+            owner, word, words, stage, f"{help_text}\n\n{_one_stage_help(words, stage, example)}"
+        )
+
+
+_RUN_HELP = """Run a pipeline, or one stage. What is finished already is skipped.
+
+A word KEY=VALUE replaces a value of the recipe: STAGE.KEY=VALUE in a stage, and output=, seed=,
+parallel.processes= for the whole pipeline. After an interruption the same command continues.
+
+\b
+Examples:
+  microlm run recipes/quickstart.yaml
+  microlm run recipes/quickstart.yaml output=runs/mine pretrain.tokens=1e6
+  microlm run recipes/quickstart.yaml --dry-run
+"""
+
+
+def run(
+    recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = False, dry_run: DryRun = False
+) -> None:
+    """Run every stage of a recipe."""
+    _run(recipe, overrides or [], None, as_json=as_json, dry_run=dry_run)
+
+
+def _one_stage_help(words: str, stage: str, example: str) -> str:
+    return f"""RECIPE is a recipe of this one stage (stage: {stage}), or a pipeline: then every stage up
+to its last '{stage}' stage is run. What is finished already is skipped.
+
+\b
+Example:
+  microlm {words} recipes/quickstart.yaml {example}
+"""
+
+
+def _add_stage_command(app: typer.Typer, word: str, words: str, stage: str, help_text: str) -> None:
+    def command(
+        recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = False, dry_run: DryRun = False
+    ) -> None:
+        _run(recipe, overrides or [], stage, as_json=as_json, dry_run=dry_run)
+
+    app.command(word, help=help_text)(command)
+
+
+def _run(path: Path, words: Sequence[str], stage: str | None, *, as_json: bool, dry_run: bool) -> None:
+    plan = plan_of(path, words, stage)
+    recipes = build_all(plan, str(path))
+    if dry_run:
+        _show_plan(plan, recipes, as_json)
+        return
+    results: list[Result] = []
+    started = time.monotonic()
+    try:
+        for result in run_all(plan, recipes):
+            results.append(result)
+            state = "skipped" if result.skipped else "done"
+            count = f"[{len(results)}/{len(plan)}]"
+            line = f"{count} {result.name:<12} {state:<7} {result.seconds:8.1f} s  {result.digest[:12]}"
+            typer.echo(line, err=True)
+    except KeyboardInterrupt:
+        name = plan[len(results)].name
+        typer.echo(f"\ninterrupted in stage '{name}'; run the same command again to continue", err=True)
+        raise typer.Exit(130) from None
+    if as_json:
+        typer.echo(json.dumps({"schema": 1, "stages": [r._asdict() for r in results]}, ensure_ascii=False))
+    else:
+        skipped = sum(r.skipped for r in results)
+        seconds = time.monotonic() - started
+        count = f"{len(results)} stage{'s' if len(results) > 1 else ''}"
+        typer.echo(f"{results[-1].path}: finished, {count} ({skipped} skipped), {seconds:.1f} s")
+
+
+def plan_of(path: Path, words: Sequence[str], stage: str | None = None) -> list[Planned]:
+    """The plan of a recipe file; with `stage`, up to its last stage of that type."""
+    from microlm.cli import pipeline, stages
+    from microlm.core.errors import UserError
+    from microlm.core.recipe import read_yaml
+
+    data = read_yaml(path)
+    if stage and "stages" not in data:
+        data = {"stage": stage, **data}
+        if data["stage"] != stage:
+            raise UserError(
+                f"{path}: is a recipe of stage '{data['stage']}', not '{stage}'; use 'microlm run {path}'"
+            )
+    plan = pipeline.resolve(data, words, stages.input_fields, str(path))
+    return pipeline.until(plan, stage, str(path)) if stage else plan
+
+
+def build_all(plan: Sequence[Planned], where: str) -> list[StageRecipe]:
+    """Every recipe of a plan, checked before the first stage runs."""
+    from microlm.cli import stages
+    from microlm.core.recipe import build
+
+    return [build(stages.load(p.stage).recipe, p.fields, f"{where}: stage {p.name}") for p in plan]
+
+
+def run_all(plan: Sequence[Planned], recipes: Sequence[StageRecipe]) -> Iterator[Result]:
+    """Run the stages in order; each result as it is there."""
+    from microlm.cli import stages
+    from microlm.core import manifest
+
+    for planned, recipe in zip(plan, recipes, strict=True):
+        started = time.monotonic()
+        before = manifest.find(recipe.out)
+        made = stages.load(planned.stage).run(recipe)
+        skipped = before is not None and before.manifest == made.manifest
+        seconds = round(time.monotonic() - started, 3)
+        yield Result(planned.name, made.kind, made.key, made.digest, skipped, seconds, recipe.out)
+
+
+def _show_plan(plan: Sequence[Planned], recipes: Sequence[StageRecipe], as_json: bool) -> None:
+    rows: list[dict[str, Any]] = [
+        {"name": p.name, "stage": p.stage, "recipe": r.model_dump(mode="json")}
+        for p, r in zip(plan, recipes, strict=True)
+    ]
+    if as_json:
+        typer.echo(json.dumps({"schema": 1, "plan": rows}, ensure_ascii=False))
+        return
+    import yaml
+
+    typer.echo(yaml.safe_dump(rows, allow_unicode=True, sort_keys=False), nl=False)

@@ -1,0 +1,58 @@
+"""The one table of stages: name → its module, recipe class and `run`. All are imported on use."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+from microlm.core.errors import UserError
+
+if TYPE_CHECKING:
+    from microlm.core.artifact import Artifact
+    from microlm.core.recipe import StageRecipe
+
+STAGES: dict[str, str] = {
+    "data": "microlm.text.prepare:PrepareRecipe:run",
+    "tokenizer": "microlm.text.train_tokenizer:TokenizerRecipe:run",
+    "tokenize": "microlm.text.shards:TokenizeRecipe:run",
+    "pretrain": "microlm.train.pretrain:PretrainRecipe:run",
+    "sft": "microlm.train.sft:SftRecipe:run",
+    "merge": "microlm.export.merge:MergeRecipe:run",
+    "predict": "microlm.eval.predict:PredictRecipe:run",
+    "score": "microlm.eval.score:ScoreRecipe:run",
+    "export": "microlm.export.hf:ExportRecipe:run",
+    "verify": "microlm.eval.verify.stage:VerifyRecipe:run",
+    "report": "microlm.eval.report:ReportRecipe:run",
+}
+
+
+class Stage(NamedTuple):
+    """A stage that has been imported."""
+
+    recipe: type[StageRecipe]
+    run: Callable[[StageRecipe], Artifact]
+
+
+def load(name: str) -> Stage:
+    """Import a stage of the table; a missing package is an error that names it."""
+    module_name, recipe_name, run_name = STAGES[name].split(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as e:
+        if (e.name or "").split(".")[0] == "microlm":
+            raise
+        raise UserError(
+            f"stage {name}: needs the package '{e.name}'; install it with pip install {e.name}"
+        ) from e
+    return Stage(getattr(module, recipe_name), getattr(module, run_name))
+
+
+def recipe_name(name: str) -> str:
+    """The recipe class of a stage, by name, without importing it."""
+    return STAGES[name].split(":")[1]
+
+
+def input_fields(name: str) -> tuple[str, ...]:
+    """The fields of a stage's recipe that name input artifacts."""
+    return load(name).recipe.input_fields()

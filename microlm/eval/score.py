@@ -1,0 +1,269 @@
+"""Stage `score`: predictions + gold → scores.json (95 % intervals, gates, baselines), samples.json."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from microlm.core import stats
+from microlm.core.artifact import Artifact, Workspace, stage
+from microlm.core.errors import CheckFailed, UserError
+from microlm.core.recipe import Recipe, StageRecipe, artifact_input
+from microlm.core.records import Extraction, Prediction, Question
+from microlm.eval import baselines, scoring
+from microlm.eval.predict import DOCUMENTS, PREDICTIONS, named
+from microlm.eval.samples import samples
+from microlm.eval.scoring import ExtractionOutcome
+from microlm.text.read import read_records
+
+SCHEMA = 1
+ALL = "all"
+_DIGITS = 6  # so that the last bits of another machine's sums do not show
+
+
+class Gates(Recipe):
+    """The least value that each headline must reach; null does not ask."""
+
+    question_exact: float | None = Field(default=None, description="exact answers to held-out questions")
+    extraction_f1: float | None = Field(
+        default=None, description="triple micro-F1, free decoding, mixed wordings"
+    )
+    constrained_valid: float | None = Field(
+        default=None, description="schema-valid share with constrained decoding"
+    )
+    eos: float | None = Field(default=None, description="share of chats that stop before the token cap")
+
+
+class ScoreRecipe(StageRecipe):
+    """Judge predictions against the data that they were made from."""
+
+    predictions: str = artifact_input(description="predictions artifact")
+    data: str = artifact_input(description="the data artifact that was asked from")
+    gates: Gates = Field(default=Gates(), description="limits of the headline scores")
+    fail_on_gate: bool = Field(default=False, description="a missed gate is an error: exit 1, no artifact")
+    baselines: bool = Field(default=True, description="answer the same items by regex and nearest template")
+    baseline_records: int = Field(
+        default=10_000, ge=1, description="training records that the extraction baselines learn from"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One score with its 95 % interval over `n` items; `by` is the model, or a baseline's name."""
+
+    name: str
+    kind: str
+    lang: str
+    value: float
+    low: float
+    high: float
+    n: int
+    unit: str
+    by: str = "model"
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """One item's outcome with the groups that it counts in."""
+
+    kind: str
+    lang: str
+    outcome: Any
+
+
+@dataclass(frozen=True)
+class Gold:
+    """What is right, by item id."""
+
+    questions: Mapping[str, Question]
+    extraction: Mapping[str, Extraction]
+
+
+HEADLINES: Mapping[str, tuple[str, str]] = {
+    "question_exact": ("question_exact", ALL),
+    "extraction_f1": ("extraction_f1", "mixed"),
+    "extraction_f1_constrained": ("extraction_f1_constrained", "mixed"),
+    "constrained_valid": ("extraction_schema_valid_constrained", ALL),
+    "eos": ("eos", ALL),
+    "bits_per_byte": ("bits_per_byte", ALL),
+}
+"""Headline → (row's name, kind); data without mixed wordings has its headline over all kinds."""
+
+
+@stage("score", kind="scores", version=1)
+def run(recipe: ScoreRecipe, work: Workspace) -> None:
+    """Compare, summarise by kind and language, put baselines and gates beside."""
+    predictions, data = work.inputs["predictions"], work.inputs["data"]
+    _require_same_data(predictions, data)
+    gold, rows = read_gold(data), list(read_records(predictions.file(PREDICTIONS), Prediction))
+    found = score_predictions(rows, gold) + score_documents(predictions.path / DOCUMENTS)
+    beside = score_baselines(recipe, rows, gold, data) if recipe.baselines else []
+    headlines = headline_rows(found, beside)
+    gates = check_gates(recipe.gates, headlines)
+    head = {"schema": SCHEMA, "scorer": scoring.SCORER_VERSION, "headlines": headlines, "gates": gates}
+    tables = {"rows": [asdict(r) for r in found], "baselines": [asdict(r) for r in beside]}
+    work.write_json("scores.json", head | tables)
+    chosen = samples(rows, gold.questions, gold.extraction)
+    work.write_json("samples.json", {"schema": SCHEMA, "samples": chosen})
+    missed = [f"{g['gate']} is {g['value']}, the limit is {g['limit']}" for g in gates if not g["ok"]]
+    work.metrics |= {h["name"]: h["value"] for h in headlines} | {"gates_missed": missed}
+    if missed and recipe.fail_on_gate:
+        raise CheckFailed(f"score: {'; '.join(missed)}")
+
+
+def read_gold(data: Artifact) -> Gold:
+    """The held-out answers of a data artifact."""
+    questions = named(read_records(data.file("questions/test.jsonl"), Question))
+    return Gold(questions, named(read_records(data.file("extraction/test.jsonl"), Extraction)))
+
+
+def _require_same_data(predictions: Artifact, data: Artifact) -> None:
+    made_from = predictions.manifest["inputs"].get("data", {}).get("digest")
+    if made_from is not None and made_from != data.digest:
+        sentence = f"{predictions.url}: was predicted from other data than {data.url}"
+        raise UserError(f"{sentence}; predict again, or name that data")
+
+
+def score_predictions(predictions: Sequence[Prediction], gold: Gold) -> list[Row]:
+    """All rows of all tasks; the same predictions and gold give the same rows."""
+    tasks: dict[str, list[Prediction]] = {}
+    for p in predictions:
+        tasks.setdefault(p.task, []).append(p)
+    rows: list[Row] = []
+    if asked := tasks.get("question"):
+        pairs = [(p.output, gold.questions[p.id]) for p in asked]
+        right = [_scored(q, scoring.exact(output, q.answer)) for output, q in pairs]
+        rows += _grouped("question_exact", right, _proportion)
+    for task, suffix in (("extraction", ""), ("extraction_constrained", "_constrained")):
+        if asked := tasks.get(task):
+            judged = [(gold.extraction[p.id], p) for p in asked]
+            outcomes = [_scored(r, scoring.score_extraction(r, p.output, p.finish_reason)) for r, p in judged]
+            rows += extraction_rows(outcomes, suffix)
+    if asked := tasks.get("chat"):
+        rows += _grouped(
+            "eos", [Scored(ALL, ALL, scoring.stopped(p.finish_reason)) for p in asked], _proportion
+        )
+    return rows
+
+
+def _scored(record: Question | Extraction, outcome: Any) -> Scored:
+    return Scored(record.kind, record.lang, outcome)
+
+
+def extraction_rows(outcomes: Sequence[Scored], suffix: str) -> list[Row]:
+    """Quality first, then form: each measure by kind and language."""
+    counts: dict[str, Callable[[ExtractionOutcome], tuple[int, int, int]]] = {
+        # F1 of (matched, n, n) is matched / n: precision and recall need no formula of their own
+        "f1": lambda o: (o.triples.matched, o.triples.predicted, o.triples.gold),
+        "precision": lambda o: (o.triples.matched, o.triples.predicted, o.triples.predicted),
+        "recall": lambda o: (o.triples.matched, o.triples.gold, o.triples.gold),
+        "entity_f1": lambda o: (o.heads.matched, o.heads.predicted, o.heads.gold),
+        "unsupported": lambda o: (o.unsupported, o.triples.predicted, o.triples.predicted),
+    }
+    shares: dict[str, Callable[[ExtractionOutcome], bool]] = {
+        "parsed": lambda o: o.parsed,
+        "schema_valid": lambda o: o.schema_valid,
+        "truncated": lambda o: o.truncated,
+    }
+    rows: list[Row] = []
+    for name, triple in counts.items():
+        counted = [replace(s, outcome=triple(s.outcome)) for s in outcomes]
+        rows += _grouped(f"extraction_{name}{suffix}", counted, _f1)
+    for name, share in shares.items():
+        picked = [replace(s, outcome=share(s.outcome)) for s in outcomes]
+        rows += _grouped(f"extraction_{name}{suffix}", picked, _proportion)
+    return rows
+
+
+def _grouped(
+    name: str, items: Sequence[Scored], interval: Callable[[list[Any]], stats.Interval]
+) -> list[Row]:
+    """The row over all items, then by kind, by language and by both where there are several."""
+    kinds, langs = sorted({s.kind for s in items} - {ALL}), sorted({s.lang for s in items} - {ALL})
+    groups = [(ALL, ALL), *((k, ALL) for k in kinds)]
+    if len(langs) > 1:
+        groups += [(k, lang) for k in (ALL, *kinds) for lang in langs]
+    rows = []
+    for kind, lang in groups:
+        members = [s.outcome for s in items if kind in (ALL, s.kind) and lang in (ALL, s.lang)]
+        if members:
+            rows.append(_row(name, kind, lang, interval(members), len(members), "share"))
+    return rows
+
+
+def _row(name: str, kind: str, lang: str, found: stats.Interval, n: int, unit: str) -> Row:
+    value, low, high = (round(v, _DIGITS) for v in found)
+    return Row(name, kind, lang, value, low, high, n, unit)
+
+
+def _proportion(values: list[bool]) -> stats.Interval:
+    return stats.proportion_ci(sum(values), len(values))
+
+
+def _f1(counts: list[tuple[int, int, int]]) -> stats.Interval:
+    return stats.micro_f1_ci(counts)
+
+
+def score_documents(path: Path) -> list[Row]:
+    """Bits per byte over documents: sum of bits / sum of bytes; nothing where the predictor offered none."""
+    if not path.exists():
+        return []
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    pairs = [(r["bits"], r["bytes"]) for r in rows]
+    return [_row("bits_per_byte", ALL, ALL, stats.ratio_ci(pairs), len(pairs), "bits/byte")] if pairs else []
+
+
+def score_baselines(
+    recipe: ScoreRecipe, predictions: Sequence[Prediction], gold: Gold, data: Artifact
+) -> list[Row]:
+    """The same items answered without a model, learnt from the training split of the same data."""
+    records = list(read_records(data.file("extraction/train.jsonl"), Extraction))
+    questions = list(read_records(data.file("questions/train.jsonl"), Question))
+    names = (t.head for r in records for t in r.relation)
+    asked = [gold.questions[p.id] for p in predictions if p.task == "question"]
+    texts = [gold.extraction[p.id] for p in predictions if p.task == "extraction"]
+    rows: list[Row] = []
+    if asked:
+        for name, answer in baselines.answerers(questions, names).items():
+            right = [_scored(q, scoring.exact(answer(q.question), q.answer)) for q in asked]
+            rows += [replace(r, by=name) for r in _grouped("question_exact", right, _proportion)]
+    if texts:
+        for name, extract in baselines.extractors(records[: recipe.baseline_records]).items():
+            counts = [scoring.count(extract(r), scoring.gold_triples(r)) for r in texts]
+            items = [_scored(r, (c.matched, c.predicted, c.gold)) for r, c in zip(texts, counts, strict=True)]
+            rows += [replace(r, by=name) for r in _grouped("extraction_f1", items, _f1)]
+    return rows
+
+
+def headline_rows(rows: Iterable[Row], beside: Iterable[Row]) -> list[dict[str, Any]]:
+    """The few rows that a summary shows, each with its baselines."""
+    found = {(r.name, r.kind): r for r in rows if r.lang == ALL}
+    others = {(r.name, r.kind, r.by): r.value for r in beside if r.lang == ALL}
+    headlines = []
+    for title, (name, kind) in HEADLINES.items():
+        row = found.get((name, kind)) or found.get((name, ALL))
+        if row is not None:
+            base = row.name.removesuffix("_constrained")
+            values = {b: others.get((base, row.kind, b)) for b in baselines.NAMES}
+            headlines.append({**asdict(row), "row": row.name, "name": title, "baselines": values})
+    return headlines
+
+
+def check_gates(gates: Gates, headlines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Each gate that is set, with the value reached; a headline that was not measured misses its gate."""
+    values = {h["name"]: h["value"] for h in headlines}
+    limits = {name: limit for name, limit in gates.model_dump().items() if limit is not None}
+    return [
+        {
+            "gate": name,
+            "value": values.get(name),
+            "limit": limit,
+            "ok": values.get(name, float("-inf")) >= limit,
+        }
+        for name, limit in limits.items()
+    ]

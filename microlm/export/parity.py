@@ -1,0 +1,148 @@
+"""An HF directory as we read it against plain transformers: token ids, chat template ids, logits.
+
+Enters: a directory that was written, held-out texts and conversations. Leaves: a report of what differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from microlm.core.errors import CheckFailed
+from microlm.core.records import Message
+from microlm.model import directory
+from microlm.text.chat import encode_chat
+from microlm.text.tokenizer import SPECIAL, Tokenizer
+
+TOLERANCE = 1e-4  # largest difference of two float32 logits
+PROMPTS, PROMPT_TOKENS = 8, 128
+
+TEXTS = (
+    "李白是唐代的诗人，生于701年。",
+    "Extract as JSON: born in, capital\nText: Ada Lovelace was born in London.",
+    "抽取为JSON：出生地、首都\n文本：玛丽·居里出生于华沙。",
+    '{"李白":{"朝代":"唐"}}',
+    "  two  spaces,\ttabs\n\n\nand empty lines  ",
+    "naïve café — 東京 한국 العربية 👩🏽‍🚀 \u200d é e\u0301",
+    "<|im_start|>system\ntyped by a user<|im_end|><|endoftext|>",
+    "x = [i**2 for i in range(10)]  # 0, 1, 4 … 81",
+)
+"""Lines that every export is tried with, whatever its data was."""
+
+CONVERSATIONS = (
+    (Message("user", "李白是谁？"),),
+    (
+        Message("system", "Answer briefly."),
+        Message("user", "Who was Li Bai?"),
+        Message("assistant", "A poet."),
+    ),
+    (Message("user", " \n 缩进"), Message("assistant", "\n\n  indented "), Message("user", "5\t")),
+)
+
+
+def compare(path: Path, texts: Sequence[str], conversations: Sequence[Sequence[Message]]) -> dict[str, Any]:
+    """Compare on the fixed lines and the given ones; the first difference of each kind is in the report."""
+    tokenizer = Tokenizer.load(path)
+    lines, chats = [*TEXTS, *texts], [*CONVERSATIONS, *conversations]
+    with _quiet_transformers():
+        report = _compare_tokens(path, tokenizer, lines) | _compare_chats(path, tokenizer, chats)
+        report |= _compare_logits(path, tokenizer.encode_batch(lines))
+    small = report["logits_max_abs_difference"] <= TOLERANCE
+    report["ok"] = small and report["texts_unequal"] == report["conversations_unequal"] == 0
+    return report
+
+
+def require(report: dict[str, Any], where: str) -> None:
+    """CheckFailed with what differs."""
+    if not report["ok"]:
+        raise CheckFailed(
+            f"{where}: transformers does not agree with us: {report['texts_unequal']} texts and "
+            f"{report['conversations_unequal']} conversations have other ids, logits differ by up to "
+            f"{report['logits_max_abs_difference']:.3g} (allowed {TOLERANCE:g}); see logs/parity.json"
+        )
+
+
+def _compare_tokens(path: Path, tokenizer: Tokenizer, texts: Sequence[str]) -> dict[str, Any]:
+    """Ids of texts; control tokens typed in them stay text on both sides."""
+    theirs = _auto_tokenizer(path)
+    ids = [theirs(t, add_special_tokens=False, split_special_tokens=True)["input_ids"] for t in texts]
+    unequal = [t for t, a, b in zip(texts, tokenizer.encode_batch(texts), ids, strict=True) if a != b]
+    return {
+        "texts": len(texts),
+        "texts_unequal": len(unequal),
+        "first_unequal_text": next(iter(unequal), None),
+    }
+
+
+def _compare_chats(path: Path, tokenizer: Tokenizer, chats: Sequence[Sequence[Message]]) -> dict[str, Any]:
+    """Ids of conversations by our walk and by the saved Jinja template; a generation prompt after a user."""
+    theirs = _auto_tokenizer(path)
+    plain = [c for c in chats if not any(token in m.content for token in SPECIAL for m in c)]
+    unequal: list[str] = []
+    for chat in plain:
+        ask = chat[-1].role == "user"
+        turns = [{"role": m.role, "content": m.content} for m in chat]
+        ids = theirs.apply_chat_template(turns, add_generation_prompt=ask, tokenize=True, return_dict=False)
+        if ids != encode_chat(tokenizer, chat, generation_prompt=ask)[0]:
+            unequal.append(chat[0].content)
+    first = next(iter(unequal), None)
+    return {
+        "conversations": len(plain),
+        "conversations_unequal": len(unequal),
+        "first_unequal_conversation": first,
+    }
+
+
+def _compare_logits(path: Path, ids: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """The largest difference over all positions of the first prompts, both in float32 from the same files."""
+    limit = min(PROMPT_TOKENS, directory.read_config(path).max_position_embeddings)
+    prompts = [torch.tensor([list(p[:limit])]) for p in ids if p][:PROMPTS]
+    ours, theirs = _our_logits(path, prompts), _their_logits(path, prompts)
+    differences = [float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True)]
+    return {
+        "prompts": len(prompts),
+        "positions": sum(p.shape[1] for p in prompts),
+        "logits_max_abs_difference": max(differences),
+        "tolerance": TOLERANCE,
+    }
+
+
+def _our_logits(path: Path, prompts: Sequence[Tensor]) -> list[Tensor]:
+    decoder = directory.load(path).eval()
+    with torch.inference_mode():
+        return [decoder(p) for p in prompts]
+
+
+def _their_logits(path: Path, prompts: Sequence[Tensor]) -> list[Tensor]:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True).eval()
+    with torch.inference_mode():
+        return [model(p).logits.float() for p in prompts]
+
+
+def _auto_tokenizer(path: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(path, local_files_only=True)
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No loading bars and no advice on a person's terminal, by transformers' own switches."""
+    from transformers.utils import logging
+
+    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,96 @@
+"""The resume state of an unfinished training stage: fp32 masters, optimizer state, step, history.
+
+`step-N.safetensors` holds the tensors, `step-N.json` (written last) their hash; private, deleted when the stage ends.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+
+from microlm.core import storage
+
+KEEP = 2
+
+
+@dataclass
+class Position:
+    """Where a run stands: the next step, tokens seen, and the logged rows so far."""
+
+    step: int = 0
+    tokens: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)
+
+
+def save(folder: Path, parameters: dict[str, nn.Parameter], optimizers: list[torch.optim.Optimizer], at: Position) -> None:
+    """Write a checkpoint for the step that comes next, then forget all but the last two."""
+    tensors = {f"weight.{n}": p.detach() for n, p in parameters.items()}
+    for name, state, key in _states(parameters, optimizers):
+        tensors[f"state.{name}.{key}"] = state[key]
+    data = save_tensors({n: t.contiguous() for n, t in tensors.items()})
+    stem = f"step-{at.step:08d}"
+    storage.write_atomic(folder / f"{stem}.safetensors", data)
+    head = {"step": at.step, "tokens": at.tokens, "history": at.history, "sha256": hashlib.sha256(data).hexdigest()}
+    storage.write_atomic(folder / f"{stem}.json", json.dumps(head).encode())
+    for old in sorted(folder.glob("step-*.json"))[:-KEEP]:
+        old.unlink()
+        old.with_suffix(".safetensors").unlink(missing_ok=True)
+
+
+def restore(folder: Path, parameters: dict[str, nn.Parameter], optimizers: list[torch.optim.Optimizer]) -> Position:
+    """Load the newest whole checkpoint into weights and optimizers; a damaged one falls back to the one before."""
+    for head_file in sorted(folder.glob("step-*.json"), reverse=True):
+        found = _read(head_file)
+        if found is None:
+            continue
+        head, tensors = found
+        with torch.no_grad():
+            for name, p in parameters.items():
+                p.copy_(tensors[f"weight.{name}"])
+        _restore_states(parameters, optimizers, tensors)
+        return Position(int(head["step"]), int(head["tokens"]), list(head["history"]))
+    return Position()
+
+
+def _read(head_file: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    try:
+        head = json.loads(head_file.read_bytes())
+        data = head_file.with_suffix(".safetensors").read_bytes()
+        if hashlib.sha256(data).hexdigest() != head["sha256"]:
+            return None
+        return head, load_tensors(data)
+    except (OSError, ValueError, KeyError, SafetensorError):
+        return None
+
+
+def _states(
+    parameters: dict[str, nn.Parameter], optimizers: list[torch.optim.Optimizer]
+) -> list[tuple[str, dict[str, Tensor], str]]:
+    """(parameter name, its state, key) of every tensor the optimizers keep."""
+    names = {id(p): n for n, p in parameters.items()}
+    return [
+        (names[id(p)], state, key)
+        for optimizer in optimizers
+        for p, state in optimizer.state.items()
+        for key in sorted(state)
+    ]
+
+
+def _restore_states(
+    parameters: dict[str, nn.Parameter], optimizers: list[torch.optim.Optimizer], tensors: dict[str, Tensor]
+) -> None:
+    owner = {id(p): o for o in optimizers for g in o.param_groups for p in g["params"]}
+    for name, p in parameters.items():
+        prefix = f"state.{name}."
+        state = {n.removeprefix(prefix): t.clone() for n, t in tensors.items() if n.startswith(prefix)}
+        if state and id(p) in owner:
+            owner[id(p)].state[p] = state

@@ -1,0 +1,268 @@
+"""The one training loop: batches + objective + optimizers → trained weights, resumable at every checkpoint.
+
+Enters: a decoder, packed rows, an objective. Leaves: the decoder trained in place, rows of metrics.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from microlm.core import runtime
+from microlm.core.errors import CheckFailed
+from microlm.core.metrics import MetricsLog, Progress
+from microlm.core.recipe import Recipe
+from microlm.model.transformer import Decoder, masked_attention, spelled_attention
+from microlm.train import checkpoint, optim
+from microlm.train.batches import Batch, PackedRows, document_mask
+from microlm.train.checkpoint import Position
+from microlm.train.objectives import Objective
+from microlm.train.ranks import Ranks
+
+Forward = Callable[[Tensor, Tensor], Tensor]
+
+
+class LoopRecipe(Recipe):
+    """How long, how much at once, how precise."""
+
+    tokens: int = Field(2_000_000, ge=1, description="positions to train on, padding included")
+    context: int = Field(256, ge=16, description="tokens of a row")
+    batch_rows: int = Field(16, ge=1, description="rows of a step, over all processes")
+    micro_rows: int = Field(8, ge=1, description="rows of one forward pass")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="precision of the products")
+    compile: bool = Field(True, description="torch.compile (3-7 times faster; needs a C++ compiler)")
+    checkpoint_steps: int = Field(100, ge=1, description="steps between resume checkpoints")
+    log_steps: int = Field(10, ge=1, description="steps between logged rows")
+    validation_steps: int = Field(200, ge=1, description="steps between validations")
+    validation_rows: int = Field(32, ge=0, description="rows of one validation; 0 for none")
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return max(1, self.tokens // (self.batch_rows * self.context))
+
+    def compute_dtype(self) -> torch.dtype:
+        """The torch dtype; auto takes bf16 where it is native."""
+        if self.dtype == "auto":
+            return torch.bfloat16 if runtime.has_fast_bfloat16() else torch.float32
+        return runtime.torch_dtype(self.dtype)
+
+
+@dataclass
+class Job:
+    """What a run needs besides the decoder."""
+
+    loop: LoopRecipe
+    optim: optim.OptimRecipe
+    objective: Objective
+    train: PackedRows
+    validation: PackedRows | None
+    resume: Path
+    logs: Path
+    name: str
+
+
+def train(ranks: Ranks, decoder: Decoder, job: Job) -> Position:
+    """Train to the end (from the last checkpoint if there is one); Ctrl-C saves, then raises KeyboardInterrupt."""
+    loop = job.loop
+    parameters = {n: p for n, p in decoder.named_parameters() if p.requires_grad}
+    optimizers = optim.make(decoder, job.optim)
+    at = checkpoint.restore(job.resume, parameters, optimizers)
+    forward = make_forward(decoder, loop)
+    _warm_up(ranks, forward, decoder, job)
+    stream = job.train.batches(loop.batch_rows, start=at.step)
+    with _stop_flag() as stopped, _Reporter(ranks, job, at) as report:
+        report.validate_first(forward, decoder)
+        while at.step < loop.steps:
+            factor = optim.set_rates(optimizers, job.optim, at.step, loop.steps)
+            batch = next(stream)
+            loss = _accumulate(ranks, forward, decoder, batch, job)
+            total, stop = _reduce(ranks, list(parameters.values()), loss, stopped())
+            mean = total / max(1, batch.label_count)
+            if not math.isfinite(mean):
+                raise CheckFailed(f"{job.name}: loss is {mean} at step {at.step}; lower the rates (optim.*) and run again")
+            torch.nn.utils.clip_grad_norm_(parameters.values(), job.optim.clip_norm)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            at.step += 1
+            at.tokens += loop.batch_rows * loop.context
+            report.step(mean, factor, forward, decoder)
+            if ranks.rank == 0 and (stop or at.step % loop.checkpoint_steps == 0) and at.step < loop.steps:
+                checkpoint.save(job.resume, parameters, optimizers, at)
+            if stop and at.step < loop.steps:
+                raise KeyboardInterrupt
+    return at
+
+
+def make_forward(decoder: Decoder, loop: LoopRecipe) -> Forward:
+    """`(input_ids [R,T], mask [R,1,T,T]) → hidden [R,T,D]`; one block is compiled and serves all layers."""
+    positions = torch.arange(loop.context, device=decoder.cos.device)
+    block_call = _block
+    if loop.compile:
+        runtime.set_env("TORCHINDUCTOR_CACHE_DIR", str(runtime.cache_dir() / "inductor"))
+        block_call = torch.compile(_fused_block, dynamic=False)
+
+    def forward(input_ids: Tensor, mask: Tensor) -> Tensor:
+        x, (cos, sin) = decoder.embed(input_ids, positions)
+        for block in decoder.model.layers:
+            x = block_call(block, x, cos, sin, mask)
+        return decoder.model.norm(x)
+
+    return forward
+
+
+def _block(block: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
+    return block(x, (cos, sin), 0, lambda layer, q, k, v: masked_attention(q, k, v, mask))
+
+
+def _fused_block(block: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
+    return block(x, (cos, sin), 0, lambda layer, q, k, v: spelled_attention(q, k, v, mask))
+
+
+def _warm_up(ranks: Ranks, forward: Forward, decoder: Decoder, job: Job) -> None:
+    """Compile on rank 0 alone, then let the others find its kernels in the cache: half the work on few cores."""
+    if not job.loop.compile:
+        return
+    batch = next(job.train.batches(job.loop.batch_rows)).rows(0, job.loop.micro_rows)
+    for turn in range(min(2, ranks.size)):
+        if (ranks.rank == 0) == (turn == 0):
+            with Progress(f"{job.name}: compiling", None, "passes") if turn == 0 else nullcontext():
+                _losses(forward, decoder, batch, job.objective).backward()
+        ranks.sum_(torch.zeros(1))
+    for p in decoder.parameters():
+        p.grad = None
+
+
+def _losses(forward: Forward, decoder: Decoder, batch: Batch, objective: Objective) -> Tensor:
+    mask = document_mask(batch.segments, decoder.compute_dtype)
+    return objective(forward(batch.input_ids, mask), decoder, batch)
+
+
+def _accumulate(ranks: Ranks, forward: Forward, decoder: Decoder, batch: Batch, job: Job) -> Tensor:
+    """Gradients of this rank's micro-batches, weighted by the labels of the whole batch; returns the summed loss."""
+    size = job.loop.micro_rows
+    total = torch.zeros(())
+    for number, start in enumerate(range(0, job.loop.batch_rows, size)):
+        if number % ranks.size == ranks.rank:
+            loss = _losses(forward, decoder, batch.rows(start, start + size), job.objective)
+            (loss / max(1, batch.label_count)).backward()
+            total += loss.detach()
+    return total
+
+
+def _reduce(ranks: Ranks, parameters: list[nn.Parameter], loss: Tensor, stop: bool) -> tuple[float, bool]:
+    """Sum gradients, loss and the wish to stop over all ranks, in one message."""
+    if ranks.size == 1:
+        return float(loss), stop
+    grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
+    flat = torch.cat([*(g.flatten() for g in grads), torch.stack([loss, torch.tensor(float(stop))])])
+    ranks.sum_(flat)
+    pieces = flat[:-2].split([p.numel() for p in parameters])
+    for p, piece in zip(parameters, pieces, strict=True):
+        p.grad = piece.view_as(p)
+    return float(flat[-2]), bool(flat[-1] > 0)
+
+
+@torch.no_grad()
+def validation_loss(forward: Forward, decoder: Decoder, job: Job) -> float:
+    """Mean loss of the first validation rows, in nats per label."""
+    assert job.validation is not None
+    total, count = 0.0, 0
+    stream = job.validation.batches(job.loop.micro_rows)
+    for _ in range(max(1, job.loop.validation_rows // job.loop.micro_rows)):
+        batch = next(stream)
+        total += float(_losses(forward, decoder, batch, job.objective))
+        count += batch.label_count
+    return total / max(1, count)
+
+
+class _Reporter:
+    """Rank 0's progress line, metrics and history; silent on the others."""
+
+    def __init__(self, ranks: Ranks, job: Job, at: Position) -> None:
+        self.job, self.at, self.active = job, at, ranks.rank == 0
+        if self.active:
+            self.bar = Progress(job.name, job.loop.steps * job.loop.batch_rows * job.loop.context, "tokens")
+            self.log = MetricsLog(job.logs)
+            for row in at.history:
+                self.log.log(int(row["step"]), **{k: v for k, v in row.items() if k != "step"})
+        self.window: list[float] = []
+        self.started = time.monotonic()
+
+    def __enter__(self) -> _Reporter:
+        if self.active:
+            self.bar.__enter__()
+            self.bar.update(self.at.tokens)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self.active:
+            self.bar.__exit__(*error)
+            self.log.close()
+
+    def validate_first(self, forward: Forward, decoder: Decoder) -> None:
+        """The loss before any step, so that a curve starts where the run did."""
+        if self.at.step == 0:
+            self._validate(forward, decoder, {"tokens": 0.0})
+
+    def step(self, loss: float, factor: float, forward: Forward, decoder: Decoder) -> None:
+        """Report a finished step."""
+        if not self.active:
+            return
+        loop = self.job.loop
+        self.window.append(loss)
+        self.bar.update(loop.batch_rows * loop.context, loss=sum(self.window[-50:]) / len(self.window[-50:]))
+        last = self.at.step == loop.steps
+        if self.at.step % loop.log_steps and not last:
+            return
+        recent = self.window[-loop.log_steps :]
+        row = {"tokens": float(self.at.tokens), "loss": sum(recent) / len(recent), "rate": factor}
+        if last or self.at.step % loop.validation_steps == 0:
+            self._validate(forward, decoder, row)
+        else:
+            self._write(row)
+
+    def _validate(self, forward: Forward, decoder: Decoder, row: dict[str, float]) -> None:
+        if self.active and self.job.validation is not None and self.job.loop.validation_rows:
+            self._write(row | {"validation_loss": validation_loss(forward, decoder, self.job)})
+        elif self.active and len(row) > 1:
+            self._write(row)
+
+    def _write(self, row: dict[str, float]) -> None:
+        self.at.history.append({"step": float(self.at.step), **row})
+        self.log.log(self.at.step, **row)
+
+
+@contextmanager
+def _stop_flag() -> Iterator[Callable[[], bool]]:
+    """Turn SIGINT and SIGTERM into a flag that the loop reads between steps."""
+    hit = False
+
+    def remember(number: int, frame: object) -> None:
+        nonlocal hit
+        if hit:
+            raise KeyboardInterrupt
+        hit = True
+
+    try:
+        before = {s: signal.signal(s, remember) for s in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread: nobody to interrupt
+        before = {}
+    if signal.getsignal(signal.SIGINT) is None:
+        before = {}
+    try:
+        yield lambda: hit
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,85 @@
+"""Stage `sft`: conversations → a tuned model, or (with a `lora:` block) an adapter of the input model.
+
+Architecture, tokenizer and template come from the input artifact; only assistant tokens and their EOS are labels.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from pydantic import Field
+
+from microlm.core import runtime
+from microlm.core.artifact import Workspace, stage
+from microlm.core.manifest import Artifact, Kind
+from microlm.core.recipe import Recipe, StageRecipe, artifact_input
+from microlm.model import directory, lora
+from microlm.text.shards import open_sets
+from microlm.text.tokenizer import copy_files
+from microlm.train import objectives
+from microlm.train.batches import PackedRows
+from microlm.train.loop import Job, LoopRecipe, train
+from microlm.train.optim import OptimRecipe
+from microlm.train.pretrain import write_summary
+from microlm.train.ranks import Ranks, launch
+
+
+class LoraRecipe(Recipe):
+    """A low-rank adapter instead of all weights."""
+
+    rank: int = Field(16, ge=1, description="rank of the update")
+    alpha: float = Field(32.0, gt=0, description="the update's scale is alpha / rank")
+    targets: tuple[str, ...] = Field((), description="matrices by name; empty for all linear ones")
+
+    def config(self) -> lora.LoraConfig:
+        """The model room's form of it."""
+        return lora.LoraConfig(self.rank, self.alpha, self.targets or "all-linear")
+
+
+class SftRecipe(StageRecipe):
+    """Tune a model on conversations."""
+
+    model: str = artifact_input(description="model artifact to start from")
+    shards: str = artifact_input(description="shards artifact with conversations")
+    mixture: dict[str, float] = Field({}, description="task (or documents) → share of the tokens; empty: all conversations, equal")
+    lora: LoraRecipe | None = Field(None, description="train an adapter of this shape; none: all weights")
+    loop: LoopRecipe = Field(LoopRecipe(), description="length, batch, precision")
+    optim: OptimRecipe = Field(OptimRecipe(), description="rates and schedule")
+
+
+def _kind(recipe: SftRecipe) -> Kind:
+    return "adapter" if recipe.lora else "model"
+
+
+@stage("sft", _kind, version=1)
+def run(recipe: SftRecipe, work: Workspace) -> None:
+    """Load the model, train on every rank, save weights or adapter with the model's own tokenizer files."""
+    model = work.inputs["model"]
+    launch(recipe.parallel, _rank, recipe, model, work.inputs["shards"].path, work.path)
+    copy_files(model.path, work.path)
+    work.metrics.update(json.loads((work.logs / "summary.json").read_bytes()))
+
+
+def _rank(ranks: Ranks, recipe: SftRecipe, model: Artifact, shards: Path, out: Path) -> None:
+    runtime.set_seed(recipe.seed)
+    decoder = directory.load(model.path, recipe.loop.compute_dtype())
+    if recipe.lora:
+        generator = torch.Generator().manual_seed(runtime.derive_seed(recipe.seed, "lora"))
+        lora.apply(decoder, recipe.lora.config(), generator)
+    prefix = "" if "documents" in recipe.mixture else "conversations-"
+    rows = PackedRows(open_sets(shards, prefix, "train"), recipe.mixture, recipe.loop.context, recipe.seed)
+    held_out = open_sets(shards, prefix, "validation")
+    weights = {n: w for n, w in recipe.mixture.items() if n in held_out}
+    validation = PackedRows(held_out, weights, recipe.loop.context, seed=0)
+    name = "lora" if recipe.lora else "sft"
+    resume, logs = out / "resume", out / "logs"
+    job = Job(recipe.loop, recipe.optim, objectives.next_token, rows, validation, resume, logs, name)
+    at = train(ranks, decoder, job)
+    if ranks.rank == 0:
+        write_summary(logs, decoder, at.history, at.tokens, rows.dropped)
+        if recipe.lora:
+            lora.save_adapter(decoder, out, base_name=model.path.name, base_digest=model.digest)
+        else:
+            directory.save(decoder, out)

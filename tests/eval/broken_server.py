@@ -1,0 +1,154 @@
+"""A small OpenAI-compatible server without a model, written by hand, which can be broken in one place at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import random
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, ClassVar
+
+WORDS = "the sea was calm and the old boat went far out to where no bird had ever been seen before".split()
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers as it should, except where `fault` says otherwise. One word is one token."""
+
+    fault: ClassVar[str] = ""
+    counter: ClassVar[Iterator[int]] = itertools.count()
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        if self.path == "/health":
+            self.send_json({}, 500 if self.fault == "unhealthy" else 200)
+        elif self.path == "/v1/models":
+            data = [] if self.fault == "no models" else [{"id": "toy", "object": "model"}]
+            self.send_json({"object": "list", "data": data})
+        else:
+            self.refuse(404, "no such route")
+
+    def do_POST(self) -> None:
+        raw = self.rfile.read(int(self.headers["Content-Length"]))
+        try:
+            body = json.loads(raw)
+            float(body.get("temperature", 1))
+            messages = [{"content": body["prompt"]}] if self.path == "/v1/completions" else list(body["messages"])
+        except (ValueError, TypeError, KeyError):
+            return self.refuse(400, "bad request")
+        if body["model"] != "toy" and self.fault != "any model":
+            return self.refuse(404, "no such model")
+        if self.path == "/v1/completions" and self.fault == "no completions":
+            return self.refuse(404, "no such route")
+        text, reason, counts = self.generate(body, messages)
+        if self.path == "/v1/completions":
+            choice = {"index": 0, "text": text, "finish_reason": reason}
+            return self.send_json({"id": "cmpl-1", "object": "text_completion", "choices": [choice], "usage": counts})
+        if body.get("stream"):
+            return self.send_stream(text, reason, counts)
+        choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": reason}
+        head = {"id": "chatcmpl-1", "object": "chat.completion", "created": 1, "model": "toy"}
+        return self.send_json(head | {"choices": [choice], "usage": counts})
+
+    def generate(self, body: dict[str, Any], messages: list[dict[str, str]]) -> tuple[str, str, dict[str, int]]:
+        if self.fault == "history ignored":
+            messages = messages[-1:]
+        prompt = " ".join(m["content"] for m in messages)
+        warm = body.get("temperature", 1) > 0
+        seed = body.get("seed", 0) if warm else 0
+        if warm and self.fault == "seed ignored":
+            seed = next(self.counter)
+        mixer = random.Random(hashlib.sha256(f"{prompt}{seed}".encode()).digest())
+        limit = 40 if self.fault == "max_tokens ignored" else body["max_tokens"]
+        tokens = [mixer.choice(WORDS) + " " for _ in range(min(limit, 40))]
+        reason = "length" if len(tokens) == limit or self.fault == "max_tokens ignored" else "stop"
+        text = "".join(tokens)
+        if "response_format" in body and self.fault != "schema ignored":
+            text, reason = self.fill(body["response_format"]["json_schema"]["schema"]), "stop"
+        for stop in body.get("stop", []):
+            if stop in text and self.fault != "stop ignored":
+                text, reason = text[: text.index(stop)], "stop"
+                if self.fault == "stop kept":
+                    text += stop
+        extra = 3 if self.fault == "usage wrong" else 0
+        asked, made = len(prompt.split()), len(tokens) + extra
+        total = asked + made + (1 if self.fault == "usage does not add up" else 0)
+        return text, reason, {"prompt_tokens": asked, "completion_tokens": made, "total_tokens": total}
+
+    def fill(self, schema: dict[str, Any]) -> str:
+        values = {"string": "Li Bai", "boolean": False}
+        made = {
+            name: p["const"] if "const" in p else p["enum"][0] if "enum" in p else values[p["type"]]
+            for name, p in schema["properties"].items()
+        }
+        return json.dumps(made, ensure_ascii=False)
+
+    def send_stream(self, text: str, reason: str, counts: dict[str, int]) -> None:
+        if self.fault == "stream not offered":
+            return self.refuse(400, "no streams")
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Connection", "close")
+        self.end_headers()
+        pieces = [text[i : i + 3] for i in range(0, len(text), 3)]
+        if self.fault == "chunk twice":
+            pieces.insert(1, pieces[0])
+        if self.fault == "split characters":
+            pieces = ["\ufffd\ufffd" if not p.isascii() else p for p in pieces]
+        first = {} if self.fault == "no role" else {"role": "assistant", "content": ""}
+        deltas: list[tuple[dict[str, str], str | None]] = [(first, None), *(({"content": p}, None) for p in pieces)]
+        deltas.append(({}, None if self.fault == "no reason" else reason))
+        for number, (delta, why) in enumerate(deltas):
+            self.send_chunk(number, [{"index": 0, "delta": delta, "finish_reason": why}])
+        if self.fault != "no usage chunk":
+            self.send_chunk(len(deltas), [], usage=counts)
+        if self.fault != "no DONE":
+            self.wfile.write(b"data: [DONE]\n\n")
+        self.close_connection = True
+
+    def send_chunk(self, number: int, choices: list[Any], **more: Any) -> None:
+        name = f"chatcmpl-{number}" if self.fault == "ids change" else "chatcmpl-1"
+        head = {"id": name, "object": "chat.completion.chunk", "created": 1, "model": "toy"}
+        data = json.dumps(head | {"choices": choices} | more, ensure_ascii=False)
+        self.wfile.write(f"data: {data}\n\n".encode())
+
+    def refuse(self, status: int, message: str) -> None:
+        if self.fault == "error not JSON":
+            self.send_bytes(b"<h1>Bad Request</h1>", status, "text/html")
+        elif self.fault == "error 500":
+            self.send_json({"error": {"message": message}}, 500)
+        else:
+            self.send_json({"error": {"message": message}}, status)
+
+    def send_json(self, value: Any, status: int = 200) -> None:
+        self.send_bytes(json.dumps(value, ensure_ascii=False).encode(), status, "application/json")
+
+    def send_bytes(self, content: bytes, status: int, kind: str) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+
+@contextmanager
+def broken(fault: str = "") -> Iterator[str]:
+    """The URL of a server with this fault."""
+    kind = type("Broken", (Handler,), {"fault": fault, "counter": itertools.count()})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), kind)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join(5)

@@ -1,0 +1,105 @@
+"""parse(answer) = the triples asked for; the schema admits gold answers and nothing of another shape."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from artifacts import write_data, write_tokenizer
+from hypothesis import given
+from hypothesis import strategies as st
+
+from microlm.core.records import Triple
+from microlm.text.extraction import MAX_CHARS, MAX_HEADS, MAX_TAILS, answer, json_schema, parse, prompt
+
+NAME = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=MAX_CHARS)
+ALLOWED = ["朝代", "出生地", "born in"]
+TRIPLES = st.lists(st.builds(Triple, NAME, st.sampled_from([*ALLOWED, "not asked"]), NAME), max_size=8)
+
+
+@given(triples=TRIPLES)
+def test_parse_of_answer_is_what_was_asked(triples: list[Triple]) -> None:
+    asked = frozenset((t.head, t.relation, t.tail) for t in triples if t.relation in ALLOWED)
+    assert parse(answer(triples, ALLOWED)) == asked
+
+
+def test_answer_is_compact_and_in_the_order_asked() -> None:
+    triples = [
+        Triple("杜甫", "出生地", "巩县"),
+        Triple("李白", "出生地", "碎叶"),
+        Triple("李白", "朝代", "唐"),
+        Triple("杜甫", "出生地", "巩县"),
+        Triple("李白", "出生地", '"四川"'),
+    ]
+    expected = '{"杜甫":{"出生地":"巩县"},"李白":{"朝代":"唐","出生地":["碎叶","\\"四川\\""]}}'
+    assert answer(triples, ["朝代", "出生地"]) == expected
+    assert answer([], ALLOWED) == "{}"
+
+
+@pytest.mark.parametrize(
+    "output",
+    [
+        "", "李白", "[]", '"x"', "null", '{"a":1}', '{"a":"b"}', '{"a":["b"]}', '{"a":{"b":1}}',
+        '{"a":{"b":null}}',
+        '{"a":{"b":["c",1]}}', '{"a":{"b":{"c":"d"}}}', '{"a":{"b":"c"}', '{"a":{"b":"c"}} x', "[" * 100_000,
+        '```json\n{"a":{"b":"c"}}\n```',
+    ],
+)  # fmt: skip
+def test_other_shapes_are_not_parsed(output: str) -> None:
+    assert parse(output) is None
+
+
+def test_prompt_names_relations_and_text() -> None:
+    assert prompt("李白是诗人", ["朝代", "职业"]) == "抽取为JSON：朝代、职业\n文本：李白是诗人"
+    assert prompt("Li Bai", ["dynasty", "job"], "en") == "Extract as JSON: dynasty, job\nText: Li Bai"
+
+
+@pytest.fixture(scope="module")
+def accepts(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Whether llguidance, on a byte-level vocabulary, accepts a whole text under a schema."""
+    llguidance = pytest.importorskip("llguidance")
+    from llguidance.hf import from_tokenizer
+    from transformers import AutoTokenizer
+
+    root = tmp_path_factory.mktemp("run")
+    path = write_tokenizer(root / "t", write_data(root / "data"), vocab_size=259).path
+    theirs = AutoTokenizer.from_pretrained(path)
+    inner = from_tokenizer(theirs)
+
+    def check(schema: dict[str, Any], text: str) -> bool:
+        grammar = llguidance.LLMatcher.grammar_from_json_schema(
+            json.dumps(schema), {"whitespace_flexible": False, "item_separator": ",", "key_separator": ":"}
+        )
+        matcher = llguidance.LLMatcher(inner, grammar)
+        ids = theirs.encode(text, add_special_tokens=False)
+        return matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()
+
+    return check
+
+
+@pytest.mark.parametrize(
+    "triples",
+    [
+        [],
+        [Triple("李白", "朝代", "唐")],
+        [Triple('Li "Bai"', "born in", "长" * MAX_CHARS)],
+        [Triple("李白", "出生地", f"地{i}") for i in range(MAX_TAILS)],
+        [Triple(f"人{i}", relation, "x") for i in range(MAX_HEADS) for relation in ALLOWED],
+    ],
+)  # fmt: skip
+def test_schema_admits_gold_answers(accepts: Any, triples: list[Triple]) -> None:
+    assert accepts(json_schema(ALLOWED), answer(triples, ALLOWED))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]", '{"李白":"唐"}', '{"李白":{"职业":"诗人"}}', '{"李白":{"朝代":1}}', '{"李白":{"朝代":""}}',
+        '{"":{"朝代":"唐"}}', '{"Li\\nBai":{"朝代":"唐"}}', '{"李白": {"朝代":"唐"}}', '{"a":{"b":"c"}}x',
+        '{"李白":{"朝代":"' + "长" * (MAX_CHARS + 1) + '"}}',
+        "{" + ",".join(f'"{i}":{{"朝代":"x"}}' for i in range(MAX_HEADS + 1)) + "}",
+    ],
+)  # fmt: skip
+def test_schema_refuses_other_shapes(accepts: Any, text: str) -> None:
+    assert not accepts(json_schema(ALLOWED), text)
