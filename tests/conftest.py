@@ -1,1 +1,26 @@
 """Fixtures of all rooms; its folder is on the path, so that tests can import `tiny_model`."""
+
+import pytest
+
+from microlm.core import runtime
+
+
+def _skipped(config: pytest.Config) -> list[str]:
+    """The skips that this process reports; a worker of xdist reports none, its controller all of them."""
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    skips = reporter.stats.get("skipped", []) if reporter is not None else []
+    return [f"{report.nodeid}: {report.longrepr[2] if report.longrepr else 'no reason'}" for report in skips]
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """In CI a skip is a failure: what does not run there runs nowhere."""
+    if runtime.is_ci() and exitstatus == pytest.ExitCode.OK and _skipped(session.config):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Name what was skipped, above the last line."""
+    if runtime.is_ci() and (skipped := _skipped(config)):
+        terminalreporter.section("skipped, and CI allows none", red=True)
+        for line in skipped:
+            terminalreporter.write_line(line)

@@ -1,4 +1,4 @@
-"""Real servers in threads, for tests: the real engine on a tiny random model behind uvicorn, or any application."""
+"""Real servers in threads: the real engine on a tiny random model behind uvicorn, or any application."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def run_app(app: Any) -> Iterator[tuple[str, listen.Door]]:
     url = listen.address_of(listener)
     thread = threading.Thread(target=door.run, args=([listener],), daemon=True)
     thread.start()
-    assert ready.wait(20)
+    assert ready.wait(60)
     yield url, door
     door.should_exit = True
-    thread.join(20)
+    thread.join(60)
     assert not thread.is_alive()
 
 

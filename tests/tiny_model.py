@@ -1,4 +1,4 @@
-"""A tiny random model with a byte-level tokenizer, written as an HF directory. For tests of engine, server and verify."""
+"""A tiny random model with a byte-level tokenizer, as an HF directory: for tests of server and verify."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from microlm.model.transformer import Decoder
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 
-def write_tiny_model(path: Path, seed: int = 0, window: int = 512, letters_only: bool = True) -> Path:
-    """2 layers, d 32, one token per byte. `letters_only` makes the ids of lower-case letters far more likely."""
+def write_tiny_model(path: Path, seed: int = 0, window: int = 512) -> Path:
+    """2 layers, d 32, one token per byte. It says lower-case letters, so that any cut of its text is text."""
     path.mkdir(parents=True, exist_ok=True)
     names = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     inner = Tokenizer(models.BPE(vocab={n: i for i, n in enumerate(names)}, merges=[]))
@@ -42,9 +42,8 @@ def write_tiny_model(path: Path, seed: int = 0, window: int = 512, letters_only:
         for weight in decoder.parameters():
             if weight.dim() > 1:
                 weight.normal_(0, 0.4)
-        if letters_only:
-            head = dict(decoder.named_parameters())["lm_head.weight"]
-            quiet = [i for i, n in enumerate(names) if not (len(n) == 1 and "a" <= n <= "z")]
-            head[quiet] *= 0.01
+        head = dict(decoder.named_parameters())["lm_head.weight"]
+        quiet = [i for i, n in enumerate(names) if not (len(n) == 1 and "a" <= n <= "z")]
+        head[quiet] *= 0.01
     directory.save(decoder, path)
     return path

@@ -1,4 +1,4 @@
-"""Two stages that take no time: `seed_text` writes a text, `double` reads one artifact and writes it twice."""
+"""Two stages that take no time: `write_text` writes a text, `double` reads one and writes it twice."""
 
 from __future__ import annotations
 

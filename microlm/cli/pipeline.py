@@ -54,7 +54,7 @@ def until(plan: Sequence[Planned], stage: str, where: str) -> list[Planned]:
 
 def _single(data: Mapping[str, Any], words: Sequence[str], where: str) -> Planned:
     stage = _stage_type(data, where)
-    # `output=` and `pretrain.tokens=` mean here what they mean for a pipeline
+    # `output=` and `pretrain.loop.tokens=` mean here what they mean for a pipeline
     heads = {"output": "out", stage: ""} if stage not in data else {"output": "out"}
     fields = apply_overrides(data, [_rename_head(word, heads) for word in words])
     fields.pop("stage")
@@ -121,7 +121,7 @@ def _stage_type(entry: Mapping[str, Any], where: str) -> str:
     stage = entry.get("stage")
     if stage is None:
         raise UserError(f"{where}: key 'stage' is missing; {_known_stages()}")
-    if stage not in STAGES:
+    if not isinstance(stage, str) or stage not in STAGES:
         raise UserError(f"{where}: no stage type '{stage}'; {nearest(str(stage), STAGES)}")
     return str(stage)
 

@@ -33,7 +33,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "data.source=jsonl:my.jsonl",
     ),
     "tokenizer train": ("tokenizer", "Train a tokenizer on prepared data.", "tokenizer.vocab_size=4000"),
-    "pretrain": ("pretrain", "Train a model from token shards.", "pretrain.tokens=1e6"),
+    "pretrain": ("pretrain", "Train a model from token shards.", "pretrain.loop.tokens=1e6"),
     "sft": ("sft", "Tune a model on conversations, wholly or by LoRA.", "seed=1"),
     "eval predict": ("predict", "Let a model answer the held-out items.", "output=runs/mine"),
     "eval score": ("score", "Score predictions, with intervals and baselines.", "output=runs/mine"),
@@ -82,7 +82,7 @@ parallel.processes= for the whole pipeline. After an interruption the same comma
 \b
 Examples:
   microlm run recipes/quickstart.yaml
-  microlm run recipes/quickstart.yaml output=runs/mine pretrain.tokens=1e6
+  microlm run recipes/quickstart.yaml output=runs/mine pretrain.loop.tokens=1e6
   microlm run recipes/quickstart.yaml --dry-run
 """
 
@@ -119,6 +119,9 @@ def _run(path: Path, words: Sequence[str], stage: str | None, *, as_json: bool, 
     if dry_run:
         _show_plan(plan, recipes, as_json)
         return
+    from microlm.core import runtime
+
+    speaks = runtime.rank() == 0  # under torchrun all ranks come here
     results: list[Result] = []
     started = time.monotonic()
     try:
@@ -127,11 +130,14 @@ def _run(path: Path, words: Sequence[str], stage: str | None, *, as_json: bool, 
             state = "skipped" if result.skipped else "done"
             count = f"[{len(results)}/{len(plan)}]"
             line = f"{count} {result.name:<12} {state:<7} {result.seconds:8.1f} s  {result.digest[:12]}"
-            typer.echo(line, err=True)
+            if speaks:
+                typer.echo(line, err=True)
     except KeyboardInterrupt:
         name = plan[len(results)].name
         typer.echo(f"\ninterrupted in stage '{name}'; run the same command again to continue", err=True)
         raise typer.Exit(130) from None
+    if not speaks:
+        return
     if as_json:
         typer.echo(json.dumps({"schema": 1, "stages": [r._asdict() for r in results]}, ensure_ascii=False))
     else:

@@ -54,7 +54,7 @@ def serve(
     if die_with_parent:
         runtime.die_with_parent()
     api_key = read_key(api_key_file)
-    listen.require_key_if_public(host, api_key)
+    listen.check_exposure(host, api_key)
     listener = listen.bind(host, port)
     _log_to_stderr()
 

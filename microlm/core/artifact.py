@@ -102,8 +102,7 @@ def stage(
     """
 
     def wrap(body: Body[R]) -> Callable[[R], Artifact]:
-        @functools.wraps(body)
-        def run(recipe: R) -> Artifact:
+        def make(recipe: R) -> Artifact:
             inputs = {k: open_artifact(v) for k, v in recipe.inputs().items()}
             extra = dict(fingerprint(recipe)) if fingerprint else {}
             key = compute_key(name, version, recipe, inputs, extra)
@@ -119,10 +118,35 @@ def stage(
             with storage.locked(lock_path(recipe.out), busy):
                 return _finished(recipe.out, key) or _make(body, recipe, inputs, head)
 
+        @functools.wraps(body)
+        def run(recipe: R) -> Artifact:
+            group = runtime.torchrun()
+            if group is None:
+                return make(recipe)
+            return _follow(group, body, recipe) if group.rank else _lead(group, make, recipe)
+
         run.stage_kind = kind  # type: ignore[attr-defined]
         return run
 
     return wrap
+
+
+def _lead(group: runtime.Torchrun, make: Callable[[R], Artifact], recipe: R) -> Artifact:
+    """Rank 0 under torchrun: make the artifact, then let the others go on."""
+    made = make(recipe)
+    group.say("done")
+    group.stage += 1
+    return made
+
+
+def _follow(group: runtime.Torchrun, body: Body[R], recipe: R) -> Artifact:
+    """The other ranks: help where rank 0 calls for it (see `train.ranks`), and write nothing of their own."""
+    if group.hear("launch", "done") == "launch":
+        inputs = {k: open_artifact(v) for k, v in recipe.inputs().items()}
+        body(recipe, Workspace(temporary(recipe.out), recipe.out, inputs))
+        group.hear("done")
+    group.stage += 1
+    return open_artifact(recipe.out)
 
 
 def _make(body: Body[R], recipe: R, inputs: dict[str, Artifact], head: dict[str, Any]) -> Artifact:

@@ -50,8 +50,6 @@ def read_key(file: Path | None) -> str | None:
             raise UserError(f"{file}: is not UTF-8 text; write the API key into it, on one line") from None
         if not key:
             raise UserError(f"{file}: is empty; write the API key into it, on one line")
-    if key and not re.fullmatch(r"[\x21-\x7e]{8,512}", key):
-        raise UserError(
-            f"{place}: an API key is 8 to 512 visible ASCII characters on one line; make a longer one"
-        )
+    if key and not re.fullmatch(r"[\x21-\x7e]{1,512}", key):
+        raise UserError(f"{place}: an API key is one line of at most 512 visible ASCII characters")
     return key or None

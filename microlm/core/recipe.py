@@ -174,7 +174,7 @@ def parse_override(word: str) -> tuple[list[str], Any]:
     name, sep, value = word.partition("=")
     path = name.strip().split(".")
     if not sep or not all(path):
-        raise UserError(f"override '{word}': expected key=value, for example pretrain.tokens=1e6")
+        raise UserError(f"override '{word}': expected key=value, for example pretrain.loop.tokens=1e6")
     return path, parse_yaml(value, f"override '{word}'")
 
 

@@ -59,8 +59,9 @@ def remove(name: str, root: Path, *, force: bool = False) -> list[Path]:
     for path in doomed:
         with storage.explain_write(path):
             shutil.rmtree(path)
-    if target.is_dir() and not any(target.iterdir()):
-        target.rmdir()
+    for folder in (target, target.parent):
+        if folder.is_dir() and folder.resolve() != root.resolve() and not any(folder.iterdir()):
+            folder.rmdir()
     return doomed
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import multiprocessing
 import os
 import platform
 import random
 import signal
 import subprocess
 import sys
+import time
+from datetime import timedelta
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -40,6 +43,44 @@ def rank() -> int:
 def world_size() -> int:
     """How many ranks work together, 1 when alone."""
     return int(env("WORLD_SIZE", "1"))
+
+
+class Torchrun:
+    """The ranks that torchrun started: rank 0 owns every stage's directory, the others follow it.
+
+    All ranks walk through the same stages in the same order; `stage` counts them.
+    """
+
+    def __init__(self) -> None:
+        import torch.distributed as dist
+
+        meeting = dist.rendezvous("env://", timeout=timedelta(minutes=5))  # type: ignore[attr-defined]
+        self.store, self.rank, self.size = next(meeting)
+        self.stage = 0
+
+    def say(self, word: str) -> None:
+        """Rank 0 tells the others where it is in this stage: `launch` or `done`."""
+        self.store.set(f"microlm/{self.stage}/{word}", "")
+
+    def hear(self, *words: str) -> str:
+        """Wait until rank 0 has said one of the words; torchrun ends us when rank 0 fails."""
+        while True:
+            for word in words:
+                if self.store.check([f"microlm/{self.stage}/{word}"]):
+                    return word
+            time.sleep(0.05)
+
+    def group_store(self) -> Any:
+        """A store for the addresses of this stage's process group."""
+        import torch.distributed as dist
+
+        return dist.PrefixStore(f"microlm/{self.stage}/group", self.store)  # type: ignore[attr-defined]
+
+
+@cache
+def torchrun() -> Torchrun | None:
+    """The ranks that torchrun started, None when this process is on its own."""
+    return Torchrun() if world_size() > 1 and env("MASTER_ADDR") else None
 
 
 def child_env(extra: dict[str, str] | None = None) -> dict[str, str]:
@@ -112,6 +153,9 @@ def die_with_parent() -> None:
     """Ask Linux to kill this process when its parent dies, so that `kill -9` leaves no orphan rank."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)
+    parent = multiprocessing.parent_process()
+    if parent is not None and os.getppid() != parent.pid:  # it died before we could ask
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def peak_rss_bytes() -> int:

@@ -78,8 +78,8 @@ def run(recipe: PredictRecipe, work: Workspace) -> None:
     predictor = EnginePredictor(work.inputs["model"].path, dtype=recipe.dtype, batch_rows=recipe.batch_rows)
     rows: list[Prediction] = []
     for task in recipe.tasks:
-        if task != "bits_per_byte":
-            rows += _answer(predictor, task, items_of(recipe, work.inputs["data"], task), work)
+        if task != "bits_per_byte" and (items := items_of(recipe, work.inputs["data"], task)):
+            rows += _answer(predictor, task, items, work)
     work.write_jsonl(PREDICTIONS, [record_json(r) for r in sorted(rows, key=lambda r: (r.task, r.id))])
     if "bits_per_byte" in recipe.tasks:
         _measure_documents(predictor, recipe, work)

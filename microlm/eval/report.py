@@ -50,7 +50,7 @@ def run(recipe: ReportRecipe, work: Workspace) -> None:
 
 
 def summary_rows(artifact: Artifact) -> list[dict[str, Any]]:
-    """A report's rows: name, value, low, high, n, unit, gate, ok, the baselines by name, before."""
+    """A report's rows: name, kind, value, low, high, n, unit, gate, ok, the baselines by name, before."""
     rows: list[dict[str, Any]] = artifact.json("summary.json")["rows"]
     return rows
 
@@ -71,7 +71,15 @@ def summarise(inputs: Mapping[str, Artifact]) -> list[dict[str, Any]]:
         found = verdict.json("verdict.json")
         judged = found["passed"] + found["failed"]
         share = found["passed"] / judged if judged else None
-        row = {"name": "verify", "value": share, "low": None, "high": None, "n": judged, "unit": "share"}
+        row = {
+            "name": "verify",
+            "kind": "all",
+            "value": share,
+            "low": None,
+            "high": None,
+            "n": judged,
+            "unit": "share",
+        }
         rows.append({**row, "gate": 1.0, "ok": found["failed"] == 0, **dict.fromkeys((*NAMES, "before"))})
     return rows
 
@@ -81,11 +89,11 @@ def _score_rows(scores: Mapping[str, Any], before: Artifact | None) -> list[dict
     earlier = {h["name"]: h["value"] for h in before.json("scores.json")["headlines"]} if before else {}
     rows = []
     for h in scores["headlines"]:
-        row = {key: h[key] for key in ("name", "value", "low", "high", "n", "unit")}
+        row = {key: h[key] for key in ("name", "kind", "value", "low", "high", "n", "unit")}
         gate = gates.pop(h["name"], {})
         row |= {"gate": gate.get("limit"), "ok": gate.get("ok"), **h["baselines"]}
         rows.append({**row, "before": earlier.get(h["name"])})
     for name, gate in gates.items():  # asked for, never measured
-        empty = dict.fromkeys(("value", "low", "high", "n", "unit", *NAMES, "before"))
+        empty = dict.fromkeys(("kind", "value", "low", "high", "n", "unit", *NAMES, "before"))
         rows.append({"name": name, **empty, "gate": gate["limit"], "ok": False})
     return rows

@@ -36,7 +36,9 @@ TASKS = {
 def build(rows: Rows, inputs: Mapping[str, Artifact], history: Sequence[Artifact]) -> Page:
     """The whole page; `history` are all artifacts of the run, oldest first."""
     name = _run_name(history)
-    page = Page(f"MicroLM report: {name}", "Trained, evaluated, exported and verified on one machine")
+    page = Page(
+        f"MicroLM report: {name}", "What a run made, from what, and how well it does on held-out data"
+    )
     _summary(page, rows, history)
     if scores := inputs.get("scores"):
         _scores(page, scores.json("scores.json"))
@@ -73,10 +75,10 @@ def _summary(page: Page, rows: Rows, history: Sequence[Artifact]) -> None:
             _value(r["value"]),
             _interval(r),
             r["n"],
-            r["gate"],
+            _value(r["gate"]),
             {True: "yes", False: "NO", None: None}[r["ok"]],
-            *(r[name] for name in NAMES),
-            *([r["before"]] if has_before else []),
+            *(_value(r[name]) for name in NAMES),
+            *([_value(r["before"])] if has_before else []),
         ]
         for r in rows
     ]
@@ -110,10 +112,10 @@ def _scores(page: Page, scores: Mapping[str, Any]) -> None:
         bars = []
         for r in (r for r in rows if r["lang"] == "all" and r["name"] in (name, f"{name}_constrained")):
             form = ", JSON schema" if r["name"] != name else ""
-            bars.append((f"{r['kind']}{form}", r["value"], (r["low"], r["high"])))
+            bars.append(_bar(f"{r['kind']}{form}", r))
             for by in NAMES if not form else ():
                 if b := beside.get((name, r["kind"], by)):
-                    bars.append((f"{r['kind']}, {_words(by)}", b["value"], (b["low"], b["high"])))
+                    bars.append(_bar(f"{r['kind']}, {_words(by)}", b))
         if bars:
             page.bar_chart(f"{title}, by kind of held-out wording", bars, maximum=1.0)
     table = [[_words(r["name"]), r["kind"], r["lang"], r["value"], _interval(r), r["n"]] for r in rows]
@@ -127,6 +129,10 @@ def _scores(page: Page, scores: Mapping[str, Any]) -> None:
     page.details(f"All scores by kind and language (scorer version {scores['scorer']})", inner)
 
 
+def _bar(label: str, row: Mapping[str, Any]) -> tuple[str, float, tuple[float, float]]:
+    return label, round(row["value"], 3), (round(row["low"], 3), round(row["high"], 3))
+
+
 def _samples(page: Page, samples: Rows) -> None:
     page.heading("Samples")
     page.paragraph("Chosen by rule: the first right and the first wrong answers in order of id.", note=True)
@@ -138,7 +144,8 @@ def _samples(page: Page, samples: Rows) -> None:
             before = [(m["role"], m["content"]) for m in s["before"]]
             turns = [*before, ("user", s["prompt"]), ("assistant", s["output"] or "(nothing)")]
             judged = {True: "right", False: "wrong", None: f"ended by {s['finish_reason']}"}[s["right"]]
-            note = f"{judged}. {s['id']}" + ("" if s["right"] is not False else f". Gold: {s['gold']}")
+            cut = ", cut off at the token cap" if s["finish_reason"] == "length" else ""
+            note = f"{judged}{cut}. {s['id']}" + ("" if s["right"] is not False else f". Gold: {s['gold']}")
             page.conversation(turns, note)
 
 
@@ -270,7 +277,10 @@ def _cost(page: Page, history: Sequence[Artifact]) -> None:
         times = a.manifest["times"]
         rows.append([_name(a), a.manifest.get("stage"), round(times["seconds"], 1), _mebibytes(peak)])
     total = round(sum(a.manifest["times"]["seconds"] for a in history), 1)
-    page.table(["artifact", "stage", "seconds", "peak memory, MiB"], [*rows, ["total", "", total, None]])
+    page.table(
+        ["artifact", "stage", "seconds", "peak memory of the process so far, MiB"],
+        [*rows, ["total", "", total, None]],
+    )
     page.paragraph("A stage states its peak memory where it measured it; a dash is not zero.", note=True)
     last = history[-1].manifest
     environment = [[k, str(v)] for k, v in {**last["environment"], **last["code"]}.items() if v is not None]
@@ -294,8 +304,8 @@ def _value(value: float | None) -> str | None:
 
 
 def _title(row: Mapping[str, Any]) -> str:
-    name = str(row["name"])
-    return TITLES.get(name, name)
+    title = TITLES.get(row["name"], str(row["name"]))
+    return title if row["kind"] in (None, "all") else f"{title}, {row['kind']} wordings"
 
 
 def _words(name: str) -> str:

@@ -95,7 +95,7 @@ HEADLINES: Mapping[str, tuple[str, str]] = {
 """Headline → (row's name, kind); data without mixed wordings has its headline over all kinds."""
 
 
-@stage("score", kind="scores", version=1)
+@stage("score", kind="scores", version=scoring.SCORER_VERSION)
 def run(recipe: ScoreRecipe, work: Workspace) -> None:
     """Compare, summarise by kind and language, put baselines and gates beside."""
     predictions, data = work.inputs["predictions"], work.inputs["data"]
@@ -110,10 +110,15 @@ def run(recipe: ScoreRecipe, work: Workspace) -> None:
     work.write_json("scores.json", head | tables)
     chosen = samples(rows, gold.questions, gold.extraction)
     work.write_json("samples.json", {"schema": SCHEMA, "samples": chosen})
-    missed = [f"{g['gate']} is {g['value']}, the limit is {g['limit']}" for g in gates if not g["ok"]]
+    missed = [_missed(g) for g in gates if not g["ok"]]
     work.metrics |= {h["name"]: h["value"] for h in headlines} | {"gates_missed": missed}
     if missed and recipe.fail_on_gate:
         raise CheckFailed(f"score: {'; '.join(missed)}")
+
+
+def _missed(gate: Mapping[str, Any]) -> str:
+    reached = "was not measured" if gate["value"] is None else f"is {gate['value']}"
+    return f"{gate['gate']} {reached}, the limit is {gate['limit']}"
 
 
 def read_gold(data: Artifact) -> Gold:
@@ -156,7 +161,7 @@ def _scored(record: Question | Extraction, outcome: Any) -> Scored:
 
 
 def extraction_rows(outcomes: Sequence[Scored], suffix: str) -> list[Row]:
-    """Quality first, then form: each measure by kind and language."""
+    """Quality first, then form: each measure by kind; F1 and the shares by language too."""
     counts: dict[str, Callable[[ExtractionOutcome], tuple[int, int, int]]] = {
         # F1 of (matched, n, n) is matched / n: precision and recall need no formula of their own
         "f1": lambda o: (o.triples.matched, o.triples.predicted, o.triples.gold),
@@ -173,6 +178,8 @@ def extraction_rows(outcomes: Sequence[Scored], suffix: str) -> list[Row]:
     rows: list[Row] = []
     for name, triple in counts.items():
         counted = [replace(s, outcome=triple(s.outcome)) for s in outcomes]
+        if name != "f1":  # the headline alone is told by language: each interval is 2,000 resamples
+            counted = [replace(s, lang=ALL) for s in counted]
         rows += _grouped(f"extraction_{name}{suffix}", counted, _f1)
     for name, share in shares.items():
         picked = [replace(s, outcome=share(s.outcome)) for s in outcomes]

@@ -75,8 +75,7 @@ def learn(records: Iterable[Extraction], at_least: int, most: int) -> dict[str, 
     for record in records:
         parts = windows(record.text)
         for t in record.relation:
-            if tokens := _masked(parts, t.head, t.tail):
-                counts[t.relation][tokens] += 1
+            counts[t.relation].update(_masked(parts, t.head, t.tail))
     total: Counter[Tokens] = sum(counts.values(), Counter())
 
     def kept(relation: str) -> list[Wording]:
@@ -87,27 +86,28 @@ def learn(records: Iterable[Extraction], at_least: int, most: int) -> dict[str, 
     return {relation: kept(relation) for relation in sorted(counts)}
 
 
-def _masked(parts: Sequence[tuple[tuple[int, int], str]], head: str, tail: str) -> Tokens | None:
-    """The shortest window that holds head and tail, masked; else the shortest that holds the tail."""
-    both = sorted((w for _, w in parts if head in w and tail in w), key=len)
-    for window in both:
+def _masked(parts: Sequence[tuple[tuple[int, int], str]], head: str, tail: str) -> list[Tokens]:
+    """Masked: the shortest window that holds head and tail, and the shortest that holds the tail alone."""
+    texts = sorted((text for _, text in parts if tail in text), key=len)
+    found = []
+    if both := next((text for text in texts if head in text), None):
         pair = [(head, HEAD), (tail, TAIL)]
         first, second = sorted(pair, key=lambda x: -len(x[0]))  # the longer first: it may hold the other
-        text = window.replace(first[0], f"\x00{first[1]}\x00", 1)
-        if second[0] in text:
-            return _tokens(text.replace(second[0], f"\x00{second[1]}\x00", 1))
-    alone = sorted((w for _, w in parts if tail in w), key=len)
-    return _tokens(alone[0].replace(tail, f"\x00{TAIL}\x00", 1)) if alone else None
+        masked = both.replace(first[0], f"\x00{first[1]}\x00", 1)
+        found.append(_tokens(masked.replace(second[0], f"\x00{second[1]}\x00", 1)))
+    if texts and texts[0] != both:
+        found.append(_tokens(texts[0].replace(tail, f"\x00{TAIL}\x00", 1)))
+    return [tokens for tokens in found if TAIL in tokens]
 
 
-def _tokens(masked: str) -> Tokens | None:
-    """Split at the masks; two masks that touch, or no literal at all, make no wording."""
+def _tokens(masked: str) -> Tokens:
+    """Split at the masks; two masks that touch, or no literal at all, make no wording: ()."""
     tokens: list[str] = []
     for part in re.split(f"\x00({HEAD}|{TAIL})\x00", masked):
         tokens += [part] if part in (HEAD, TAIL) else tokenise(part)
     touching = any({a, b} <= {HEAD, TAIL} for a, b in pairwise(tokens))
     literal = [t for t in tokens if t not in (HEAD, TAIL) and not t.isspace()]
-    return None if touching or not literal else tuple(tokens)
+    return () if touching or not literal else tuple(tokens)
 
 
 def choose(matches: Iterable[Match]) -> frozenset[tuple[str, str, str]]:

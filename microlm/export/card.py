@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from microlm.core.manifest import Artifact
 from microlm.model.config import ModelConfig
@@ -109,27 +108,17 @@ def _scores(scores: Artifact | None) -> str:
     if scores is None:
         return "## Scores\n\nThis model was exported without scores."
     rows = [
-        f"| {_cell(r['name'])} | {_number(r['value'])} | {_interval(r)} | {r['n']} |" for r in _rows(scores)
+        f"| {r['name']} | {r['kind']} | {r['value']:.4g} | {r['low']:.4g} – {r['high']:.4g} | {r['n']} "
+        f"| {_beside(r['baselines'])} |"
+        for r in scores.json("scores.json")["headlines"]
     ]
-    head = ["## Scores", "", "On held-out data, of exactly these weights, with 95 % intervals.", ""]
-    return "\n".join([*head, "| score | value | interval | items |", "|---|---|---|---|", *rows])
+    head = "| score | items | value | 95 % interval | n | without a model |\n|---|---|---|---|---|---|"
+    return "\n".join(["## Scores", "", "On held-out data, of exactly these weights.", "", head, *rows])
 
 
-def _rows(scores: Artifact) -> list[Mapping[str, Any]]:
-    rows: list[Mapping[str, Any]] = scores.json("scores.json")["rows"]
-    return rows
-
-
-def _interval(row: Mapping[str, Any]) -> str:
-    return f"{_number(row['low'])} – {_number(row['high'])}" if row["low"] is not None else "not measured"
-
-
-def _number(value: float | None) -> str:
-    return "not measured" if value is None else f"{value:.4g}"
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
+def _beside(baselines: Mapping[str, float | None]) -> str:
+    """What the baselines reached on the same items."""
+    return ", ".join(f"{name} {value:.4g}" for name, value in baselines.items() if value is not None) or "–"
 
 
 def _use() -> str:

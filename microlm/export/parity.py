@@ -5,6 +5,7 @@ Enters: a directory that was written, held-out texts and conversations. Leaves: 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,9 +51,11 @@ def compare(path: Path, texts: Sequence[str], conversations: Sequence[Sequence[M
     tokenizer = Tokenizer.load(path)
     lines, chats = [*TEXTS, *texts], [*CONVERSATIONS, *conversations]
     with _quiet_transformers():
-        report = _compare_tokens(path, tokenizer, lines) | _compare_chats(path, tokenizer, chats)
+        theirs = _auto_tokenizer(path)
+        report = _compare_tokens(theirs, tokenizer, lines) | _compare_chats(theirs, tokenizer, chats)
         report |= _compare_logits(path, tokenizer.encode_batch(lines))
-    small = report["logits_max_abs_difference"] <= TOLERANCE
+    difference = report["logits_max_abs_difference"]
+    small = difference is not None and difference <= TOLERANCE
     report["ok"] = small and report["texts_unequal"] == report["conversations_unequal"] == 0
     return report
 
@@ -60,16 +63,17 @@ def compare(path: Path, texts: Sequence[str], conversations: Sequence[Sequence[M
 def require(report: dict[str, Any], where: str) -> None:
     """CheckFailed with what differs."""
     if not report["ok"]:
+        difference = report["logits_max_abs_difference"]
+        shown = "are not finite" if difference is None else f"differ by up to {difference:.3g}"
         raise CheckFailed(
             f"{where}: transformers does not agree with us: {report['texts_unequal']} texts and "
-            f"{report['conversations_unequal']} conversations have other ids, logits differ by up to "
-            f"{report['logits_max_abs_difference']:.3g} (allowed {TOLERANCE:g}); see logs/parity.json"
+            f"{report['conversations_unequal']} conversations have other ids, logits {shown} "
+            f"(allowed {TOLERANCE:g}); see logs/parity.json"
         )
 
 
-def _compare_tokens(path: Path, tokenizer: Tokenizer, texts: Sequence[str]) -> dict[str, Any]:
+def _compare_tokens(theirs: Any, tokenizer: Tokenizer, texts: Sequence[str]) -> dict[str, Any]:
     """Ids of texts; control tokens typed in them stay text on both sides."""
-    theirs = _auto_tokenizer(path)
     ids = [theirs(t, add_special_tokens=False, split_special_tokens=True)["input_ids"] for t in texts]
     unequal = [t for t, a, b in zip(texts, tokenizer.encode_batch(texts), ids, strict=True) if a != b]
     return {
@@ -79,9 +83,8 @@ def _compare_tokens(path: Path, tokenizer: Tokenizer, texts: Sequence[str]) -> d
     }
 
 
-def _compare_chats(path: Path, tokenizer: Tokenizer, chats: Sequence[Sequence[Message]]) -> dict[str, Any]:
+def _compare_chats(theirs: Any, tokenizer: Tokenizer, chats: Sequence[Sequence[Message]]) -> dict[str, Any]:
     """Ids of conversations by our walk and by the saved Jinja template; a generation prompt after a user."""
-    theirs = _auto_tokenizer(path)
     plain = [c for c in chats if not any(token in m.content for token in SPECIAL for m in c)]
     unequal: list[str] = []
     for chat in plain:
@@ -99,15 +102,18 @@ def _compare_chats(path: Path, tokenizer: Tokenizer, chats: Sequence[Sequence[Me
 
 
 def _compare_logits(path: Path, ids: Sequence[Sequence[int]]) -> dict[str, Any]:
-    """The largest difference over all positions of the first prompts, both in float32 from the same files."""
+    """The largest difference at any position of the first prompts, both in float32 from the same files.
+
+    It is null when a logit is not finite.
+    """
     limit = min(PROMPT_TOKENS, directory.read_config(path).max_position_embeddings)
     prompts = [torch.tensor([list(p[:limit])]) for p in ids if p][:PROMPTS]
     ours, theirs = _our_logits(path, prompts), _their_logits(path, prompts)
-    differences = [float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True)]
+    difference = float(torch.stack([(a - b).abs().max() for a, b in zip(ours, theirs, strict=True)]).max())
     return {
         "prompts": len(prompts),
         "positions": sum(p.shape[1] for p in prompts),
-        "logits_max_abs_difference": max(differences),
+        "logits_max_abs_difference": difference if math.isfinite(difference) else None,
         "tolerance": TOLERANCE,
     }
 

@@ -75,16 +75,15 @@ def apply(decoder: Decoder, config: LoraConfig, generator: torch.Generator | Non
         raise UserError(f"lora: rank is {config.rank}; set it to 1 or more")
     if adapted(decoder):
         raise UserError("lora: the model carries an adapter already; merge it first")
+    linears = _linears(decoder)
+    if missing := sorted(set(config.modules) - {name for _, name, _ in linears}):
+        raise UserError(f"lora: the model has no matrix '{missing[0]}'; choose from {', '.join(ALL_LINEAR)}")
     decoder.requires_grad_(False)
-    found: set[str] = set()
-    for parent, name, child in _linears(decoder):
+    for parent, name, child in linears:
         if name in config.modules:
-            found.add(name)
             wrapped = LoraLinear(child, config)
             _draw(wrapped.lora_A, generator)
             setattr(parent, name, wrapped)
-    if missing := sorted(set(config.modules) - found):
-        raise UserError(f"lora: the model has no matrix '{missing[0]}'; choose from {', '.join(ALL_LINEAR)}")
 
 
 def _linears(decoder: Decoder) -> list[tuple[nn.Module, str, Linear]]:
@@ -145,7 +144,7 @@ def _peft_config(config: LoraConfig, base_name: str, digest: str) -> dict[str, A
         "base_model_name_or_path": base_name,
         _DIGEST: digest,
         "r": config.rank,
-        "lora_alpha": config.alpha,
+        "lora_alpha": int(config.alpha) if config.alpha == int(config.alpha) else config.alpha,
         "lora_dropout": 0.0,
         "target_modules": list(config.modules),
         "bias": "none",

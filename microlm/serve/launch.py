@@ -23,8 +23,8 @@ POLL_S = 0.05
 class ServerProcess:
     """`microlm serve DIRECTORY` in a process of its own, from `__enter__` to `__exit__`.
 
-    `log` keeps everything the server printed. The key, when there is one, goes through the environment. On Linux
-    the server dies with the thread that started it, so that a killed parent leaves no orphan.
+    `log` keeps everything the server printed. The key, when there is one, goes through the environment.
+    On Linux the server dies with the thread that started it, so that a killed parent leaves no orphan.
     """
 
     def __init__(

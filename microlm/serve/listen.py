@@ -17,16 +17,19 @@ from fastapi import FastAPI
 from microlm.core.endpoint import KEY_VARIABLE, is_loopback
 from microlm.core.errors import UserError
 
+MIN_KEY_CHARS = 8
 DRAIN_S = 30  # how long requests may take to end after SIGTERM
 
 
-def require_key_if_public(host: str, api_key: str | None) -> None:
-    """Refuse to listen on an address that others can reach without a key."""
+def check_exposure(host: str, api_key: str | None) -> None:
+    """Refuse an address that others can reach without a key, and a key that is quickly guessed."""
     if not is_loopback(host) and api_key is None:
         raise UserError(
             f"--host {host or '(all)'}: other machines can reach this address, so a key is needed; "
             f"give --api-key-file FILE or set {KEY_VARIABLE}, or keep the default 127.0.0.1"
         )
+    if api_key is not None and len(api_key) < MIN_KEY_CHARS:
+        raise UserError(f"the API key is shorter than {MIN_KEY_CHARS} characters; make a longer one")
 
 
 def bind(host: str, port: int) -> socket.socket:

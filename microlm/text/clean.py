@@ -12,6 +12,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from microlm.core.records import Conversation, Document, Extraction, Message, Preference, Triple
 from microlm.text.read import Record
@@ -22,6 +23,7 @@ MAX_BROKEN_SHARE = 0.01  # of characters that no text holds: U+FFFD, C1 controls
 PROBES = 16  # places where repetition is looked for
 PROBE_CHARS = 6
 MIN_REPETITION_CHARS = 80
+MAX_MARKS = 30
 
 _BROKEN = re.compile("[\ufffd\x80-\x84\x86-\x9f\ue000-\uf8ff]")
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -35,9 +37,7 @@ _LINE_BREAK = re.compile("\r\n?|[\x0c\x85\u2028\u2029]")
 _UNSEEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ue000-\uf8ff]"
 )
-_COMBINING = re.compile(
-    "[\u0300-\u036f\u0483-\u0489\u0591-\u05bd\u0610-\u061a\u064b-\u065f\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff]{32}"
-)
+_MARK_RUN = re.compile(r"(?:[^\w\s\x00-\u02ff]|[\uff9e\uff9f]){31,}")  # marks are outside \w, bar two
 _BLOCK = (
     "address|article|aside|blockquote|body|br|caption|center|dd|div|dl|dt|fieldset|figcaption|figure|footer|"
     "form|h[1-6]|head|header|hr|html|li|main|nav|ol|p|pre|section|table|tbody|td|tfoot|th|thead|title|tr|ul"
@@ -135,7 +135,7 @@ def drop_broken(document: Document) -> tuple[Document, str | None]:
     broken = len(_BROKEN.findall(text)) if _BROKEN.search(text) else 0
     if broken > 3 and broken > MAX_BROKEN_SHARE * len(text):
         return document, "broken_encoding"
-    return document, "combining_marks" if _COMBINING.search(text) else None
+    return document, None
 
 
 def remove_control(document: Document) -> tuple[Document, str | None]:
@@ -198,7 +198,25 @@ def normalise_whitespace(document: Document) -> tuple[Document, str | None]:
 
 def normalise_unicode(document: Document) -> tuple[Document, str | None]:
     """NFC: one way to write each character."""
-    return _edited(document, unicodedata.normalize("NFC", document.text)), None
+    return _edited(document, normalised("NFC", document.text)), None
+
+
+def normalised(form: Literal["NFC", "NFKC"], text: str) -> str:
+    """A Unicode normal form in linear time: of the marks stacked on a character the first 30 are kept.
+
+    `unicodedata.normalize` sorts marks in quadratic time; 30 is the limit of UAX #15 (Stream-Safe Text).
+    """
+    return unicodedata.normalize(form, _MARK_RUN.sub(_first_marks, text) if _MARK_RUN.search(text) else text)
+
+
+def _first_marks(run: re.Match[str]) -> str:
+    kept = []
+    stacked = 0
+    for char in run[0]:
+        stacked = stacked + 1 if unicodedata.combining(char) or char in "\uff9e\uff9f" else 0
+        if stacked <= MAX_MARKS:
+            kept.append(char)
+    return "".join(kept)
 
 
 def drop_repetition(document: Document) -> tuple[Document, str | None]:
@@ -239,7 +257,7 @@ def _tidy_triple(triple: Triple) -> Triple:
 
 
 def _plain(text: str) -> str:
-    return unicodedata.normalize("NFC", visible(text))
+    return normalised("NFC", visible(text))
 
 
 def _edited(document: Document, text: str) -> Document:

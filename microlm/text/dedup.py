@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import re
-import unicodedata
 
 from microlm.core.records import Conversation, Document, Extraction
+from microlm.text.clean import normalised
 from microlm.text.read import Record
 
 DIGEST_BYTES = 16
@@ -21,7 +21,7 @@ _SKIPPED = re.compile(r"[\s!-#%-*,-/:;?@\[-\]_`{}¡§«¶·»¿‐-‧‰-⁞、
 
 def digest(text: str) -> bytes:
     """16 bytes of sha256 over the normalised text (NFKC, casefold, without whitespace and punctuation)."""
-    folded = unicodedata.normalize("NFKC", text).casefold()
+    folded = normalised("NFKC", text).casefold()
     return hashlib.sha256(_SKIPPED.sub("", folded).encode("utf-8")).digest()[:DIGEST_BYTES]
 
 

@@ -39,6 +39,7 @@ from microlm.text.split import (
 )
 
 MAX_CHATS = 200
+Schema = dict[str, dict[str, dict[str, str]]]  # topic → relation → {head_type, tail_type}
 
 
 class PrepareRecipe(StageRecipe):
@@ -88,7 +89,8 @@ def run(recipe: PrepareRecipe, work: Workspace) -> None:
     audit = Audit()
     with Shelves(work.path) as shelves:
         intake = Intake(recipe, audit, shelves)
-        intake.take(read_sources(recipe, audit))
+        schema: Schema = {}
+        intake.take(note_schema(read_sources(recipe, audit), schema))
         kinds = kinds_to_fill(recipe, shelves)
         book = factbook.generate(recipe.seed, recipe.entities, recipe.factbook) if kinds else None
         if book:
@@ -96,7 +98,7 @@ def run(recipe: PrepareRecipe, work: Workspace) -> None:
     require_documents(audit, shelves)
     ensure_held_out(work.path, recipe)
     write_held_out(work, book, kinds, audit)
-    complete_extraction(work, book)
+    complete_extraction(work, merged(schema, book.schema if book and "extraction" in kinds else {}))
     decontaminate(work.path, audit, intake.seen)
     survey(work.path, audit)
     write_audit(work, audit, kinds if book else [])
@@ -245,24 +247,30 @@ def _prompts(root: Path) -> Iterator[tuple[Any, ...]]:
             yield conversation.messages[: asked[-1] + 1]
 
 
-def complete_extraction(work: Workspace, book: Factbook | None) -> None:
-    """Write schema.json (topic → relation → types); a record without `allowed` gets its topic's relations."""
-    schema: dict[str, dict[str, dict[str, str]]] = dict(book.schema) if book else {}
-    is_open = False
-    for split in SPLITS["extraction"]:
-        for record in records_of(work.path, "extraction", split):
-            is_open = is_open or not record.allowed
-            if not book or record.cate not in book.schema:
-                for t in record.relation:
-                    types = {"head_type": t.head_type, "tail_type": t.tail_type}
-                    schema.setdefault(record.cate, {}).setdefault(t.relation, types)
+def note_schema(records: Iterable[Record], schema: Schema) -> Iterator[Record]:
+    """The same records; the relations of extraction records are entered into `schema` as they go by."""
+    for record in records:
+        if isinstance(record, Extraction):
+            for t in record.relation:
+                types = {"head_type": t.head_type, "tail_type": t.tail_type}
+                schema.setdefault(record.cate, {}).setdefault(t.relation, types)
+        yield record
+
+
+def merged(one: Schema, other: Schema) -> Schema:
+    """Both schemas; where they speak of the same relation, the first counts."""
+    return {topic: other.get(topic, {}) | one.get(topic, {}) for topic in (other | one)}
+
+
+def complete_extraction(work: Workspace, schema: Schema) -> None:
+    """Write schema.json; records that do not say what may be asked get the relations of their topic."""
     work.write_json("schema.json", schema)
 
     def complete(record: Extraction) -> Extraction:
         return record if record.allowed else replace(record, allowed=tuple(schema.get(record.cate, {})))
 
-    if is_open:
-        for split in SPLITS["extraction"]:
+    for split in SPLITS["extraction"]:
+        if any(not record.allowed for record in records_of(work.path, "extraction", split)):
             rewrite(work.path, "extraction", split, complete)
 
 

@@ -1,15 +1,15 @@
 """The resume state of an unfinished training stage: fp32 masters, optimizer state, step, history.
 
-`step-N.safetensors` holds the tensors, `step-N.json` (written last) their hash; private, deleted when the stage ends.
+`step-N.safetensors` holds the tensors, `step-N.json` (written last) the rest and one hash over both; private,
+deleted when the stage ends.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -24,52 +24,65 @@ KEEP = 2
 
 @dataclass
 class Position:
-    """Where a run stands: the next step, tokens seen, and the logged rows so far."""
+    """Where a run stands: the next step, tokens seen, the logged rows and the last steps' losses so far."""
 
     step: int = 0
     tokens: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
+    recent: list[float] = field(default_factory=list)
 
 
-def save(folder: Path, parameters: dict[str, nn.Parameter], optimizers: list[torch.optim.Optimizer], at: Position) -> None:
+def save(
+    folder: Path, parameters: dict[str, nn.Parameter], optimizers: list[torch.optim.Optimizer], at: Position
+) -> None:
     """Write a checkpoint for the step that comes next, then forget all but the last two."""
     tensors = {f"weight.{n}": p.detach() for n, p in parameters.items()}
     for name, state, key in _states(parameters, optimizers):
         tensors[f"state.{name}.{key}"] = state[key]
     data = save_tensors({n: t.contiguous() for n, t in tensors.items()})
+    position = json.dumps(asdict(at))
     stem = f"step-{at.step:08d}"
     storage.write_atomic(folder / f"{stem}.safetensors", data)
-    head = {"step": at.step, "tokens": at.tokens, "history": at.history, "sha256": hashlib.sha256(data).hexdigest()}
+    head = {"position": position, "sha256": _checksum(position, data)}
     storage.write_atomic(folder / f"{stem}.json", json.dumps(head).encode())
     for old in sorted(folder.glob("step-*.json"))[:-KEEP]:
         old.unlink()
         old.with_suffix(".safetensors").unlink(missing_ok=True)
 
 
-def restore(folder: Path, parameters: dict[str, nn.Parameter], optimizers: list[torch.optim.Optimizer]) -> Position:
+def restore(
+    folder: Path, parameters: dict[str, nn.Parameter], optimizers: list[torch.optim.Optimizer]
+) -> Position:
     """Load the newest whole checkpoint into weights and optimizers; a damaged one falls back to the one before."""
     for head_file in sorted(folder.glob("step-*.json"), reverse=True):
         found = _read(head_file)
         if found is None:
             continue
-        head, tensors = found
+        position, tensors = found
         with torch.no_grad():
             for name, p in parameters.items():
                 p.copy_(tensors[f"weight.{name}"])
         _restore_states(parameters, optimizers, tensors)
-        return Position(int(head["step"]), int(head["tokens"]), list(head["history"]))
+        return position
     return Position()
 
 
-def _read(head_file: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+def _read(head_file: Path) -> tuple[Position, dict[str, Tensor]] | None:
+    """A checkpoint, or None when a byte of it is missing or changed."""
     try:
         head = json.loads(head_file.read_bytes())
         data = head_file.with_suffix(".safetensors").read_bytes()
-        if hashlib.sha256(data).hexdigest() != head["sha256"]:
+        if _checksum(head["position"], data) != head["sha256"]:
             return None
-        return head, load_tensors(data)
-    except (OSError, ValueError, KeyError, SafetensorError):
+        return Position(**json.loads(head["position"])), load_tensors(data)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError):
         return None
+
+
+def _checksum(position: str, data: bytes) -> str:
+    whole = hashlib.sha256(position.encode())
+    whole.update(data)
+    return whole.hexdigest()
 
 
 def _states(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import signal
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -19,8 +18,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from microlm.core import runtime
-from microlm.core.errors import CheckFailed
-from microlm.core.metrics import MetricsLog, Progress
+from microlm.core.errors import CheckFailed, UserError
+from microlm.core.metrics import FILE, MetricsLog, Progress, read_metrics
 from microlm.core.recipe import Recipe
 from microlm.model.transformer import Decoder, masked_attention, spelled_attention
 from microlm.train import checkpoint, optim
@@ -35,16 +34,16 @@ Forward = Callable[[Tensor, Tensor], Tensor]
 class LoopRecipe(Recipe):
     """How long, how much at once, how precise."""
 
-    tokens: int = Field(2_000_000, ge=1, description="positions to train on, padding included")
-    context: int = Field(256, ge=16, description="tokens of a row")
-    batch_rows: int = Field(16, ge=1, description="rows of a step, over all processes")
-    micro_rows: int = Field(8, ge=1, description="rows of one forward pass")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="precision of the products")
-    compile: bool = Field(True, description="torch.compile (3-7 times faster; needs a C++ compiler)")
-    checkpoint_steps: int = Field(100, ge=1, description="steps between resume checkpoints")
-    log_steps: int = Field(10, ge=1, description="steps between logged rows")
-    validation_steps: int = Field(200, ge=1, description="steps between validations")
-    validation_rows: int = Field(32, ge=0, description="rows of one validation; 0 for none")
+    tokens: int = Field(default=2_000_000, ge=1, description="positions to train on, padding included")
+    context: int = Field(default=256, ge=16, description="tokens of a row")
+    batch_rows: int = Field(default=16, ge=1, description="rows of a step, over all processes")
+    micro_rows: int = Field(default=8, ge=1, description="rows of one forward pass")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(default="auto", description="precision of the products")
+    compile: bool = Field(default=True, description="torch.compile (3-7 times faster; needs a C++ compiler)")
+    checkpoint_steps: int = Field(default=100, ge=1, description="steps between resume checkpoints")
+    log_steps: int = Field(default=10, ge=1, description="steps between logged rows")
+    validation_steps: int = Field(default=200, ge=1, description="steps between validations")
+    validation_rows: int = Field(default=32, ge=0, description="rows of one validation; 0 for none")
 
     @property
     def steps(self) -> int:
@@ -75,9 +74,11 @@ class Job:
 def train(ranks: Ranks, decoder: Decoder, job: Job) -> Position:
     """Train to the end (from the last checkpoint if there is one); Ctrl-C saves, then raises KeyboardInterrupt."""
     loop = job.loop
+    _require_room(decoder, job)
     parameters = {n: p for n, p in decoder.named_parameters() if p.requires_grad}
     optimizers = optim.make(decoder, job.optim)
     at = checkpoint.restore(job.resume, parameters, optimizers)
+    ranks.require_equal(at.step, "the checkpoint that they found")
     forward = make_forward(decoder, loop)
     _warm_up(ranks, forward, decoder, job)
     stream = job.train.batches(loop.batch_rows, start=at.step)
@@ -98,11 +99,22 @@ def train(ranks: Ranks, decoder: Decoder, job: Job) -> Position:
             at.step += 1
             at.tokens += loop.batch_rows * loop.context
             report.step(mean, factor, forward, decoder)
-            if ranks.rank == 0 and (stop or at.step % loop.checkpoint_steps == 0) and at.step < loop.steps:
+            stop = stop or (at.step == loop.steps and stopped())  # nobody sums after the last step
+            due = at.step % loop.checkpoint_steps == 0 and at.step < loop.steps
+            if ranks.rank == 0 and (stop or due):
                 checkpoint.save(job.resume, parameters, optimizers, at)
-            if stop and at.step < loop.steps:
+            if stop:
                 raise KeyboardInterrupt
     return at
+
+
+def _require_room(decoder: Decoder, job: Job) -> None:
+    positions = decoder.config.max_position_embeddings
+    if job.loop.context > positions:
+        raise UserError(
+            f"{job.name}: loop.context {job.loop.context} is longer than the model's {positions} positions; "
+            "lower it, or pretrain with larger architecture.max_positions"
+        )
 
 
 def make_forward(decoder: Decoder, loop: LoopRecipe) -> Forward:
@@ -194,11 +206,7 @@ class _Reporter:
         self.job, self.at, self.active = job, at, ranks.rank == 0
         if self.active:
             self.bar = Progress(job.name, job.loop.steps * job.loop.batch_rows * job.loop.context, "tokens")
-            self.log = MetricsLog(job.logs)
-            for row in at.history:
-                self.log.log(int(row["step"]), **{k: v for k, v in row.items() if k != "step"})
-        self.window: list[float] = []
-        self.started = time.monotonic()
+            self.log = _reopen_log(job.logs, at)
 
     def __enter__(self) -> _Reporter:
         if self.active:
@@ -221,12 +229,11 @@ class _Reporter:
         if not self.active:
             return
         loop = self.job.loop
-        self.window.append(loss)
-        self.bar.update(loop.batch_rows * loop.context, loss=sum(self.window[-50:]) / len(self.window[-50:]))
+        recent = self.at.recent = [*self.at.recent, loss][-loop.log_steps :]
+        self.bar.update(loop.batch_rows * loop.context, loss=sum(recent) / len(recent))
         last = self.at.step == loop.steps
         if self.at.step % loop.log_steps and not last:
             return
-        recent = self.window[-loop.log_steps :]
         row = {"tokens": float(self.at.tokens), "loss": sum(recent) / len(recent), "rate": factor}
         if last or self.at.step % loop.validation_steps == 0:
             self._validate(forward, decoder, row)
@@ -244,6 +251,17 @@ class _Reporter:
         self.log.log(self.at.step, **row)
 
 
+def _reopen_log(logs: Path, at: Position) -> MetricsLog:
+    """The metrics as they stood at the checkpoint: the file's own rows (they hold the times) if none is lost."""
+    kept = [row for row in read_metrics(logs / FILE) if row["step"] <= at.step]
+    if at.step and len(kept) == len(at.history):
+        return MetricsLog(logs, at.step + 1)
+    log = MetricsLog(logs)
+    for row in at.history:
+        log.log(int(row["step"]), **{k: v for k, v in row.items() if k != "step"})
+    return log
+
+
 @contextmanager
 def _stop_flag() -> Iterator[Callable[[], bool]]:
     """Turn SIGINT and SIGTERM into a flag that the loop reads between steps."""
@@ -259,10 +277,8 @@ def _stop_flag() -> Iterator[Callable[[], bool]]:
         before = {s: signal.signal(s, remember) for s in (signal.SIGINT, signal.SIGTERM)}
     except ValueError:  # not the main thread: nobody to interrupt
         before = {}
-    if signal.getsignal(signal.SIGINT) is None:
-        before = {}
     try:
         yield lambda: hit
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)

@@ -25,16 +25,16 @@ _POLAR = (
 class OptimRecipe(Recipe):
     """Rates, schedule, clipping."""
 
-    matrix_lr: float = Field(0.02, gt=0, description="Muon's rate for hidden matrices")
-    embedding_lr: float = Field(0.02, gt=0, description="AdamW's rate for the embedding")
-    head_lr: float = Field(0.004, gt=0, description="AdamW's rate for the head and the norms")
-    adapter_lr: float = Field(0.004, gt=0, description="AdamW's rate for LoRA matrices")
-    warmup_steps: int = Field(20, ge=0, description="steps of linear warm-up")
-    schedule: Literal["wsd", "cosine", "linear", "constant"] = Field("wsd", description="shape after warm-up")
-    stable_share: float = Field(0.6, ge=0, le=1, description="wsd: share of the run at the full rate")
-    final_share: float = Field(0.02, ge=0, le=1, description="rate at the end, as a share of the full rate")
-    clip_norm: float = Field(1.0, gt=0, description="largest norm of the gradient")
-    muon_momentum: float = Field(0.95, ge=0, lt=1, description="Muon's momentum after its own warm-up")
+    matrix_lr: float = Field(default=0.02, gt=0, description="Muon's rate for hidden matrices")
+    embedding_lr: float = Field(default=0.02, gt=0, description="AdamW's rate for the embedding")
+    head_lr: float = Field(default=0.004, gt=0, description="AdamW's rate for the head and the norms")
+    adapter_lr: float = Field(default=0.004, gt=0, description="AdamW's rate for LoRA matrices")
+    warmup_steps: int = Field(default=20, ge=0, description="steps of linear warm-up")
+    schedule: Literal["wsd", "cosine", "linear", "constant"] = Field(default="wsd", description="shape after warm-up")
+    stable_share: float = Field(default=0.6, ge=0, le=1, description="wsd: share of the run at the full rate")
+    final_share: float = Field(default=0.02, ge=0, le=1, description="rate at the end, as a share of the full rate")
+    clip_norm: float = Field(default=1.0, gt=0, description="largest norm of the gradient")
+    muon_momentum: float = Field(default=0.95, ge=0, lt=1, description="Muon's momentum after its own warm-up")
 
 
 def rate(recipe: OptimRecipe, step: int, steps: int) -> float:

@@ -27,16 +27,16 @@ from microlm.train.ranks import Ranks, launch
 class ArchitectureRecipe(Recipe):
     """The shape of the model; Qwen3's by default."""
 
-    model_type: Literal["llama", "qwen2", "qwen3"] = Field("qwen3", description="stock architecture")
-    hidden_size: int = Field(128, ge=8, description="width")
-    layers: int = Field(4, ge=1, description="blocks")
-    heads: int = Field(4, ge=1, description="query heads")
-    kv_heads: int = Field(4, ge=1, description="key-value heads")
-    head_dim: int = Field(32, ge=2, description="size of a head, even")
-    intermediate_size: int = Field(352, ge=8, description="width of the SwiGLU")
-    max_positions: int = Field(384, ge=16, description="longest sequence, in tokens")
-    rope_theta: float = Field(10_000.0, gt=0, description="rotary base")
-    tied: bool = Field(False, description="share embedding and head")
+    model_type: Literal["llama", "qwen2", "qwen3"] = Field(default="qwen3", description="stock architecture")
+    hidden_size: int = Field(default=128, ge=8, description="width")
+    layers: int = Field(default=4, ge=1, description="blocks")
+    heads: int = Field(default=4, ge=1, description="query heads")
+    kv_heads: int = Field(default=4, ge=1, description="key-value heads")
+    head_dim: int = Field(default=32, ge=2, description="size of a head, even")
+    intermediate_size: int = Field(default=352, ge=8, description="width of the SwiGLU")
+    max_positions: int = Field(default=384, ge=16, description="longest sequence, in tokens")
+    rope_theta: float = Field(default=10_000.0, gt=0, description="rotary base")
+    tied: bool = Field(default=False, description="share embedding and head")
 
     @model_validator(mode="after")
     def _divisible(self) -> ArchitectureRecipe:
@@ -67,21 +67,21 @@ class PretrainRecipe(StageRecipe):
     """Train a model from scratch on documents."""
 
     shards: str = artifact_input(description="shards artifact")
-    architecture: ArchitectureRecipe = Field(ArchitectureRecipe(), description="the model's shape")
-    loop: LoopRecipe = Field(LoopRecipe(), description="length, batch, precision")
-    optim: OptimRecipe = Field(OptimRecipe(stable_share=1.0), description="rates and schedule")
+    architecture: ArchitectureRecipe = Field(default=ArchitectureRecipe(), description="the model's shape")
+    loop: LoopRecipe = Field(default=LoopRecipe(), description="length, batch, precision")
+    optim: OptimRecipe = Field(default=OptimRecipe(stable_share=1.0), description="rates and schedule")
 
 
 @stage("pretrain", "model", version=1)
 def run(recipe: PretrainRecipe, work: Workspace) -> None:
     """Initialise, train on every rank, save the HF directory."""
     shards = work.inputs["shards"].path
-    launch(recipe.parallel, _rank, recipe, shards, work.path, work.resume, work.logs)
-    copy_files(shards / "tokenizer", work.path)
-    work.metrics.update(json.loads((work.logs / "summary.json").read_bytes()))
+    if launch(recipe.parallel, _rank, recipe, shards, work.path):
+        copy_files(shards / "tokenizer", work.path)
+        work.metrics.update(json.loads((work.logs / SUMMARY).read_bytes()))
 
 
-def _rank(ranks: Ranks, recipe: PretrainRecipe, shards: Path, out: Path, resume: Path, logs: Path) -> None:
+def _rank(ranks: Ranks, recipe: PretrainRecipe, shards: Path, out: Path) -> None:
     runtime.set_seed(recipe.seed)
     index = json.loads((shards / "index.json").read_bytes())
     decoder = Decoder(recipe.architecture.config(index), recipe.loop.compute_dtype())

@@ -1,26 +1,39 @@
 """Several processes on one machine, or those that torchrun started: who we are, sums over all, clean ends.
 
-The calling process is rank 0; the others die with it. Backend gloo on the CPU, nccl on CUDA.
+The calling process is rank 0; the others die with it. The weights live on the CPU, so the backend is gloo.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import signal
+import socket
+import sys
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
+from multiprocessing import resource_tracker
+from multiprocessing.connection import wait
+from multiprocessing.context import SpawnProcess
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 
 from microlm.core import runtime
-from microlm.core.errors import UserError
+from microlm.core.errors import CheckFailed, UserError
 from microlm.core.recipe import Parallel
 
 TIMEOUT = timedelta(minutes=20)  # compiling on one rank may take minutes
+_AGAIN = "run the same command again to continue from the last checkpoint"
+_STOPS = {signal.SIGINT, signal.SIGTERM}
+
+
+class RankLost(UserError):
+    """Another rank went away in the middle of a sum."""
 
 
 class Ranks:
@@ -30,70 +43,144 @@ class Ranks:
         self.rank, self.size = rank, size
 
     def sum_(self, tensor: Tensor) -> Tensor:
-        """Add up a tensor over all ranks, in place."""
+        """Add up a tensor over all ranks, in place; RankLost when one of them is gone."""
         if self.size > 1:
             try:
                 dist.all_reduce(tensor)
             except RuntimeError as e:
-                raise UserError(
-                    f"a training process ended early ({str(e).splitlines()[0][:120]}); "
-                    "run the same command again to continue from the last checkpoint"
-                ) from e
+                reason = str(e).partition("\n")[0][:120]
+                raise RankLost(f"a training process ended early ({reason}); {_AGAIN}") from e
         return tensor
 
+    def require_equal(self, number: int, what: str) -> None:
+        """Refuse to go on when the ranks do not agree on a number."""
+        numbers = torch.zeros(self.size, dtype=torch.int64)
+        numbers[self.rank] = number
+        found = self.sum_(numbers).tolist()
+        if len(set(found)) > 1:
+            raise UserError(f"the training processes differ in {what}: {found}; let all see the same folder")
 
-def launch(parallel: Parallel, target: Callable[..., None], *args: Any) -> None:
-    """Run `target(ranks, *args)` on every rank; the caller is rank 0 unless torchrun says otherwise."""
-    if runtime.world_size() > 1:  # under torchrun
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
-        with _threads(parallel.threads), _group_end():
-            target(Ranks(dist.get_rank(), dist.get_world_size()), *args)
-        return
-    size = parallel.processes
+
+def launch(parallel: Parallel, target: Callable[..., None], *args: Any) -> bool:
+    """Run `target(ranks, *args)` on every rank; True on rank 0, which owns the stage's directory.
+
+    Under torchrun its ranks are taken, else `parallel.processes` are started, the caller being the first.
+    """
     with _threads(parallel.threads):
-        if size == 1:
+        if group := runtime.torchrun():
+            if group.rank == 0:
+                group.say("launch")
+            with _joined(group.group_store(), group.rank, group.size):
+                target(Ranks(group.rank, group.size), *args)
+            return group.rank == 0
+        if parallel.processes == 1:
             target(Ranks(0, 1), *args)
-            return
-        store = dist.TCPStore("127.0.0.1", 0, size, is_master=True, wait_for_workers=False, timeout=TIMEOUT)
-        context = multiprocessing.get_context("spawn")
-        workers = [
-            context.Process(target=_worker, args=(rank, size, store.port, parallel.threads, target, args), daemon=True)
-            for rank in range(1, size)
-        ]
+        else:
+            _spawn(parallel, target, args)
+        return True
+
+
+def _spawn(parallel: Parallel, target: Callable[..., None], args: tuple[Any, ...]) -> None:
+    store = _open_store(parallel.processes)
+    workers = _start(store.port, parallel, target, args)
+    try:
+        _await(store, workers)
+        _stay_here()
+        with _joined(store, 0, parallel.processes):
+            target(Ranks(0, parallel.processes), *args)
+        for worker in workers:
+            worker.join(timeout=60)
+    except RankLost as e:
+        raise UserError(_last_words(store, workers)) from e
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.join()
+
+
+def _open_store(size: int) -> TCPStore:
+    """Where the ranks find each other: a port that only this machine can reach."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    port = listener.getsockname()[1]
+    fd = listener.detach()
+    return TCPStore("127.0.0.1", port, size, True, TIMEOUT, wait_for_workers=False, master_listen_fd=fd)
+
+
+def _start(
+    port: int, parallel: Parallel, target: Callable[..., None], args: tuple[Any, ...]
+) -> list[SpawnProcess]:
+    """Start ranks 1, 2, …; a Ctrl-C meets them only when they are ready to leave it to rank 0."""
+    context = multiprocessing.get_context("spawn")
+    workers = [
+        context.Process(target=_worker, args=(rank, port, parallel, target, args), daemon=True)
+        for rank in range(1, parallel.processes)
+    ]
+    resource_tracker.ensure_running()  # starting it would unblock the signals again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
+    try:
         for worker in workers:
             worker.start()
-        try:
-            _join_group(store, 0, size)
-            with _group_end():
-                target(Ranks(0, size), *args)
-            for worker in workers:
-                worker.join(timeout=60)
-        finally:
-            for worker in workers:
-                worker.kill()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return workers
 
 
-def _worker(rank: int, size: int, port: int, threads: int, target: Callable[..., None], args: tuple[Any, ...]) -> None:
+def _await(store: Store, workers: list[SpawnProcess]) -> None:
+    """Wait until every worker is there: joining the group would wait for one that has died."""
+    while store.add("there", 0) < len(workers):
+        if not all(w.is_alive() for w in workers):
+            raise UserError(_last_words(store, workers))
+        time.sleep(0.02)
+
+
+def _last_words(store: Store, workers: list[SpawnProcess]) -> str:
+    """What is known about the end of the first worker that ended badly."""
+    wait([w.sentinel for w in workers], timeout=2)
+    if store.check(["error"]):
+        return str(store.get("error"), "utf-8")
+    rank = next((i for i, w in enumerate(workers, 1) if w.exitcode), 0)
+    code = workers[rank - 1].exitcode if rank else None
+    if code is None:
+        return f"a training process ended early; {_AGAIN}"
+    if code < 0:
+        name = signal.Signals(-code).name
+        return f"training process {rank} was killed by {name} (is there enough memory?); {_AGAIN}"
+    return f"training process {rank} ended with the error above; {_AGAIN}"
+
+
+def _worker(
+    rank: int, port: int, parallel: Parallel, target: Callable[..., None], args: tuple[Any, ...]
+) -> None:
     runtime.die_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 hears Ctrl-C and tells everybody
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    store = dist.TCPStore("127.0.0.1", port, size, is_master=False, timeout=TIMEOUT)
-    _join_group(store, rank, size)
-    with _threads(threads), _group_end():
-        target(Ranks(rank, size), *args)
-
-
-def _join_group(store: dist.Store, rank: int, size: int) -> None:
-    runtime.set_env("GLOO_SOCKET_IFNAME", "lo")
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+    for number in _STOPS:  # rank 0 hears Ctrl-C and tells everybody
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)
+    store = TCPStore("127.0.0.1", port, parallel.processes, is_master=False, timeout=TIMEOUT)
+    store.add("there", 1)
+    _stay_here()
+    try:
+        with _threads(parallel.threads), _joined(store, rank, parallel.processes):
+            target(Ranks(rank, parallel.processes), *args)
+    except (KeyboardInterrupt, RankLost):
+        pass  # rank 0 knows: it told us, or it is the one that is gone
+    except (UserError, CheckFailed) as e:
+        with suppress(RuntimeError):  # rank 0 met the same and has left
+            store.set("error", str(e))
+        sys.exit(1)
 
 
 @contextmanager
-def _group_end() -> Iterator[None]:
+def _joined(store: Store, rank: int, size: int) -> Iterator[None]:
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     try:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def _stay_here() -> None:
+    """Keep the sums on this machine, whatever name and networks it has."""
+    runtime.set_env("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
 
 
 @contextmanager

@@ -29,9 +29,9 @@ from microlm.train.ranks import Ranks, launch
 class LoraRecipe(Recipe):
     """A low-rank adapter instead of all weights."""
 
-    rank: int = Field(16, ge=1, description="rank of the update")
-    alpha: float = Field(32.0, gt=0, description="the update's scale is alpha / rank")
-    targets: tuple[str, ...] = Field((), description="matrices by name; empty for all linear ones")
+    rank: int = Field(default=16, ge=1, description="rank of the update")
+    alpha: float = Field(default=32.0, gt=0, description="the update's scale is alpha / rank")
+    targets: tuple[str, ...] = Field(default=(), description="matrices by name; empty for all linear ones")
 
     def config(self) -> lora.LoraConfig:
         """The model room's form of it."""
@@ -43,10 +43,10 @@ class SftRecipe(StageRecipe):
 
     model: str = artifact_input(description="model artifact to start from")
     shards: str = artifact_input(description="shards artifact with conversations")
-    mixture: dict[str, float] = Field({}, description="task (or documents) → share of the tokens; empty: all conversations, equal")
-    lora: LoraRecipe | None = Field(None, description="train an adapter of this shape; none: all weights")
-    loop: LoopRecipe = Field(LoopRecipe(), description="length, batch, precision")
-    optim: OptimRecipe = Field(OptimRecipe(), description="rates and schedule")
+    mixture: dict[str, float] = Field(default={}, description="task (or documents) → share of the tokens; empty: all conversations, equal")
+    lora: LoraRecipe | None = Field(default=None, description="train an adapter of this shape; none: all weights")
+    loop: LoopRecipe = Field(default=LoopRecipe(), description="length, batch, precision")
+    optim: OptimRecipe = Field(default=OptimRecipe(), description="rates and schedule")
 
 
 def _kind(recipe: SftRecipe) -> Kind:
@@ -57,9 +57,9 @@ def _kind(recipe: SftRecipe) -> Kind:
 def run(recipe: SftRecipe, work: Workspace) -> None:
     """Load the model, train on every rank, save weights or adapter with the model's own tokenizer files."""
     model = work.inputs["model"]
-    launch(recipe.parallel, _rank, recipe, model, work.inputs["shards"].path, work.path)
-    copy_files(model.path, work.path)
-    work.metrics.update(json.loads((work.logs / "summary.json").read_bytes()))
+    if launch(recipe.parallel, _rank, recipe, model, work.inputs["shards"].path, work.path):
+        copy_files(model.path, work.path)
+        work.metrics.update(json.loads((work.logs / SUMMARY).read_bytes()))
 
 
 def _rank(ranks: Ranks, recipe: SftRecipe, model: Artifact, shards: Path, out: Path) -> None:

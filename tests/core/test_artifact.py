@@ -6,12 +6,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import toy_stages
+from toy_stages import DoubleRecipe, Inner, TextRecipe, double, write_text
+
 from microlm.core import artifact, manifest, storage
 from microlm.core.errors import UserError
-from toy_stages import DoubleRecipe, Inner, TextRecipe, double, write_text
 
 
 @pytest.fixture(autouse=True)
@@ -34,9 +36,7 @@ def test_key_ignores_place_parallel_and_unkeyed_fields(tmp_path: Path) -> None:
 
 def test_key_holds_the_input_keys_not_their_paths(tmp_path: Path) -> None:
     make(tmp_path / "a"), make(tmp_path / "b"), make(tmp_path / "c", text="other")
-    keys = [
-        double(DoubleRecipe(source=str(tmp_path / s), out=str(tmp_path / f"out-{s}"))).key for s in "abc"
-    ]
+    keys = [double(DoubleRecipe(source=str(tmp_path / s), out=str(tmp_path / f"out-{s}"))).key for s in "abc"]
     assert keys[0] == keys[1] != keys[2]
 
 
@@ -62,7 +62,10 @@ def test_manifest_says_what_was_made(tmp_path: Path) -> None:
     told = made.manifest
     assert (told["format"], told["kind"], told["stage"], told["seed"]) == (1, "data", "text", 5)
     assert told["licences"] == ["CC0-1.0"] and told["metrics"] == {"resumed": False}
-    assert {f["path"]: f["payload"] for f in told["files"]} == {"documents/a.txt": True, "logs/times.txt": False}
+    assert {f["path"]: f["payload"] for f in told["files"]} == {
+        "documents/a.txt": True,
+        "logs/times.txt": False,
+    }
     assert told["recipe"]["text"] == "hello" and told["environment"]["python"]
     assert not manifest.damages(made)
     child = double(DoubleRecipe(source=str(tmp_path / "a"), out=str(tmp_path / "b")))
@@ -129,7 +132,7 @@ def _only_for(name: str, real):  # type: ignore[no-untyped-def]
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT])
 @pytest.mark.parametrize("replacing", [False, True])
-@pytest.mark.parametrize("where", ["fsync", "replace", "rename", "body", "write_text"])
+@pytest.mark.parametrize("where", ["fsync", "replace", "rename", "body", "write_text", "write"])
 def test_refusals_of_the_disk_leave_the_old_artifact_or_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, replacing: bool, where: str
 ) -> None:
@@ -148,6 +151,8 @@ def test_refusals_of_the_disk_leave_the_old_artifact_or_none(
                 return refuse() if self.suffix == ".tmp" else real(self, target)  # type: ignore[return-value]
 
             patch.setattr(Path, "rename", rename)
+        elif where == "write":
+            patch.setattr(Path, "open", _open_full(refuse))
         elif where != "body":
             patch.setattr(Path, where, refuse)
         make(tmp_path / "a", text="new", fail=str(code) if where == "body" else "")
@@ -158,6 +163,22 @@ def test_refusals_of_the_disk_leave_the_old_artifact_or_none(
         assert found is not None and found.digest == old.digest and not manifest.damages(found)
     assert make(tmp_path / "a", text="new").file("documents/a.txt").read_text() == "new"
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def _open_full(refuse):  # type: ignore[no-untyped-def]
+    """`Path.open` whose files take no byte."""
+    real = Path.open
+
+    def opened(self: Path, mode: str = "r", *args: object, **kwargs: object):  # type: ignore[no-untyped-def]
+        file = real(self, mode, *args, **kwargs)  # type: ignore[call-overload]
+        if "w" not in mode:
+            return file
+        full = MagicMock(wraps=file)
+        full.__enter__.return_value = full
+        full.write.side_effect = refuse
+        return full
+
+    return opened
 
 
 def test_rust_libraries_refusals_are_explained() -> None:
@@ -192,7 +213,8 @@ def test_a_second_process_is_told(tmp_path: Path) -> None:
     lock.parent.mkdir(exist_ok=True)
     code = (
         "import sys,pathlib;from microlm.core import storage\n"
-        "with storage.locked(pathlib.Path(sys.argv[1]), 'busy'):\n print('held', flush=True); sys.stdin.read()"
+        "with storage.locked(pathlib.Path(sys.argv[1]), 'busy'):\n"
+        " print('held', flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-c", code, str(lock)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
@@ -236,7 +258,11 @@ def test_damages_names_what_happened(tmp_path: Path) -> None:
     (tmp_path / "a/documents/a.txt").unlink()
     (tmp_path / "a/logs/times.txt").write_text("9")
     (tmp_path / "a/new.bin").write_bytes(b"")
-    assert manifest.damages(made) == {"documents/a.txt": "missing", "logs/times.txt": "changed", "new.bin": "extra"}
+    assert manifest.damages(made) == {
+        "documents/a.txt": "missing",
+        "logs/times.txt": "changed",
+        "new.bin": "extra",
+    }
 
 
 def test_a_manifest_that_was_edited_to_fit_is_found(tmp_path: Path) -> None:
@@ -255,7 +281,10 @@ def test_a_manifest_that_was_edited_to_fit_is_found(tmp_path: Path) -> None:
         ("[1]", "format None"),
         ('{"format": 2}', "format 2"),
         ('{"format": 1}', "missing or of the wrong type"),
-        ('{"format":1,"kind":"data","key":"","digest":"","inputs":{},"files":[{"path":"../x"}]}', "wrong type"),
+        (
+            '{"format":1,"kind":"data","key":"","digest":"","inputs":{},"files":[{"path":"../x"}]}',
+            "wrong type",
+        ),
         ('{"format":1,"kind":"data","key":"","digest":"","inputs":{"a":1},"files":[]}', "wrong type"),
         ("[" * 100_000, "not valid JSON"),
         ("\ud800", "not valid JSON"),

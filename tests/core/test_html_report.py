@@ -5,6 +5,7 @@ from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import pytest
+
 from microlm.core.report import Page, charts, escape, shown
 
 EVIL = "<script>alert('x')</script>&\"\x00\ud800"
@@ -82,9 +83,16 @@ def test_contents_link_to_headings() -> None:
 
 def test_numbers_are_right_aligned_and_missing_ones_are_dashes() -> None:
     page = Page("t")
-    page.table(["model", "f1", "interval", "note"], [["a", 0.25, "0.6 [0.5, 0.7]", "x"], ["b", None, "–", "1st"]])
+    page.table(
+        ["model", "f1", "interval", "note"], [["a", 0.25, "0.6 [0.5, 0.7]", "x"], ["b", None, "–", "1st"]]
+    )
     text = page.html()
-    assert re.findall(r'<th scope="col"( class="number")?>', text) == ["", ' class="number"', ' class="number"', ""]
+    assert re.findall(r'<th scope="col"( class="number")?>', text) == [
+        "",
+        ' class="number"',
+        ' class="number"',
+        "",
+    ]
     assert '<td class="number">–</td>' in text
 
 
@@ -134,9 +142,13 @@ def test_long_series_keep_first_and_last() -> None:
 
 
 def test_bars_stay_in_their_box() -> None:
-    svg = charts.bars("f1", [("很长的名字" * 20, 3.0, (2.0, 9.0)), ("b", -1.0, None), ("c", None, None)], "", 1.0)
+    svg = charts.bars(
+        "f1", [("很长的名字" * 20, 3.0, (2.0, 9.0)), ("b", -1.0, None), ("c", None, None)], "", 1.0
+    )
     root = ElementTree.fromstring(svg)
     for bar in root.iter("{http://www.w3.org/2000/svg}rect"):
-        assert 0 <= float(bar.get("width", "")) and float(bar.get("x", "")) + float(bar.get("width", "")) <= 720
+        assert (
+            float(bar.get("width", "")) >= 0 and float(bar.get("x", "")) + float(bar.get("width", "")) <= 720
+        )
     assert "not measured" in svg and "…" in svg
     assert "nothing was measured" in charts.bars("t", [], "", None)

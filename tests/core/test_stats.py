@@ -4,6 +4,7 @@ import itertools
 import math
 
 import pytest
+
 from microlm.core.stats import bootstrap_ci, micro_f1_ci, paired_test, proportion_ci, ratio_ci
 
 

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import fsspec
 import pytest
+from toy_stages import DoubleRecipe, TextRecipe, double, write_text
+
 from microlm.core import artifact, manifest, storage
 from microlm.core.errors import UserError
-from toy_stages import DoubleRecipe, TextRecipe, double, write_text
 
 
 @pytest.fixture

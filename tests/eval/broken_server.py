@@ -1,4 +1,4 @@
-"""A small OpenAI-compatible server without a model, written by hand, which can be broken in one place at a time."""
+"""A small OpenAI-compatible server without a model, which can be broken in one place at a time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, ClassVar
 
-WORDS = "the sea was calm and the old boat went far out to where no bird had ever been seen before".split()
+TEXT = "the sea was calm and the old boat went far out to where no bird had been seen before"
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -40,7 +40,9 @@ class Handler(BaseHTTPRequestHandler):
         try:
             body = json.loads(raw)
             float(body.get("temperature", 1))
-            messages = [{"content": body["prompt"]}] if self.path == "/v1/completions" else list(body["messages"])
+            messages = (
+                [{"content": body["prompt"]}] if self.path == "/v1/completions" else list(body["messages"])
+            )
         except (ValueError, TypeError, KeyError):
             return self.refuse(400, "bad request")
         if body["model"] != "toy" and self.fault != "any model":
@@ -50,14 +52,18 @@ class Handler(BaseHTTPRequestHandler):
         text, reason, counts = self.generate(body, messages)
         if self.path == "/v1/completions":
             choice = {"index": 0, "text": text, "finish_reason": reason}
-            return self.send_json({"id": "cmpl-1", "object": "text_completion", "choices": [choice], "usage": counts})
+            return self.send_json(
+                {"id": "cmpl-1", "object": "text_completion", "choices": [choice], "usage": counts}
+            )
         if body.get("stream"):
             return self.send_stream(text, reason, counts)
         choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": reason}
         head = {"id": "chatcmpl-1", "object": "chat.completion", "created": 1, "model": "toy"}
         return self.send_json(head | {"choices": [choice], "usage": counts})
 
-    def generate(self, body: dict[str, Any], messages: list[dict[str, str]]) -> tuple[str, str, dict[str, int]]:
+    def generate(
+        self, body: dict[str, Any], messages: list[dict[str, str]]
+    ) -> tuple[str, str, dict[str, int]]:
         if self.fault == "history ignored":
             messages = messages[-1:]
         prompt = " ".join(m["content"] for m in messages)
@@ -67,7 +73,7 @@ class Handler(BaseHTTPRequestHandler):
             seed = next(self.counter)
         mixer = random.Random(hashlib.sha256(f"{prompt}{seed}".encode()).digest())
         limit = 40 if self.fault == "max_tokens ignored" else body["max_tokens"]
-        tokens = [mixer.choice(WORDS) + " " for _ in range(min(limit, 40))]
+        tokens = [mixer.choice(TEXT.split()) + " " for _ in range(min(limit, 40))]
         reason = "length" if len(tokens) == limit or self.fault == "max_tokens ignored" else "stop"
         text = "".join(tokens)
         if "response_format" in body and self.fault != "schema ignored":
@@ -103,7 +109,10 @@ class Handler(BaseHTTPRequestHandler):
         if self.fault == "split characters":
             pieces = ["\ufffd\ufffd" if not p.isascii() else p for p in pieces]
         first = {} if self.fault == "no role" else {"role": "assistant", "content": ""}
-        deltas: list[tuple[dict[str, str], str | None]] = [(first, None), *(({"content": p}, None) for p in pieces)]
+        deltas: list[tuple[dict[str, str], str | None]] = [
+            (first, None),
+            *(({"content": p}, None) for p in pieces),
+        ]
         deltas.append(({}, None if self.fault == "no reason" else reason))
         for number, (delta, why) in enumerate(deltas):
             self.send_chunk(number, [{"index": 0, "delta": delta, "finish_reason": why}])

@@ -1,4 +1,4 @@
-"""The stage: a real model artifact, a real `microlm serve` process, a verdict whose payload is equal twice."""
+"""The stage: a real model artifact and `microlm serve` process; the verdict's payload is equal twice."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Our decoder = transformers', for each architecture; save → load = the same weights; bad directories are sentences."""
+"""Our decoder = transformers', for each architecture; saved = loaded; bad directories are sentences."""
 
 from __future__ import annotations
 

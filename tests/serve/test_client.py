@@ -1,4 +1,4 @@
-"""Our client: replies, deltas with times, sentences for what is no OpenAI server; events survive any cut of the bytes."""
+"""Our client: replies, deltas with times, sentences for what is no OpenAI server."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_closing_a_stream_frees_the_slot(server):
         stream = client.chat_stream(HELLO, Sampling(max_tokens=450, ignore_eos=True))
         next(stream)
         stream.close()
-        deadline = time.monotonic() + 3
+        deadline = time.monotonic() + 20
         while server.engine.free_slots < 4:
             assert time.monotonic() < deadline
             time.sleep(0.005)
@@ -138,5 +138,8 @@ def test_streams_that_are_not_openai(kind, content, said):
 
 
 def test_nobody_there():
-    with Client("http://127.0.0.1:9", timeout_s=2) as client, pytest.raises(UserError, match="cannot connect"):
+    with (
+        Client("http://127.0.0.1:9", timeout_s=2) as client,
+        pytest.raises(UserError, match="cannot connect"),
+    ):
         client.health()

@@ -1,4 +1,4 @@
-"""The official `openai` client is content: chat, stream, models, schema, n, stop, seed, and its error classes."""
+"""The official `openai` client is content: chat, stream, models, schema, n, stop, seed, errors."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import json
 
 import openai
 import pytest
+from openai import OpenAI
 from serving import Running, run_model
 from tiny_model import write_tiny_model
-from openai import OpenAI
 
 HELLO = [{"role": "user", "content": "Hello"}]
 
@@ -96,7 +96,9 @@ def test_max_completion_tokens_is_the_newer_name(client):
 
 def test_unlimited_chat_fills_the_window(client, server):
     reply = client.chat.completions.create(model="tiny", messages=HELLO, extra_body={"ignore_eos": True})
-    assert reply.usage.total_tokens == server.engine.max_seq_len and reply.choices[0].finish_reason == "length"
+    assert (
+        reply.usage.total_tokens == server.engine.max_seq_len and reply.choices[0].finish_reason == "length"
+    )
 
 
 def test_text_parts_and_the_developer_role(client):
@@ -104,7 +106,10 @@ def test_text_parts_and_the_developer_role(client):
     assert chat(client, temperature=0, messages=parts).choices == chat(client, temperature=0).choices
     developer = [{"role": "developer", "content": "Be brief"}, *HELLO]
     system = [{"role": "system", "content": "Be brief"}, *HELLO]
-    assert chat(client, messages=developer, temperature=0).usage == chat(client, messages=system, temperature=0).usage
+    assert (
+        chat(client, messages=developer, temperature=0).usage
+        == chat(client, messages=system, temperature=0).usage
+    )
 
 
 def test_completions_of_text_ids_and_lists(client, server):

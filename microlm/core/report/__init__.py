@@ -5,12 +5,12 @@ Enters: plain text and numbers, all escaped here. Leaves: one HTML string.
 
 from __future__ import annotations
 
-import html
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from microlm.core.report import charts
+from microlm.core.report.charts import escape
 
 Cell = str | int | float | None
 Point = tuple[float, float]
@@ -131,12 +131,6 @@ class Page:
         self._parts.append(f"<figure><figcaption>{escape(title)}</figcaption>{svg}</figure>")
 
 
-def escape(text: str) -> str:
-    """Text → HTML; characters that no HTML may hold become the replacement character."""
-    legal = re.sub("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]", "\ufffd", text)
-    return html.escape(legal)
-
-
 def shown(value: Cell) -> str:
     """A cell's text: thousands separated, four significant digits, a dash for what was not measured."""
     if value is None or value != value:
@@ -149,7 +143,8 @@ def shown(value: Cell) -> str:
 
 
 _NUMBER = re.compile(
-    r"[-+]?[\d.,]+(?:e[-+]?\d+)?(?: ?(?:%|s|ms|min|[KMG]i?B|B|±.*|\[.*|\(.*))?$", re.IGNORECASE
+    r"[-+]?[\d.,]+(?:–[-+]?[\d.,]+)?(?:e[-+]?\d+)?(?: ?(?:%|s|ms|min|[KMG]i?B|B|±.*|\[.*|\(.*))?$",
+    re.IGNORECASE,
 )
 
 

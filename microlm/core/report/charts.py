@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import html
 import math
+import re
 from collections.abc import Mapping, Sequence
 
 WIDTH, HEIGHT = 720, 300
@@ -15,6 +16,12 @@ COLOURS = 6  # --c0 … --c5 in page.css; more series get dashes
 MAX_POINTS = 400
 
 Point = tuple[float, float]
+
+
+def escape(text: str) -> str:
+    """Text → HTML; characters that no HTML may hold become the replacement character."""
+    legal = re.sub("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]", "\ufffd", text)
+    return html.escape(legal)
 
 
 def lines(
@@ -79,7 +86,7 @@ def _bar(
         caps = f"M{low:.1f} {y - 4}v8M{high:.1f} {y - 4}v8"
         body += f'<path class="whisker" d="M{low:.1f} {y}H{high:.1f}{caps}"/>'
     name = f'<text class="label" x="{left - 8}" y="{y + 4}" text-anchor="end">{_short(label, left)}</text>'
-    told = f'<text class="value" x="{end + 8:.1f}" y="{y + 4}">{html.escape(text)}</text>'
+    told = f'<text class="value" x="{end + 8:.1f}" y="{y + 4}">{escape(text)}</text>'
     return f"{label}: {text}", name + body + told
 
 
@@ -153,7 +160,7 @@ def _frame(x: _Axis, y: _Axis, x_label: str, y_label: str) -> str:
         (f'x="{(LEFT + right) / 2}" y="{HEIGHT - 6}"', x_label),
         (f'transform="translate(14 {middle}) rotate(-90)"', y_label),
     ):
-        parts.append(f'<text {place} text-anchor="middle">{html.escape(label)}</text>')
+        parts.append(f'<text {place} text-anchor="middle">{escape(label)}</text>')
     return "".join(parts)
 
 
@@ -166,16 +173,16 @@ def _legend(names: Sequence[str]) -> tuple[str, int]:
             x, y = LEFT, y + 20
         dash = ' stroke-dasharray="6 4"' if i >= COLOURS else ""
         parts.append(f'<path class="line c{i % COLOURS}"{dash} d="M{x} {y - 4}h18"/>')
-        parts.append(f'<text x="{x + 24}" y="{y}">{html.escape(name)}</text>')
+        parts.append(f'<text x="{x + 24}" y="{y}">{escape(name)}</text>')
         x += width + 12
     return "".join(parts), y - HEIGHT + 10
 
 
 def _svg(title: str, description: str, height: float, body: str) -> str:
-    label = html.escape(f"{title}. {description}" if description else title)
+    label = escape(f"{title}. {description}" if description else title)
     return (
         f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{label}" '
-        f'xmlns="http://www.w3.org/2000/svg"><title>{html.escape(title)}</title>{body}</svg>'
+        f'xmlns="http://www.w3.org/2000/svg"><title>{escape(title)}</title>{body}</svg>'
     )
 
 
@@ -196,4 +203,4 @@ def _short(label: str, width: float) -> str:
     cut = label
     while cut and _text_width(cut) > width - 16:
         cut = cut[:-1]
-    return html.escape(cut if cut == label else cut[:-1] + "…")
+    return escape(cut if cut == label else cut[:-1] + "…")

@@ -142,7 +142,7 @@ def read(
         reason, count = own.dropped.most_common(1)[0]
         raise UserError(
             f"{source.word}: {own.read - own.kept} of {own.read} records cannot be used, most often {reason}"
-            f" ({count} times, first {own.examples[reason][0]}); rename or mend that field"
+            f" ({count} times, first {own.examples[reason][0]}); mend the file or rename the field"
         )
 
 

@@ -24,14 +24,14 @@ table_files = tables.table_files
 class FactbookSizes(Recipe):
     """How many records of each kind the factbook composes."""
 
-    documents: int = Field(9_000, ge=1, description="prose documents for pretraining (dirt comes on top)")
+    documents: int = Field(14_000, ge=1, description="prose documents for pretraining (dirt comes on top)")
     dirt_share: float = Field(0.06, ge=0, le=0.5, description="dirty lines mixed in, as a share of the documents")
-    questions: int = Field(24_000, ge=0, description="training conversations that ask for facts")
-    extraction: int = Field(26_000, ge=0, description="training extraction records, mostly of invented entities")
+    questions: int = Field(22_000, ge=0, description="training conversations that ask for facts")
+    extraction: int = Field(46_000, ge=0, description="training extraction records, mostly of invented entities")
     reading: int = Field(7_000, ge=0, description="training conversations of several turns about a given text")
     chat: int = Field(2_000, ge=0, description="training conversations of small talk")
     preferences: int = Field(1_000, ge=0, description="preference pairs")
-    english_share: float = Field(0.1, ge=0, le=1, description="share of English records")
+    english_share: float = Field(0.04, ge=0, le=1, description="share of English records")
     held_out_entities: float = Field(0.15, ge=0.02, le=0.5, description="share of real entities never trained on")
     test_questions: int = Field(300, ge=1, description="held-out questions of each kind of wording")
     test_extraction: int = Field(300, ge=1, description="held-out extraction records of each kind of wording")

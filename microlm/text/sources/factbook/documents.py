@@ -9,10 +9,10 @@ from random import Random
 from microlm.core.records import Document
 from microlm.text.sources.factbook.fiction import Composer
 from microlm.text.sources.factbook.tables import Entity
-from microlm.text.sources.factbook.tasks import LICENCE, SOURCE, Maker
+from microlm.text.sources.factbook.tasks import FACT_COUNTS, LICENCE, SOURCE, Maker
 from microlm.text.sources.factbook.wording import Writer
 
-KNOWN_SHARE = 0.5
+KNOWN_SHARE = 0.4
 
 
 def compose(maker: Maker, count: int, dirt_share: float) -> list[Document]:
@@ -39,7 +39,7 @@ def _restated(maker: Maker, writer: Writer, composer: Composer) -> str:
     """An invented entity in prose and once more as a card, JSON or questions: copying is learnt from such pairs."""
     rng = writer.rng
     lang = maker.lang(rng)
-    entity = maker.invented(composer, rng.choice(maker.topics), lang, rng.randint(1, 5))
+    entity = maker.invented(composer, rng.choice(maker.topics), lang, rng.choice(FACT_COUNTS))
     forms = [_card, _as_json, _as_json, _asked]
     return writer.paragraph(entity, "train") + "\n" + rng.choice(forms)(entity, writer)
 

@@ -36,6 +36,30 @@ class Composer:
         values = {r.name: self.value(r, lang) for r in chosen}
         return Entity(topic.name, name, {r: v for r, v in values.items() if v != name}, lang, fictional=True)
 
+    def mutant(self, model: Entity, facts: int) -> Entity:
+        """An invented entity that looks like a true one: its name and values with a few characters changed.
+
+        Such near misses of what a small model knows by heart force it to read the text instead.
+        """
+        chosen = self.rng.sample(list(model.facts), min(facts, len(model.facts)))
+        name = self._changed(model.name)
+        values = {r: self._changed(model.facts[r]) if self.rng.random() < 0.7 else model.facts[r] for r in chosen}
+        return Entity(model.topic, name, {r: v for r, v in values.items() if v != name}, model.lang, fictional=True)
+
+    def _changed(self, text: str) -> str:
+        """The text with one or two characters replaced, one dropped, or one added; digits stay digits."""
+        chars = list(text)
+        for _ in range(self.rng.choice((1, 1, 2))):
+            at = self.rng.randrange(len(chars))
+            if chars[at].isdigit():
+                chars[at] = str(self.rng.randint(1, 9))
+            elif "\u4e00" <= chars[at] <= "\u9fff":
+                new = self._draw(self.rng.choice(("HAN", "PLACE", "MISC", "GIVEN", "FOREIGN")))
+                dice = self.rng.random()
+                chars[at] = new if dice < 0.7 else chars[at] + new if dice < 0.85 or len(chars) < 3 else ""
+            chars = list("".join(chars))
+        return "".join(chars)
+
     def value(self, relation: Relation, lang: Lang) -> str:
         """An invented value of a relation."""
         spec: dict[str, Any] = relation.fiction

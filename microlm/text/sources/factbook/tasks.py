@@ -13,7 +13,9 @@ from microlm.text.sources.factbook.tables import Entity, Lang, Tables, Topic
 from microlm.text.sources.factbook.wording import Kind, Writer, relation_name
 
 SOURCE, LICENCE = "factbook", "Apache-2.0"
-MAX_FACTS = 5
+FACT_COUNTS = (1, 1, 2, 2, 3, 3, 4)
+"""How many facts of an entity one text tells, drawn evenly from these."""
+MUTANT_SHARE = 0.5
 
 
 def turns(*contents: str) -> tuple[Message, ...]:
@@ -38,8 +40,10 @@ class Maker:
     def __init__(self, tables: Tables, known: list[Entity], seed: int, english_share: float) -> None:
         self.tables, self.seed, self.english_share = tables, seed, english_share
         self.known: dict[Lang, list[Entity]] = {"zh": [], "en": []}
+        self._index: dict[tuple[Lang, str], list[Entity]] = {}
         for entity in known:
             self.known[entity.lang].append(entity)
+            self._index.setdefault((entity.lang, entity.topic), []).append(entity)
         self.topics: list[Topic] = list(tables.topics.values())
         self.trained_names: set[str] = {e.name for e in known}
 
@@ -52,8 +56,12 @@ class Maker:
         return "en" if self.known["en"] and rng.random() < self.english_share else "zh"
 
     def invented(self, composer: Composer, topic: Topic, lang: Lang, facts: int) -> Entity:
-        """A new invented entity, remembered as trained on."""
-        entity = composer.entity(topic, lang, facts)
+        """A new invented entity, remembered as trained on: by patterns, or (Chinese) a near miss of a known one."""
+        known = [e for e in self._by_topic(lang, topic) if len(e.facts) >= facts] if lang == "zh" else []
+        if known and composer.rng.random() < MUTANT_SHARE:
+            entity = composer.mutant(composer.rng.choice(known), facts)
+        else:
+            entity = composer.entity(topic, lang, facts)
         self.trained_names.add(entity.name)
         return entity
 
@@ -88,14 +96,11 @@ class Maker:
         return Question(f"q-{kind}-{number:05d}", text, entity.facts[relation], kind, lang)
 
     def extraction_train(self, count: int) -> list[Extraction]:
-        """Training records: four of five about invented entities, the rest about known ones."""
+        """Training records, all of invented entities: a fact known by heart would teach not to read."""
         rng = self.rng("extraction")
         writer, composer = Writer(self.tables, rng), Composer(self.tables, rng)
 
         def pick(topic: Topic, lang: Lang, facts: int) -> Entity:
-            known = [e for e in self._by_topic(lang, topic) if len(e.facts) >= facts]
-            if known and rng.random() < 0.2:
-                return _some_facts(rng.choice(known), facts, rng)
             return self.invented(composer, topic, lang, facts)
 
         return [self._record(rng, writer, "train", i, pick) for i in range(count)]
@@ -122,8 +127,9 @@ class Maker:
         self, rng: Random, writer: Writer, kind: Kind, number: int, pick: Callable[[Topic, Lang, int], Entity]
     ) -> Extraction:
         topic, lang = rng.choice(self.topics), self.lang(rng)
-        pair = rng.random() < 0.2
-        entities = [pick(topic, lang, rng.randint(1, 2 if pair else MAX_FACTS)) for _ in range(2 if pair else 1)]
+        pair = rng.random() < 0.15
+        counts = [rng.randint(1, 2), rng.randint(1, 2)] if pair else [rng.choice(FACT_COUNTS)]
+        entities = [pick(topic, lang, n) for n in counts]
         if pair and entities[0].name == entities[1].name:
             entities.pop()
         text = ("" if lang == "zh" else " ").join(writer.paragraph(e, kind) for e in entities)
@@ -141,7 +147,7 @@ class Maker:
     def _allowed(self, rng: Random, topic: Topic, entities: Sequence[Entity]) -> list[str]:
         """The relations asked for: the stated ones (now and then one less), some unstated, some of another topic."""
         stated = {r for e in entities for r in e.facts}
-        allowed = [r for r in topic.relations if r in stated or rng.random() < 0.35]
+        allowed = [r for r in topic.relations if r in stated or rng.random() < 0.25]
         if rng.random() < 0.3:
             other = rng.choice(list(rng.choice(self.topics).relations))
             allowed += [other] if other not in topic.relations else []
@@ -156,7 +162,7 @@ class Maker:
         return relation_name(self.tables, owner.name, relation, lang)
 
     def _by_topic(self, lang: Lang, topic: Topic) -> list[Entity]:
-        return [e for e in self.known[lang] if e.topic == topic.name]
+        return self._index.get((lang, topic.name), [])
 
     def reading(self, count: int) -> list[Conversation]:
         """A text, then questions about it over several turns."""

@@ -39,7 +39,7 @@ def test_cached_logits_equal_full_logits(any_model: Path, monkeypatch: pytest.Mo
     engine, seen = Engine(any_model, max_seqs=4), []
     logits = engine._runner.logits
     monkeypatch.setattr(engine._runner, "logits", lambda h: seen.append(logits(h)) or seen[-1])
-    prompts = [engine.tokenizer.encode(p) for p in PROMPTS[:3]]
+    prompts = sorted((engine.tokenizer.encode(p) for p in PROMPTS[:3]), key=len, reverse=True)
     answers = engine.generate(prompts, GREEDY)
     decoder = directory.load(any_model)
     for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):

@@ -1,0 +1,216 @@
+"""Joining, ending, cancelling: what one request may do to its own end and never to another's."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from random_model import WINDOW, write_model
+
+from microlm.core.errors import UserError
+from microlm.core.records import Message, Sampling
+from microlm.engine import Busy, Engine, EngineService
+from microlm.engine.output import TextStream
+
+LONG = Sampling(max_tokens=100, ignore_eos=True)
+
+
+def test_a_request_added_in_mid_decode_joins_at_the_next_step(engine: Engine) -> None:
+    first = engine.add("李白", LONG)
+    for _ in range(5):
+        assert [r for r, _ in engine.step()] == [first]
+    second = engine.add("hello", LONG)
+    assert [(r, len(d.token_ids)) for r, d in engine.step()] == [(first, 1), (second, 1)]
+    assert (len(first.output), len(second.output)) == (6, 1)
+
+
+def test_more_requests_than_slots_wait_in_order(make_engine: Callable[..., Engine]) -> None:
+    engine = make_engine(max_seqs=2)
+    requests = [engine.add("a", replace(LONG, max_tokens=3)) for _ in range(5)]
+    seen = []
+    while engine.busy:
+        seen.append([requests.index(r) for r, _ in engine.step()])
+    assert [sorted(s) for s in seen] == [[0, 1]] * 3 + [[2, 3]] * 3 + [[4]] * 3
+
+
+def test_hundred_cancellations_leave_all_slots_free(engine: Engine) -> None:
+    expected = engine.generate(["李白"], LONG)
+    for i in range(100):
+        stream = engine.stream("hello" * (i % 7 + 1), LONG)
+        for _ in range(i % 4):
+            next(stream)
+        if i % 3 == 0:
+            waiting = engine.add("诗人", LONG)
+            engine.step()
+            engine.cancel(waiting)
+            assert waiting.finish_reason == "cancelled"
+        stream.close()
+    assert engine.free_slots == engine.max_seqs and not engine.busy
+    assert engine.generate(["李白"], LONG) == expected
+
+
+def test_an_interrupted_generate_frees_everything(engine: Engine) -> None:
+    def interrupt(_: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate(["a"] * 20, [replace(LONG, max_tokens=1 + i) for i in range(20)], interrupt)
+    assert engine.free_slots == engine.max_seqs and not engine.busy
+
+
+def test_progress_counts_every_prompt_once(engine: Engine) -> None:
+    heard: list[int] = []
+    engine.generate(["a"] * 20, [replace(LONG, max_tokens=1 + i) for i in range(20)], heard.append)
+    assert sum(heard) == 20
+
+
+def test_the_window_bounds_prompt_and_answer_together(engine: Engine) -> None:
+    full = [5] * WINDOW
+    only = engine.generate([full[: WINDOW - 1]], LONG)[0]
+    assert (len(only.token_ids), only.finish_reason) == (1, "length")
+    cut = engine.generate([full[:100]], LONG)[0]
+    assert (len(cut.token_ids), cut.finish_reason) == (WINDOW - 100, "length")
+    for length in (WINDOW, WINDOW + 1):
+        with pytest.raises(UserError, match=f"{length} tokens, but the window is {WINDOW}"):
+            engine.add([5] * length, LONG)
+
+
+def test_a_shorter_window_cuts_earlier(make_engine: Callable[..., Engine]) -> None:
+    engine = make_engine(max_seq_len=20)
+    assert len(engine.generate([[5] * 15], LONG)[0].token_ids) == 5
+    assert (
+        engine.cache_bytes == 8 * 20 * 2 * 2 * 2 * 8 * 4
+    )  # slots, length, k and v, layers, heads, size, bytes
+    with pytest.raises(UserError, match="window of 128"):
+        make_engine(max_seq_len=129)
+    with pytest.raises(UserError, match="GiB"):
+        make_engine(max_seqs=10**9, max_seq_len=128)
+
+
+def test_a_stop_string_is_found_across_tokens(engine: Engine) -> None:
+    whole = engine.generate(["hello"], replace(LONG, max_tokens=60))[0]
+    for start in range(0, len(whole.text) - 4, 3):
+        stop = whole.text[start : start + 4]
+        got = engine.generate(["hello"], replace(LONG, max_tokens=60, stop=(stop, "never there")))[0]
+        assert got.text == whole.text[: whole.text.index(stop)]
+        assert got.finish_reason == "stop"
+        assert got.token_ids == whole.token_ids[: len(got.token_ids)]
+
+
+def test_held_back_text_is_released_when_the_stop_does_not_come(engine: Engine) -> None:
+    tokenizer, text = engine.tokenizer, "abcabd李白😀"
+    for stop in (("abd李黑",), ("bcx", "😀😀")):
+        stream = TextStream(tokenizer, stop)
+        pieces = [stream.push(i) for i in tokenizer.encode(text)]
+        assert "".join(pieces) + stream.finish() == text
+
+
+def test_every_valid_text_streams_without_replacement_characters(engine: Engine) -> None:
+    text = "李白是诗人。emoji 😀👩‍👩‍👧 and ελληνικά, 한국어 𠀀"
+    for stop in ((), ("zzz",)):
+        stream = TextStream(engine.tokenizer, stop)
+        pieces = [stream.push(i) for i in engine.tokenizer.encode(text)]
+        assert "".join(pieces) + stream.finish() == text
+        assert not any("�" in p for p in pieces)
+
+
+def test_eos_ends_and_is_not_text(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = iter([5, 6, engine.tokenizer.eos_id])
+    monkeypatch.setattr("microlm.engine.engine.draw", lambda *_: [next(tokens)])
+    got = engine.generate(["a"], Sampling(max_tokens=10))[0]
+    assert got.token_ids == (5, 6, engine.tokenizer.eos_id)
+    assert (got.finish_reason, got.text) == ("stop", engine.tokenizer.decode([5, 6]))
+
+
+def test_non_finite_scores_end_only_that_request(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model", "llama")
+    engine = Engine(folder, max_seqs=3)
+    good = engine.generate([[10, 11]], LONG)
+    embedding = engine._runner.decoder.model.embed_tokens.weight
+    with torch.no_grad():
+        embedding[300] = float("nan")
+    sampled = replace(LONG, temperature=1.0, seed=1)
+    got = engine.generate([[10, 11], [10, 300, 11], [10, 11]], [LONG, sampled, LONG])
+    assert got[1].finish_reason == "error" and "finite" in got[1].error
+    assert [got[0], got[2]] == [*good, *good]
+    assert engine.generate([[10, 11]] * 3, LONG) == good * 3  # the slot that held NaN is clean again
+
+
+@pytest.mark.parametrize(
+    ("prompt", "sampling", "words"),
+    [
+        ("", Sampling(), "empty"),
+        ([], Sampling(), "empty"),
+        ([Message("user", "a\ud800")], Sampling(), "surrogate"),
+        ([1, 9999], Sampling(), "id"),
+        ([-1], Sampling(), "id"),
+        ("a", Sampling(temperature=-1), "temperature"),
+        ("a", Sampling(temperature=float("nan")), "temperature"),
+        ("a", Sampling(top_p=0.0), "top_p"),
+        ("a", Sampling(top_k=-1), "top_k"),
+        ("a", Sampling(max_tokens=0), "max_tokens"),
+        ("a", Sampling(seed=-1), "seed"),
+        ("a", Sampling(seed=2**64), "seed"),
+        ("a", Sampling(stop=("",)), "stop"),
+    ],
+)
+def test_what_cannot_run_is_a_sentence(
+    engine: Engine, prompt: object, sampling: Sampling, words: str
+) -> None:
+    with pytest.raises(UserError, match=words):
+        engine.add(prompt, sampling)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="prompt 2 of 2"):
+        engine.generate(["a", prompt], [Sampling(), sampling])  # type: ignore[list-item]
+    assert not engine.busy
+
+
+def test_the_service_bounds_its_queue_and_frees_what_is_closed(make_engine: Callable[..., Engine]) -> None:
+    engine = make_engine(max_seqs=2)
+
+    async def scenario() -> None:
+        service = EngineService(engine, max_queue=1)
+        streams = [await service.submit("a", LONG) for _ in range(3)]
+        with pytest.raises(Busy):
+            await service.submit("a", LONG)
+        await anext(streams[0])
+        await streams[0].aclose()
+        with pytest.raises(StopAsyncIteration):
+            await anext(streams[0])
+        waiting = asyncio.create_task(_drain(streams[1]))
+        await asyncio.sleep(0)
+        waiting.cancel()
+        del streams[2:]  # lost without being closed
+        while service.open_requests:
+            await asyncio.sleep(0.01)
+        with pytest.raises(UserError):
+            await service.submit("", LONG)
+        assert service.open_requests == 0 and engine.free_slots == 2
+        last = await service.submit("a", LONG)
+        await asyncio.to_thread(service.close)
+        assert (await _drain(last))[-1] == "cancelled"
+        with pytest.raises(Busy):
+            await service.submit("a", LONG)
+
+    asyncio.run(scenario())
+    assert engine.free_slots == 2 and not engine.busy
+
+
+def test_a_failing_step_is_told_to_everyone_and_the_service_lives(engine: Engine) -> None:
+    async def scenario() -> None:
+        service = EngineService(engine)
+        works, engine._runner.logits = engine._runner.logits, None  # type: ignore[method-assign, assignment]
+        assert (await _drain(await service.submit("a", LONG)))[-1] == "error"
+        engine._runner.logits = works  # type: ignore[method-assign]
+        assert (await _drain(await service.submit("a", replace(LONG, max_tokens=3))))[-1] == "length"
+        await asyncio.to_thread(service.close)
+
+    asyncio.run(scenario())
+    assert engine.free_slots == engine.max_seqs
+
+
+async def _drain(stream: object) -> list[str | None]:
+    return [d.finish_reason async for d in stream]  # type: ignore[attr-defined]

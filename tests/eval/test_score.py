@@ -1,0 +1,129 @@
+"""Re-scoring = the same bytes, without a model; a gate that is missed says so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from artifacts import sign
+from small_data import PEOPLE, write_small_data
+
+from microlm.core.artifact import Artifact, Workspace
+from microlm.core.errors import CheckFailed, UserError
+from microlm.core.records import Prediction, to_json
+from microlm.eval import score
+
+
+def write_predictions(out: Path, data: Artifact, predictions: list[Prediction]) -> Artifact:
+    """Predictions made by hand."""
+
+    def body(work: Workspace) -> None:
+        work.write_jsonl("predictions.jsonl", [to_json(p) for p in predictions])
+
+    return sign(out, "predictions", body, data=str(data.path))
+
+
+def by_hand() -> list[Prediction]:
+    """4 of 5 questions right; extraction of 3 right, one wrong value, one cut off; 5 of 6 chats stop."""
+    kinds = ["specific" if i % 2 else "generic" for i in range(5)]
+    answers = [*list(PEOPLE.values())[:4], "清朝"]
+    made = [Prediction(f"q-{kinds[i]}-{i}", "question", "", a, "stop") for i, a in enumerate(answers)]
+    outputs = [f'{{"{n}":{{"朝代":"{e}"}}}}' for n, e in PEOPLE.items()]
+    outputs[3], outputs[4] = '{"关汉卿":{"朝代":"清朝"}}', '{"徐霞客":{"朝'
+    names = [f"x-{'mixed' if i % 2 else 'generic'}-{i}" for i in range(5)]
+    ends = ["stop"] * 4 + ["length"]
+    made += [Prediction(n, "extraction", "", o, e) for n, o, e in zip(names, outputs, ends, strict=True)]
+    made += [Prediction(f"chat-{i}", "chat", "", "好", "stop" if i else "length") for i in range(6)]
+    return made
+
+
+def values(scores: Artifact) -> dict[tuple[str, str, str], float]:
+    return {(r["name"], r["kind"], r["lang"]): r["value"] for r in scores.json("scores.json")["rows"]}
+
+
+def test_scoring_again_gives_the_same_bytes(
+    score_recipe: score.ScoreRecipe, scores: Artifact, tmp_path: Path
+) -> None:
+    again = score.run(score_recipe.model_copy(update={"out": str(tmp_path / "again")}))
+    assert again.digest == scores.digest
+    for name in ("scores.json", "samples.json"):
+        assert again.file(name).read_bytes() == scores.file(name).read_bytes()
+
+
+def test_scores_equal_those_worked_out_by_hand(data: Artifact, tmp_path: Path) -> None:
+    made = write_predictions(tmp_path / "p", data, by_hand())
+    recipe = score.ScoreRecipe(out=str(tmp_path / "s"), predictions=str(made.path), data=str(data.path))
+    found = values(score.run(recipe))
+    expected = {
+        ("question_exact", "all", "all"): 4 / 5,
+        ("question_exact", "generic", "all"): 2 / 3,
+        ("question_exact", "specific", "all"): 1,
+        ("extraction_f1", "all", "all"): 2 * 3 / (4 + 5),
+        ("extraction_f1", "mixed", "all"): 2 * 1 / (2 + 2),
+        ("extraction_f1", "generic", "zh"): 1,
+        ("extraction_f1", "all", "en"): 0,
+        ("extraction_precision", "all", "all"): 3 / 4,
+        ("extraction_recall", "all", "all"): 3 / 5,
+        ("extraction_entity_f1", "all", "all"): 2 * 4 / (4 + 5),
+        ("extraction_unsupported", "all", "all"): 1 / 4,
+        ("extraction_parsed", "all", "all"): 4 / 5,
+        ("extraction_schema_valid", "all", "all"): 4 / 5,
+        ("extraction_truncated", "all", "all"): 1 / 5,
+        ("eos", "all", "all"): 5 / 6,
+    }
+    assert {k: found[k] for k in expected} == pytest.approx(expected, abs=1e-6)
+    assert not any(name.startswith("bits") or "constrained" in name for name, _, _ in found)
+
+
+def test_intervals_hold_their_values_and_baselines_stand_beside(scores: Artifact) -> None:
+    told = scores.json("scores.json")
+    for row in [*told["rows"], *told["baselines"]]:
+        assert row["low"] <= row["value"] <= row["high"], row
+        assert row["n"] > 0
+    assert {b["by"] for b in told["baselines"]} == {"regex", "nearest_template"}
+    headlines = {h["name"]: h for h in told["headlines"]}
+    assert headlines["extraction_f1"]["kind"] == "mixed"
+    assert set(headlines["extraction_f1"]["baselines"]) == {"regex", "nearest_template"}
+    assert headlines["constrained_valid"]["value"] == 1.0 or headlines["constrained_valid"]["n"] == 5
+
+
+def test_gates_are_recorded_and_fail_on_demand(data: Artifact, tmp_path: Path) -> None:
+    made = write_predictions(tmp_path / "p", data, by_hand())
+    gates = score.Gates(question_exact=0.8, extraction_f1=0.6, constrained_valid=1.0)
+    recipe = score.ScoreRecipe(
+        out=str(tmp_path / "s"), predictions=str(made.path), data=str(data.path), gates=gates, baselines=False
+    )
+    told = score.run(recipe)
+    assert [(g["gate"], g["ok"]) for g in told.json("scores.json")["gates"]] == [
+        ("question_exact", True),
+        ("extraction_f1", False),
+        ("constrained_valid", False),  # nobody measured it
+    ]
+    assert len(told.manifest["metrics"]["gates_missed"]) == 2
+    strict = recipe.model_copy(update={"out": str(tmp_path / "strict"), "fail_on_gate": True})
+    with pytest.raises(CheckFailed, match=r"extraction_f1 is 0\.5, the limit is 0\.6"):
+        score.run(strict)
+
+
+def test_other_data_than_was_predicted_from_is_refused(predictions: Artifact, tmp_path: Path) -> None:
+    other = write_small_data(tmp_path / "data")
+    changed = sign(tmp_path / "changed", "data", lambda work: work.write_text("a", "b"))
+    same = score.ScoreRecipe(out=str(tmp_path / "s"), predictions=str(predictions.path), data=str(other.path))
+    assert score.run(same)  # equal bytes elsewhere are the same data
+    foreign = same.model_copy(update={"out": str(tmp_path / "t"), "data": str(changed.path)})
+    with pytest.raises(UserError, match="predicted from other data"):
+        score.run(foreign)
+
+
+def test_samples_are_the_first_right_and_wrong_by_id(data: Artifact, tmp_path: Path) -> None:
+    made = write_predictions(tmp_path / "p", data, by_hand())
+    recipe = score.ScoreRecipe(out=str(tmp_path / "s"), predictions=str(made.path), data=str(data.path))
+    chosen = score.run(recipe).json("samples.json")["samples"]
+    asked = [(s["id"], s["right"]) for s in chosen if s["task"] == "question"]
+    assert asked == [
+        ("q-generic-0", True),
+        ("q-generic-2", True),
+        ("q-specific-1", True),
+        ("q-generic-4", False),
+    ]
+    assert next(s for s in chosen if s["id"] == "q-generic-4")["gold"] == "明朝"
