@@ -123,7 +123,7 @@ class _Line:
 
 
 def answer_file(engine: Engine, source: Path, target: Path, sampling: Sampling, chat: bool) -> dict[str, Any]:
-    """Answer every line of `source` into `target`, in its order; an unfinished `target.part` is continued.
+    """Answer every line of `source` into `target`, in its order; `target.unfinished` is continued.
 
     The first line of the part names the settings, so that answers of two settings never mix.
     """
@@ -133,7 +133,7 @@ def answer_file(engine: Engine, source: Path, target: Path, sampling: Sampling, 
     lines = list(read_prompts(source))
     if target.exists():
         raise UserError(f"{target}: exists already; remove it, or choose another place with --out")
-    part = target.with_name(target.name + ".part")
+    part = target.with_name(target.name + ".unfinished")
     settings = {"model": str(engine.directory.resolve()), "chat": chat, "window": engine.max_seq_len}
     done = _resume(part, settings | asdict(sampling), lines)
     tokens, started = 0, time.monotonic()

@@ -144,7 +144,32 @@ def _run(path: Path, words: Sequence[str], stage: str | None, *, as_json: bool, 
         skipped = sum(r.skipped for r in results)
         seconds = time.monotonic() - started
         count = f"{len(results)} stage{'s' if len(results) > 1 else ''}"
+        if results[-1].kind == "report":
+            _show_summary(results[-1].path)
         typer.echo(f"{results[-1].path}: finished, {count} ({skipped} skipped), {seconds:.1f} s")
+
+
+def _show_summary(path: str) -> None:
+    """The headline table of a report, with 95 % intervals, gates and baselines."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from microlm.core.manifest import open_artifact
+    from microlm.eval.report import summary_rows
+
+    table = Table(title="held-out scores (95 % interval)")
+    for head in ("score", "value", "interval", "n", "gate", "regex", "nearest"):
+        table.add_column(head, justify="left" if head == "score" else "right")
+    for row in summary_rows(open_artifact(path)):
+        gate = "" if row.get("gate") is None else f"{row['gate']:g} {'ok' if row['ok'] else 'MISSED'}"
+        interval = "" if row["low"] is None else f"{row['low']:.3f}-{row['high']:.3f}"
+        values = [_figure(row.get(k)) for k in ("value", "regex", "nearest_template")]
+        table.add_row(row["name"], values[0], interval, str(row["n"]), gate, values[1], values[2])
+    Console().print(table)
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
 
 
 def plan_of(path: Path, words: Sequence[str], stage: str | None = None) -> list[Planned]:

@@ -1,4 +1,4 @@
-"""What a user calls a model → its Hugging Face directory: a run's best finished stage, or the place itself."""
+"""What a user calls a model → its Hugging Face directory: a run's best finished stage, or the place."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CONFIG = "config.json"
 
 
 def resolve_model_dir(place: str | Path, base: bool = False) -> Path:
-    """The model directory of a run, a stage, or a directory itself. `base` asks for a run's pretrained one."""
+    """The model directory of a run, a stage, or the place itself. `base` asks for a run's pretrained one."""
     path = storage.fetch(str(place))
     if not path.is_dir():
         raise UserError(

@@ -1,12 +1,13 @@
 """Stage `tokenize`: prepared records → token sets (uint16/uint32 ids, loss mask, sample ends) as flat files.
 
-A set is `NAME.tokens.bin`, `NAME.loss.bin` (conversations only) and `NAME.ends.bin` (int64), listed in `index.json`.
+A set is `NAME.tokens.bin`, `NAME.loss.bin` (conversations), `NAME.ends.bin` (int64); `index.json` lists them.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,8 @@ from microlm.text.tokenizer import Tokenizer, copy_files
 
 SCHEMA = 1
 CHUNK = 512
+DOCUMENTS = "documents"
+_TASK = re.compile(r"[\w-]{1,64}")
 T = TypeVar("T")
 Sample = tuple[list[int], list[int] | None]
 
@@ -42,7 +45,7 @@ class TokenizeRecipe(StageRecipe):
 
 @dataclass(frozen=True)
 class TokenSet:
-    """Samples of ids in a row: `tokens` [N], `loss` [N] of 0/1 or None (all count), `ends` [samples], exclusive."""
+    """Samples of ids in a row: `tokens` [N], `loss` [N] of 0/1 or None (all), `ends` [samples], exclusive."""
 
     name: str
     tokens: NDArray[np.integer[Any]]
@@ -59,10 +62,11 @@ def run(recipe: TokenizeRecipe, work: Workspace) -> None:
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 0xFFFF else "<u4")
     sets: dict[str, dict[str, int]] = {}
     for split in recipe.splits:
-        documents = data.path / "documents" / f"{split}.jsonl"
+        documents = data.path / DOCUMENTS / f"{split}.jsonl"
         if documents.exists():
             samples = _documents(tokenizer, read_records(documents, Document))
-            sets[f"documents-{split}"] = _write(work.path, f"documents-{split}", samples, dtype)
+            name = f"{DOCUMENTS}-{split}"
+            sets[name] = _write(work.path, name, samples, dtype)
         conversations = data.path / "conversations" / f"{split}.jsonl"
         if conversations.exists():
             for name, chats in _by_task(conversations, split).items():
@@ -85,9 +89,8 @@ def open_sets(path: Path, prefix: str, split: str) -> dict[str, TokenSet]:
     """The token sets of a shards directory whose name starts with `prefix`, by task (or `documents`)."""
     index = json.loads((path / "index.json").read_bytes())
     wanted = [n for n in index["sets"] if n.startswith(prefix) and n.endswith("-" + split)]
-    if not wanted:
-        raise UserError(f"{path}: holds no token set {prefix}*-{split}; there are: {', '.join(index['sets'])}")
-    return {n.removesuffix("-" + split).removeprefix("conversations-"): _open(path, n, index["dtype"]) for n in wanted}
+    task = {n: n.removesuffix("-" + split).removeprefix("conversations-") for n in wanted}
+    return {task[n]: _open(path, n, index["dtype"]) for n in wanted}
 
 
 def _open(path: Path, name: str, dtype: str) -> TokenSet:
@@ -102,6 +105,11 @@ def _open(path: Path, name: str, dtype: str) -> TokenSet:
 def _by_task(path: Path, split: str) -> dict[str, list[Conversation]]:
     groups: dict[str, list[Conversation]] = {}
     for chat in read_records(path, Conversation):
+        if not _TASK.fullmatch(chat.task) or chat.task == DOCUMENTS:  # it becomes a file's name
+            raise UserError(
+                f"{path}: task {chat.task[:80]!r} cannot name a token set; use letters, digits, '_', '-', "
+                f"at most 64 of them, and not '{DOCUMENTS}'"
+            )
         groups.setdefault(f"conversations-{chat.task}-{split}", []).append(chat)
     return dict(sorted(groups.items()))
 
@@ -142,7 +150,5 @@ def _write(folder: Path, name: str, samples: Iterator[Sample], dtype: np.dtype[A
                 bar.update(1)
         if masks:
             loss_file.write_bytes(b"".join(masks))
-        np.asarray(ends, dtype="<i8").tofile(folder / f"{name}.ends.bin")
+        (folder / f"{name}.ends.bin").write_bytes(np.asarray(ends, dtype="<i8").tobytes())
     return counts
-
-

@@ -70,12 +70,12 @@ def run(recipe: TokenizerRecipe, work: Workspace) -> None:
 
 
 def training_texts(data: Artifact, limit: int | None) -> Iterator[str]:
-    """Documents, then the words of every message; control tokens are written by the template, not learnt."""
+    """Documents, then every message with its role, as the template writes it but for the control tokens."""
     for document in islice(_records(data, "documents/train.jsonl", Document), limit):
         yield document.text
     for conversation in islice(_records(data, "conversations/train.jsonl", Conversation), limit):
         for message in conversation.messages:
-            yield message.content
+            yield f"{message.role}\n{message.content}"
 
 
 def train(recipe: TokenizerRecipe, texts: Iterator[str]) -> tuple[HFTokenizer, int]:

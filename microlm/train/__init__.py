@@ -1,1 +1,1 @@
-"""ids → weights: batches, objectives, optimizers, one loop, checkpoints; pretrain and sft are thin choices of them."""
+"""ids → weights: batches, objectives, optimizers, checkpoints, one loop; pretrain and sft choose."""

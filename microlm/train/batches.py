@@ -15,6 +15,7 @@ from torch import Tensor
 
 from microlm.core import runtime
 from microlm.core.errors import UserError
+from microlm.core.recipe import nearest
 from microlm.text.shards import TokenSet
 
 IGNORE = -100
@@ -49,25 +50,24 @@ class _Piece:
 class PackedRows:
     """An endless, seeded stream of packed rows out of several token sets, mixed by share of tokens."""
 
-    def __init__(self, sets: Mapping[str, TokenSet], weights: Mapping[str, float], context: int, seed: int) -> None:
-        if unknown := sorted(set(weights) - set(sets)):
-            raise UserError(f"mixture: no token set '{unknown[0]}'; there are: {', '.join(sorted(sets))}")
+    def __init__(
+        self, sets: Mapping[str, TokenSet], weights: Mapping[str, float], context: int, seed: int
+    ) -> None:
+        _check_weights(sets, weights)
         self.names = [n for n in sorted(sets) if weights.get(n, 0.0 if weights else 1.0) > 0]
         total = sum(weights.get(n, 1.0) for n in self.names)
         self.shares = [weights.get(n, 1.0) / total for n in self.names]
         self.context, self.seed = context, seed
         self.sets = [sets[n] for n in self.names]
-        self.indices = [self._usable(s) for s in self.sets]
-        self.dropped = {n: len(s.ends) - len(i) for n, s, i in zip(self.names, self.sets, self.indices, strict=True)}
-
-    def _usable(self, tokens: TokenSet) -> NDArray[np.int64]:
-        """Samples that can be used: conversations must fit into one row, documents are cut."""
-        lengths = np.diff(tokens.ends, prepend=0)
-        fits = lengths <= self.context + 1 if tokens.loss is not None else lengths > 1
-        usable = np.flatnonzero(fits)
-        if not len(usable):
-            raise UserError(f"{tokens.name}: no sample fits into a context of {self.context} tokens; raise context")
-        return usable
+        self.indices = [_usable(s, context) for s in self.sets]
+        for tokens, index in zip(self.sets, self.indices, strict=True):
+            if not len(index):
+                longest = f"none of {len(tokens.ends)} samples fits into a row of {context} tokens"
+                raise UserError(
+                    f"{tokens.name}: {longest}; raise loop.context, or leave it out of the mixture"
+                )
+        sizes = zip(self.names, self.sets, self.indices, strict=True)
+        self.dropped = {name: len(tokens.ends) - len(index) for name, tokens, index in sizes}
 
     def batches(self, rows: int, start: int = 0) -> Iterator[Batch]:
         """Batches of `rows` rows from batch number `start` on."""
@@ -144,8 +144,37 @@ class PackedRows:
         )
 
 
+def held_out_rows(
+    sets: Mapping[str, TokenSet], weights: Mapping[str, float], context: int
+) -> PackedRows | None:
+    """Rows for validation, always the same, out of the sets that can be used; None when there are none."""
+    found = {name: tokens for name, tokens in sets.items() if len(_usable(tokens, context))}
+    shares = {name: weight for name, weight in weights.items() if name in found}
+    if not found or (weights and not any(shares.values())):
+        return None
+    return PackedRows(found, shares, context, seed=0)
+
+
+def _check_weights(sets: Mapping[str, TokenSet], weights: Mapping[str, float]) -> None:
+    if not sets:
+        raise UserError("shards: hold no token set of this kind; check the audit of the data stage")
+    for name, weight in weights.items():
+        if name not in sets:
+            raise UserError(f"mixture: no token set '{name}'; {nearest(name, sets)}")
+        if weight < 0:
+            raise UserError(f"mixture: the share of '{name}' is {weight}; give 0 or more")
+    if weights and not any(weights.values()):
+        raise UserError("mixture: every share is 0; give at least one task a share of the tokens")
+
+
+def _usable(tokens: TokenSet, context: int) -> NDArray[np.int64]:
+    """Samples that can be used: conversations must fit into one row, documents are cut."""
+    lengths = np.diff(tokens.ends, prepend=0)
+    return np.flatnonzero(lengths <= context + 1 if tokens.loss is not None else lengths > 1)
+
+
 def document_mask(segments: Tensor, dtype: torch.dtype) -> Tensor:
-    """Additive attention mask [R,1,T,T]: 0 where a position may look (same sample, not later), -inf elsewhere."""
+    """Additive attention mask [R,1,T,T]: 0 where a position may look (same sample, not later), else -inf."""
     size = segments.shape[1]
     causal = torch.ones(size, size, dtype=torch.bool, device=segments.device).tril()
     visible = (segments[:, :, None] == segments[:, None, :]) & causal

@@ -53,7 +53,7 @@ def save(
 def restore(
     folder: Path, parameters: dict[str, nn.Parameter], optimizers: list[torch.optim.Optimizer]
 ) -> Position:
-    """Load the newest whole checkpoint into weights and optimizers; a damaged one falls back to the one before."""
+    """Load the newest whole checkpoint into weights and optimizers; for a damaged one the one before."""
     for head_file in sorted(folder.glob("step-*.json"), reverse=True):
         found = _read(head_file)
         if found is None:

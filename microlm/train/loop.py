@@ -18,6 +18,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from microlm.core import runtime
+from microlm.core.artifact import LOGS, RESUME
 from microlm.core.errors import CheckFailed, UserError
 from microlm.core.metrics import FILE, MetricsLog, Progress, read_metrics
 from microlm.core.recipe import Recipe
@@ -38,7 +39,9 @@ class LoopRecipe(Recipe):
     context: int = Field(default=256, ge=16, description="tokens of a row")
     batch_rows: int = Field(default=16, ge=1, description="rows of a step, over all processes")
     micro_rows: int = Field(default=8, ge=1, description="rows of one forward pass")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field(default="auto", description="precision of the products")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto", description="precision of the products"
+    )
     compile: bool = Field(default=True, description="torch.compile (3-7 times faster; needs a C++ compiler)")
     checkpoint_steps: int = Field(default=100, ge=1, description="steps between resume checkpoints")
     log_steps: int = Field(default=10, ge=1, description="steps between logged rows")
@@ -59,20 +62,29 @@ class LoopRecipe(Recipe):
 
 @dataclass
 class Job:
-    """What a run needs besides the decoder."""
+    """What a run needs besides the decoder; `folder` is the stage's workspace."""
 
     loop: LoopRecipe
     optim: optim.OptimRecipe
     objective: Objective
     train: PackedRows
     validation: PackedRows | None
-    resume: Path
-    logs: Path
+    folder: Path
     name: str
+
+    @property
+    def resume(self) -> Path:
+        """Where the checkpoints lie."""
+        return self.folder / RESUME
+
+    @property
+    def logs(self) -> Path:
+        """Where the metrics lie."""
+        return self.folder / LOGS
 
 
 def train(ranks: Ranks, decoder: Decoder, job: Job) -> Position:
-    """Train to the end (from the last checkpoint if there is one); Ctrl-C saves, then raises KeyboardInterrupt."""
+    """Train to the end, from the last checkpoint if any; Ctrl-C saves, then raises KeyboardInterrupt."""
     loop = job.loop
     _require_room(decoder, job)
     parameters = {n: p for n, p in decoder.named_parameters() if p.requires_grad}
@@ -91,7 +103,8 @@ def train(ranks: Ranks, decoder: Decoder, job: Job) -> Position:
             total, stop = _reduce(ranks, list(parameters.values()), loss, stopped())
             mean = total / max(1, batch.label_count)
             if not math.isfinite(mean):
-                raise CheckFailed(f"{job.name}: loss is {mean} at step {at.step}; lower the rates (optim.*) and run again")
+                where = f"{job.name}: loss is {mean} at step {at.step}"
+                raise CheckFailed(f"{where}; lower the rates (optim.*) and run again")
             torch.nn.utils.clip_grad_norm_(parameters.values(), job.optim.clip_norm)
             for optimizer in optimizers:
                 optimizer.step()
@@ -143,7 +156,7 @@ def _fused_block(block: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, mask: Te
 
 
 def _warm_up(ranks: Ranks, forward: Forward, decoder: Decoder, job: Job) -> None:
-    """Compile on rank 0 alone, then let the others find its kernels in the cache: half the work on few cores."""
+    """Compile on rank 0 alone; the others then find its kernels in the cache: half the work on few cores."""
     if not job.loop.compile:
         return
     batch = next(job.train.batches(job.loop.batch_rows)).rows(0, job.loop.micro_rows)
@@ -162,7 +175,7 @@ def _losses(forward: Forward, decoder: Decoder, batch: Batch, objective: Objecti
 
 
 def _accumulate(ranks: Ranks, forward: Forward, decoder: Decoder, batch: Batch, job: Job) -> Tensor:
-    """Gradients of this rank's micro-batches, weighted by the labels of the whole batch; returns the summed loss."""
+    """Gradients of this rank's micro-batches, over the labels of the whole batch; returns the summed loss."""
     size = job.loop.micro_rows
     total = torch.zeros(())
     for number, start in enumerate(range(0, job.loop.batch_rows, size)):
@@ -252,7 +265,7 @@ class _Reporter:
 
 
 def _reopen_log(logs: Path, at: Position) -> MetricsLog:
-    """The metrics as they stood at the checkpoint: the file's own rows (they hold the times) if none is lost."""
+    """The metrics as they stood at the checkpoint: the file's rows (they hold the times) if none is lost."""
     kept = [row for row in read_metrics(logs / FILE) if row["step"] <= at.step]
     if at.step and len(kept) == len(at.history):
         return MetricsLog(logs, at.step + 1)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from microlm.core.recipe import Recipe
 from microlm.model.transformer import Decoder
 
-# Coefficients of the five steps of Polar Express (Amsel et al., 2505.16932), which bring singular values to one.
+# Coefficients of the five steps of Polar Express (Amsel et al., 2505.16932): singular values go to one.
 _POLAR = (
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
@@ -30,11 +30,17 @@ class OptimRecipe(Recipe):
     head_lr: float = Field(default=0.004, gt=0, description="AdamW's rate for the head and the norms")
     adapter_lr: float = Field(default=0.004, gt=0, description="AdamW's rate for LoRA matrices")
     warmup_steps: int = Field(default=20, ge=0, description="steps of linear warm-up")
-    schedule: Literal["wsd", "cosine", "linear", "constant"] = Field(default="wsd", description="shape after warm-up")
+    schedule: Literal["wsd", "cosine", "linear", "constant"] = Field(
+        default="wsd", description="shape after warm-up"
+    )
     stable_share: float = Field(default=0.6, ge=0, le=1, description="wsd: share of the run at the full rate")
-    final_share: float = Field(default=0.02, ge=0, le=1, description="rate at the end, as a share of the full rate")
+    final_share: float = Field(
+        default=0.02, ge=0, le=1, description="rate at the end, as a share of the full rate"
+    )
     clip_norm: float = Field(default=1.0, gt=0, description="largest norm of the gradient")
-    muon_momentum: float = Field(default=0.95, ge=0, lt=1, description="Muon's momentum after its own warm-up")
+    muon_momentum: float = Field(
+        default=0.95, ge=0, lt=1, description="Muon's momentum after its own warm-up"
+    )
 
 
 def rate(recipe: OptimRecipe, step: int, steps: int) -> float:
@@ -52,7 +58,7 @@ def rate(recipe: OptimRecipe, step: int, steps: int) -> float:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum orthogonalised by polar iterations (Jordan et al. 2024); equal shapes go through in one batch."""
+    """Momentum orthogonalised by polar iterations (Jordan et al. 2024); equal shapes go in one batch."""
 
     def __init__(self, params: Iterable[Tensor], lr: float, momentum: float) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum})
@@ -109,7 +115,7 @@ def make(decoder: Decoder, recipe: OptimRecipe) -> list[torch.optim.Optimizer]:
 
 
 def set_rates(optimizers: list[torch.optim.Optimizer], recipe: OptimRecipe, step: int, steps: int) -> float:
-    """Set every group's rate for `step`; Muon's momentum warms up over the first 60 steps. Returns the factor."""
+    """Set every group's rate for `step`, return the factor; Muon's momentum warms up over 60 steps."""
     factor = rate(recipe, step, steps)
     for optimizer in optimizers:
         for group in optimizer.param_groups:

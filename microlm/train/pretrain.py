@@ -1,4 +1,4 @@
-"""Stage `pretrain`: document shards → a stock model from scratch. The only place that states an architecture."""
+"""Stage `pretrain`: document shards → a stock model; the only place that states an architecture."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ from microlm.model.transformer import Decoder, initialise
 from microlm.text.shards import open_sets
 from microlm.text.tokenizer import copy_files
 from microlm.train import objectives
-from microlm.train.batches import PackedRows
+from microlm.train.batches import PackedRows, held_out_rows
 from microlm.train.loop import Job, LoopRecipe, train
 from microlm.train.optim import OptimRecipe
 from microlm.train.ranks import Ranks, launch
+
+SUMMARY = "summary.json"
 
 
 class ArchitectureRecipe(Recipe):
@@ -87,12 +89,12 @@ def _rank(ranks: Ranks, recipe: PretrainRecipe, shards: Path, out: Path) -> None
     decoder = Decoder(recipe.architecture.config(index), recipe.loop.compute_dtype())
     initialise(decoder, torch.Generator().manual_seed(runtime.derive_seed(recipe.seed, "init")))
     rows = PackedRows(open_sets(shards, "documents", "train"), {}, recipe.loop.context, recipe.seed)
-    validation = PackedRows(open_sets(shards, "documents", "validation"), {}, recipe.loop.context, seed=0)
-    job = Job(recipe.loop, recipe.optim, objectives.next_token, rows, validation, resume, logs, "pretrain")
+    validation = held_out_rows(open_sets(shards, "documents", "validation"), {}, recipe.loop.context)
+    job = Job(recipe.loop, recipe.optim, objectives.next_token, rows, validation, out, "pretrain")
     at = train(ranks, decoder, job)
     if ranks.rank == 0:
         directory.save(decoder, out)
-        write_summary(logs, decoder, at.history, at.tokens, rows.dropped)
+        write_summary(job.logs, decoder, at.history, at.tokens, rows.dropped)
 
 
 def write_summary(
@@ -109,4 +111,4 @@ def write_summary(
         "samples_longer_than_context": dropped,
         "peak_rss_bytes": runtime.peak_rss_bytes(),
     }
-    (logs / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    (logs / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")

@@ -1,6 +1,6 @@
 """Stage `sft`: conversations → a tuned model, or (with a `lora:` block) an adapter of the input model.
 
-Architecture, tokenizer and template come from the input artifact; only assistant tokens and their EOS are labels.
+Architecture, tokenizer, template come from the input artifact; labels are assistant tokens and their EOS.
 """
 
 from __future__ import annotations
@@ -13,17 +13,20 @@ from pydantic import Field
 
 from microlm.core import runtime
 from microlm.core.artifact import Workspace, stage
-from microlm.core.manifest import Artifact, Kind
+from microlm.core.errors import UserError
+from microlm.core.manifest import Artifact, Kind, hash_file
 from microlm.core.recipe import Recipe, StageRecipe, artifact_input
 from microlm.model import directory, lora
 from microlm.text.shards import open_sets
-from microlm.text.tokenizer import copy_files
+from microlm.text.tokenizer import FILES, copy_files
 from microlm.train import objectives
-from microlm.train.batches import PackedRows
+from microlm.train.batches import PackedRows, held_out_rows
 from microlm.train.loop import Job, LoopRecipe, train
 from microlm.train.optim import OptimRecipe
-from microlm.train.pretrain import write_summary
+from microlm.train.pretrain import SUMMARY, write_summary
 from microlm.train.ranks import Ranks, launch
+
+TOKENIZER = FILES[0]
 
 
 class LoraRecipe(Recipe):
@@ -43,8 +46,12 @@ class SftRecipe(StageRecipe):
 
     model: str = artifact_input(description="model artifact to start from")
     shards: str = artifact_input(description="shards artifact with conversations")
-    mixture: dict[str, float] = Field(default={}, description="task (or documents) → share of the tokens; empty: all conversations, equal")
-    lora: LoraRecipe | None = Field(default=None, description="train an adapter of this shape; none: all weights")
+    mixture: dict[str, float] = Field(
+        default={}, description="task (or documents) → share of the tokens; empty: all conversations, equal"
+    )
+    lora: LoraRecipe | None = Field(
+        default=None, description="train an adapter of this shape; none: all weights"
+    )
     loop: LoopRecipe = Field(default=LoopRecipe(), description="length, batch, precision")
     optim: OptimRecipe = Field(default=OptimRecipe(), description="rates and schedule")
 
@@ -56,10 +63,20 @@ def _kind(recipe: SftRecipe) -> Kind:
 @stage("sft", _kind, version=1)
 def run(recipe: SftRecipe, work: Workspace) -> None:
     """Load the model, train on every rank, save weights or adapter with the model's own tokenizer files."""
-    model = work.inputs["model"]
-    if launch(recipe.parallel, _rank, recipe, model, work.inputs["shards"].path, work.path):
+    model, shards = work.inputs["model"], work.inputs["shards"]
+    _require_same_tokenizer(model, shards)
+    if launch(recipe.parallel, _rank, recipe, model, shards.path, work.path):
         copy_files(model.path, work.path)
         work.metrics.update(json.loads((work.logs / SUMMARY).read_bytes()))
+
+
+def _require_same_tokenizer(model: Artifact, shards: Artifact) -> None:
+    """The shards' ids mean something only to the tokenizer that made them."""
+    if hash_file(model.file(TOKENIZER)) != hash_file(shards.file(f"tokenizer/{TOKENIZER}")):
+        raise UserError(
+            f"{shards.url}: was made with another tokenizer than that of {model.url}; "
+            "tokenize the data with the tokenizer that the model was trained with"
+        )
 
 
 def _rank(ranks: Ranks, recipe: SftRecipe, model: Artifact, shards: Path, out: Path) -> None:
@@ -71,14 +88,12 @@ def _rank(ranks: Ranks, recipe: SftRecipe, model: Artifact, shards: Path, out: P
     prefix = "" if "documents" in recipe.mixture else "conversations-"
     rows = PackedRows(open_sets(shards, prefix, "train"), recipe.mixture, recipe.loop.context, recipe.seed)
     held_out = open_sets(shards, prefix, "validation")
-    weights = {n: w for n, w in recipe.mixture.items() if n in held_out}
-    validation = PackedRows(held_out, weights, recipe.loop.context, seed=0)
+    validation = held_out_rows(held_out, recipe.mixture, recipe.loop.context)
     name = "lora" if recipe.lora else "sft"
-    resume, logs = out / "resume", out / "logs"
-    job = Job(recipe.loop, recipe.optim, objectives.next_token, rows, validation, resume, logs, name)
+    job = Job(recipe.loop, recipe.optim, objectives.next_token, rows, validation, out, name)
     at = train(ranks, decoder, job)
     if ranks.rank == 0:
-        write_summary(logs, decoder, at.history, at.tokens, rows.dropped)
+        write_summary(job.logs, decoder, at.history, at.tokens, rows.dropped)
         if recipe.lora:
             lora.save_adapter(decoder, out, base_name=model.path.name, base_digest=model.digest)
         else:

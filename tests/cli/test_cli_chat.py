@@ -163,7 +163,7 @@ def test_an_interrupted_file_of_answers_equals_an_undisturbed_one(
     monkeypatch.setattr("microlm.cli.generate.BATCH", 3)
     monkeypatch.setattr(Engine, "step", step)
     assert call(*words) == 130
-    part = tmp_path / "prompts.answers.jsonl.part"
+    part = tmp_path / "prompts.answers.jsonl.unfinished"
     part.write_bytes(part.read_bytes() + b'{"prompt": "half a li')
     monkeypatch.setattr(Engine, "step", real)
     assert call(*words, "--top-k", "3") == 2 and "other prompts or settings" in capsys.readouterr().err
