@@ -199,15 +199,17 @@ def _reduce(ranks: Ranks, parameters: list[nn.Parameter], loss: Tensor, stop: bo
     return float(flat[-2]), bool(flat[-1] > 0)
 
 
-@torch.no_grad()
 def validation_loss(forward: Forward, decoder: Decoder, job: Job) -> float:
-    """Mean loss of the first validation rows, in nats per label."""
+    """Mean loss of the first validation rows, in nats per label.
+
+    Gradients stay on, unused: without them torch.compile would build every block a second time.
+    """
     assert job.validation is not None
     total, count = 0.0, 0
     stream = job.validation.batches(job.loop.micro_rows)
     for _ in range(max(1, job.loop.validation_rows // job.loop.micro_rows)):
         batch = next(stream)
-        total += float(_losses(forward, decoder, batch, job.objective))
+        total += float(_losses(forward, decoder, batch, job.objective).detach())
         count += batch.label_count
     return total / max(1, count)
 

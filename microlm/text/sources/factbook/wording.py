@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Literal
@@ -14,6 +15,8 @@ _PART = re.compile(r"(\{[erv]\})")
 _FILLERS = "的是在了有为于这那一个人会也都就被把给从和与之其所以对此"
 SLIP_SHARE = 0.35
 """Share of training wordings that get random slips: without them a small model learns wordings by heart."""
+CROSS_SHARE = 0.4
+"""Share of training wordings that are crossed with another wording of the same relation, for the same reason."""
 
 
 @dataclass
@@ -67,16 +70,29 @@ class Writer:
         own = getattr(self.tables.topics[entity.topic].relations[relation], entity.lang)
         generic = self.tables.generic[entity.lang]
         if kind == "train":
-            specific = self.rng.random() < specific_share
-            template = self.rng.choice(getattr(own, form) if specific else generic[form])
-            slip = self.slips and entity.lang == "zh" and self.rng.random() < SLIP_SHARE
-            return self._slip(template) if slip else template
+            pool = getattr(own, form) if self.rng.random() < specific_share else generic[form]
+            return self._varied(self.rng.choice(pool), pool, entity.lang)
         specific = kind == "specific" or (kind == "mixed" and self.rng.random() < 0.6)
         return self.rng.choice(getattr(own, form + "_held_out") if specific else generic[form + "_held_out"])
 
     def _fill(self, template: str, entity: Entity, relation: str, subject: str) -> str:
         values = {"{e}": subject, "{v}": entity.facts[relation], "{r}": self.relation_name(entity, relation)}
         return "".join(values.get(p, p) for p in _PART.split(template))
+
+    def _varied(self, template: str, pool: Sequence[str], lang: Lang) -> str:
+        """A training wording, now and then crossed with others of its pool, now and then with slips."""
+        if not self.slips:
+            return template
+        if self.rng.random() < CROSS_SHARE:
+            template = self._crossed(template, pool)
+        return self._slip(template) if lang == "zh" and self.rng.random() < SLIP_SHARE else template
+
+    def _crossed(self, template: str, pool: Sequence[str]) -> str:
+        """The template with its words before, between and after the braces taken from templates of the same form."""
+        parts = _PART.split(template)
+        mates = [m for m in (_PART.split(t) for t in pool) if m[1::2] == parts[1::2]]
+        words = [self.rng.choice(mates)[i] if i % 2 == 0 else part for i, part in enumerate(parts)]
+        return "".join(words)
 
     def _slip(self, template: str) -> str:
         """Drop, replace or add a few characters outside the braces."""

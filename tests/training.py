@@ -1,0 +1,149 @@
+"""Tiny token sets, models and jobs, and what spawned ranks run: for tests of the training room."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from artifacts import tiny_config
+from torch import Tensor
+
+from microlm.core.errors import UserError
+from microlm.model import directory, lora
+from microlm.model.transformer import Decoder, initialise
+from microlm.text.shards import TokenSet
+from microlm.train import objectives
+from microlm.train.batches import Batch, PackedRows
+from microlm.train.loop import Job, LoopRecipe, train
+from microlm.train.optim import OptimRecipe
+from microlm.train.ranks import Ranks
+
+VOCAB = 64
+CONTEXT = 32
+
+
+def token_set(
+    name: str, samples: Sequence[Sequence[int]], masks: Sequence[Sequence[int]] | None = None
+) -> TokenSet:
+    """Samples as a token set in memory; with masks they are conversations."""
+    tokens = np.concatenate([np.asarray(s, dtype="<u2") for s in samples])
+    ends = np.cumsum([len(s) for s in samples])
+    loss = None if masks is None else np.concatenate([np.asarray(m, dtype="u1") for m in masks])
+    return TokenSet(name, tokens, loss, ends)
+
+
+def random_set(name: str, seed: int, count: int = 60, conversations: bool = False) -> TokenSet:
+    """`count` samples of 3 to 30 tokens that can be learnt: each token follows from the one before."""
+    rng = np.random.default_rng(seed)
+    samples = []
+    for size in rng.integers(3, 30, size=count):
+        start, step = rng.integers(3, VOCAB), rng.integers(1, 4)
+        samples.append([int(3 + (start + i * step) % (VOCAB - 3)) for i in range(size)])
+    masks = [[int(i >= len(s) // 2) for i in range(len(s))] for s in samples] if conversations else None
+    return token_set(name, samples, masks)
+
+
+def tiny_decoder(seed: int = 0, **fields: Any) -> Decoder:
+    """A fresh decoder as pretraining starts it."""
+    config = tiny_config(vocab_size=VOCAB, max_position_embeddings=CONTEXT, **fields)
+    decoder = Decoder(config)
+    initialise(decoder, torch.Generator().manual_seed(seed))
+    return decoder
+
+
+def tiny_loop(steps: int = 10, **fields: Any) -> LoopRecipe:
+    """Four rows of 32 tokens a step, in micro-batches of two."""
+    sizes: dict[str, Any] = {
+        "tokens": steps * 4 * CONTEXT, "context": CONTEXT, "batch_rows": 4, "micro_rows": 2,
+        "dtype": "float32", "compile": False, "checkpoint_steps": 4, "log_steps": 3,
+        "validation_steps": 6, "validation_rows": 4,
+    }  # fmt: skip
+    return LoopRecipe(**(sizes | fields))
+
+
+def make_job(folder: Path, loop: LoopRecipe, seed: int = 0, **fields: Any) -> Job:
+    """A job in a workspace folder; `fields` replace its parts."""
+    for name in ("resume", "logs"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    parts: dict[str, Any] = {
+        "optim": OptimRecipe(warmup_steps=4),
+        "objective": objectives.next_token,
+        "train": PackedRows({"documents": random_set("documents", 0)}, {}, CONTEXT, seed),
+        "validation": PackedRows({"documents": random_set("documents", 1)}, {}, CONTEXT, seed=0),
+    }
+    return Job(loop=loop, folder=folder, name="tiny", **(parts | fields))
+
+
+class Disturbed:
+    """The plain objective, with something done at its n-th call."""
+
+    def __init__(self, call: int, act: Any) -> None:
+        self.left, self.act = call, act
+
+    def __call__(self, hidden: Tensor, decoder: Decoder, batch: Batch) -> Tensor:
+        self.left -= 1
+        if self.left == 0:
+            self.act()
+        return objectives.next_token(hidden, decoder, batch)
+
+
+def add_lora(decoder: Decoder, rank: int = 4) -> Decoder:
+    """The decoder with an adapter on every matrix."""
+    lora.apply(decoder, lora.LoraConfig(rank, 2.0 * rank), torch.Generator().manual_seed(1))
+    return decoder
+
+
+def train_on_rank(ranks: Ranks, folder: Path, loop: LoopRecipe) -> None:
+    """Train the tiny model on every rank; rank 0 saves it."""
+    decoder = tiny_decoder()
+    train(ranks, decoder, make_job(folder, loop))
+    if ranks.rank == 0:
+        directory.save(decoder, folder)
+
+
+def die_on_rank(ranks: Ranks, folder: Path, rank: int, number: int) -> None:
+    """Train, but one rank kills itself in its third micro-batch."""
+    act = (lambda: os.kill(os.getpid(), number)) if ranks.rank == rank else (lambda: None)
+    train(ranks, tiny_decoder(), make_job(folder, tiny_loop(), objective=Disturbed(3, act)))
+
+
+def refuse_on_rank(ranks: Ranks, rank: int) -> None:
+    """One rank meets a user's mistake that the others do not see."""
+    if ranks.rank == rank:
+        raise UserError(f"rank {rank}: the file is not there; mount it")
+    ranks.sum_(torch.zeros(1))
+
+
+def fail_on_every_rank(ranks: Ranks) -> None:
+    """Every rank meets the same mistake, after a first sum."""
+    ranks.sum_(torch.zeros(1))
+    raise UserError("mixture: no token set 'x'")
+
+
+def disagree(ranks: Ranks) -> None:
+    """Each rank found another checkpoint."""
+    ranks.require_equal(ranks.rank, "the checkpoint that they found")
+
+
+def do_nothing(ranks: Ranks, *_: Any) -> None:
+    """Join and leave."""
+
+
+class Bomb:
+    """Ends the process that unpickles it: a worker that dies before it can say a word."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os._exit, (3,)
+
+
+def wait_with_pids(ranks: Ranks, folder: Path) -> None:
+    """Say who we are, then wait to be killed."""
+    (folder / f"rank-{ranks.rank}").write_text(str(os.getpid()))
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    time.sleep(600)
