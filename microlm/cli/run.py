@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from microlm.cli.pipeline import Planned
     from microlm.core.recipe import StageRecipe
 
-RecipeFile = Annotated[Path, typer.Argument(help="a recipe file (.yaml)", show_default=False)]
+RecipeFile = Annotated[Path, typer.Argument(help="a recipe file (.yaml), or the name of one that comes with MicroLM: quickstart", show_default=False)]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="values that replace the recipe's", show_default=False),
@@ -83,7 +83,7 @@ parallel.processes= for the whole pipeline. After an interruption the same comma
 Examples:
   microlm run recipes/quickstart.yaml
   microlm run recipes/quickstart.yaml output=runs/mine pretrain.loop.tokens=1e6
-  microlm run recipes/quickstart.yaml --dry-run
+  microlm run quickstart --dry-run
 """
 
 
@@ -175,9 +175,11 @@ def _figure(value: float | None) -> str:
 def plan_of(path: Path, words: Sequence[str], stage: str | None = None) -> list[Planned]:
     """The plan of a recipe file; with `stage`, up to its last stage of that type."""
     from microlm.cli import pipeline, stages
+    from microlm.cli.recipes import find_recipe
     from microlm.core.errors import UserError
     from microlm.core.recipe import read_yaml
 
+    path = find_recipe(path)
     data = read_yaml(path)
     if stage and "stages" not in data:
         data = {"stage": stage, **data}

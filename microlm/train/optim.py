@@ -37,6 +37,7 @@ class OptimRecipe(Recipe):
     final_share: float = Field(
         default=0.02, ge=0, le=1, description="rate at the end, as a share of the full rate"
     )
+    matrix_decay: float = Field(default=0.0, ge=0, description="Muon's decoupled weight decay")
     clip_norm: float = Field(default=1.0, gt=0, description="largest norm of the gradient")
     muon_momentum: float = Field(
         default=0.95, ge=0, lt=1, description="Muon's momentum after its own warm-up"
@@ -60,8 +61,8 @@ def rate(recipe: OptimRecipe, step: int, steps: int) -> float:
 class Muon(torch.optim.Optimizer):
     """Momentum orthogonalised by polar iterations (Jordan et al. 2024); equal shapes go in one batch."""
 
-    def __init__(self, params: Iterable[Tensor], lr: float, momentum: float) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum})
+    def __init__(self, params: Iterable[Tensor], lr: float, momentum: float, weight_decay: float = 0.0) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -82,6 +83,7 @@ class Muon(torch.optim.Optimizer):
                 for (p, _), direction in zip(items, whitened, strict=True):
                     tall = p.shape[0] > p.shape[1]
                     scale = max(1.0, p.shape[0] / p.shape[1]) ** 0.5
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
                     p.add_(direction.mT if tall else direction, alpha=-scale * group["lr"])
 
 
@@ -104,7 +106,7 @@ def make(decoder: Decoder, recipe: OptimRecipe) -> list[torch.optim.Optimizer]:
     rates = {"embedding": recipe.embedding_lr, "head": recipe.head_lr, "adapter": recipe.adapter_lr}
     optimizers: list[torch.optim.Optimizer] = []
     if groups["matrix"]:
-        optimizers.append(Muon(groups["matrix"], recipe.matrix_lr, recipe.muon_momentum))
+        optimizers.append(Muon(groups["matrix"], recipe.matrix_lr, recipe.muon_momentum, recipe.matrix_decay))
     adam = [{"params": groups[g], "lr": r} for g, r in rates.items() if groups[g]]
     if adam:
         optimizers.append(torch.optim.AdamW(adam, betas=(0.8, 0.95), eps=1e-10, weight_decay=0.0, fused=True))

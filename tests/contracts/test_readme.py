@@ -54,10 +54,9 @@ def check_microlm(words: list[str]) -> None:
     known = {name for parameter in command.params for name in parameter.opts} | {"--help"}
     rest = words[len(path) :]
     assert {w.partition("=")[0] for w in rest if w.startswith("--")} <= known
-    recipes = [w for w in rest if w.endswith(".yaml")]
-    for recipe in recipes:
-        overrides = [w for w in rest if "=" in w and not w.startswith("-")]
-        build_all(plan_of(ROOT / recipe, overrides), recipe)
+    if any(parameter.name == "recipe" for parameter in command.params):
+        recipe, *overrides = [w for w in rest if not w.startswith("-")]
+        build_all(plan_of(ROOT / recipe if recipe.endswith(".yaml") else Path(recipe), overrides), recipe)
 
 
 @pytest.mark.parametrize(("english", "chinese"), PAIRS)

@@ -29,12 +29,12 @@ class Writer:
 
     def statement(self, entity: Entity, relation: str, subject: str, kind: Kind) -> str:
         """One sentence (no final stop) saying that `subject` has the fact."""
-        template = self._pick(entity, relation, "statements", kind, specific_share=0.75)
+        template = self._pick(entity, relation, "statements", kind, specific_share=0.6)
         return self._fill(template, entity, relation, subject)
 
     def question(self, entity: Entity, relation: str, kind: Kind) -> str:
         """One question whose answer is the fact's value."""
-        template = self._pick(entity, relation, "questions", kind, specific_share=0.6)
+        template = self._pick(entity, relation, "questions", kind, specific_share=0.65)
         return self._fill(template, entity, relation, entity.name)
 
     def paragraph(self, entity: Entity, kind: Kind) -> str:

@@ -1,0 +1,144 @@
+"""Real processes: two ranks = one, and a rank that dies leaves a sentence and no orphan."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from training import (
+    Bomb,
+    die_on_rank,
+    disagree,
+    do_nothing,
+    fail_on_every_rank,
+    refuse_on_rank,
+    tiny_loop,
+    train_on_rank,
+)
+
+from microlm.core.errors import UserError
+from microlm.core.metrics import read_metrics
+from microlm.core.recipe import Parallel
+from microlm.model import directory
+from microlm.train.ranks import Ranks, launch
+
+TWO = Parallel(processes=2, threads=1)
+HERE = Path(__file__).parent.parent
+
+
+def start(target: Callable[..., None], *args: Any) -> bool:
+    """Launch on two ranks; whatever comes of it, nobody is left and the threads are as before."""
+    threads = torch.get_num_threads()
+    try:
+        return launch(TWO, target, *args)
+    finally:
+        assert multiprocessing.active_children() == []
+        assert not torch.distributed.is_initialized()
+        assert torch.get_num_threads() == threads
+
+
+def test_one_process_is_called_in_place() -> None:
+    seen: list[tuple[int, int, int]] = []
+
+    def target(ranks: Ranks, extra: int) -> None:
+        seen.append((ranks.rank, ranks.size, extra))
+        assert torch.get_num_threads() == 1
+        assert ranks.sum_(torch.ones(2)).tolist() == [1.0, 1.0]
+        ranks.require_equal(7, "anything")
+
+    assert launch(Parallel(processes=1, threads=1), target, 5)
+    assert seen == [(0, 1, 5)]
+
+
+@pytest.mark.slow
+def test_two_ranks_equal_one(tmp_path: Path) -> None:
+    launch(Parallel(processes=1, threads=1), train_on_rank, tmp_path / "one", tiny_loop())
+    assert start(train_on_rank, tmp_path / "two", tiny_loop())
+    one, two = (dict(directory.load(tmp_path / f).named_parameters()) for f in ("one", "two"))
+    assert max(float((one[n] - two[n]).detach().abs().max()) for n in one) <= 1e-6
+    assert (tmp_path / "one/model.safetensors").read_bytes() == (tmp_path / "two/model.safetensors").read_bytes()
+    losses = [
+        [(r["step"], r.get("loss"), r.get("validation_loss")) for r in read_metrics(tmp_path / f / "logs/metrics.jsonl")]
+        for f in ("one", "two")
+    ]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed_is_a_sentence(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    started = time.monotonic()
+    with pytest.raises(UserError, match="training process 1 was killed by SIGKILL .* run the same command again"):
+        start(die_on_rank, tmp_path, 1, signal.SIGKILL)
+    assert time.monotonic() - started < 120
+    assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_rank_that_never_comes_is_a_sentence() -> None:
+    with pytest.raises(UserError, match="training process 1 ended with the error above"):
+        start(do_nothing, Bomb())
+
+
+@pytest.mark.slow
+def test_what_only_one_rank_sees_is_said_by_rank_0(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError, match="rank 1: the file is not there; mount it"):
+        start(refuse_on_rank, 1)
+    assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_what_all_ranks_see_is_said_once(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError, match="mixture: no token set 'x'"):
+        start(fail_on_every_rank)
+    assert capfd.readouterr().err == ""
+    with pytest.raises(UserError, match=r"differ in the checkpoint that they found: \[0, 1\]"):
+        start(disagree)
+    assert capfd.readouterr().err == ""
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs (a zombie does not)."""
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+
+
+def wait_until(what: Callable[[], bool], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a child that its parent died")
+def test_ranks_die_with_rank_0(tmp_path: Path) -> None:
+    script = tmp_path / "start.py"
+    script.write_text(
+        f"import sys\nsys.path[:0] = [{str(HERE)!r}, {str(HERE.parent)!r}]\n"
+        "from pathlib import Path\nfrom training import wait_with_pids\n"
+        "from microlm.core.recipe import Parallel\nfrom microlm.train.ranks import launch\n"
+        "if __name__ == '__main__':\n"
+        f"    launch(Parallel(processes=2, threads=1), wait_with_pids, Path({str(tmp_path)!r}))\n"
+    )
+    parent = subprocess.Popen([sys.executable, str(script)])
+    try:
+        files = [tmp_path / f"rank-{r}" for r in (0, 1)]
+        wait_until(lambda: all(f.exists() and f.read_text() for f in files) or parent.poll() is not None)
+        pids = [int(f.read_text()) for f in files]
+        assert pids[0] == parent.pid
+        os.kill(parent.pid, signal.SIGKILL)
+        parent.wait()
+        wait_until(lambda: not alive(pids[1]), seconds=10)
+    finally:
+        parent.kill()
