@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -14,6 +15,7 @@ import torch
 from artifacts import tiny_config
 from torch import Tensor
 
+from microlm.core.artifact import open_artifact
 from microlm.core.errors import UserError
 from microlm.model import directory, lora
 from microlm.model.transformer import Decoder, initialise
@@ -147,3 +149,31 @@ def wait_with_pids(ranks: Ranks, folder: Path) -> None:
     (folder / f"rank-{ranks.rank}").write_text(str(os.getpid()))
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     time.sleep(600)
+
+
+def write_recipe(file: Path, data: str, output: str, **loop: Any) -> Path:
+    """A pipeline from a data artifact to an adapter, as YAML."""
+    sizes: dict[str, Any] = {
+        "tokens": 12 * 4 * CONTEXT, "context": CONTEXT, "batch_rows": 4, "micro_rows": 2, "compile": False,
+        "dtype": "float32", "checkpoint_steps": 3, "validation_steps": 6, "validation_rows": 4,
+    }  # fmt: skip
+    loop = sizes | loop
+    shape = {"hidden_size": 32, "layers": 2, "heads": 2, "kv_heads": 1, "head_dim": 16, "intermediate_size": 64}
+    stages = [
+        {"stage": "tokenizer", "data": data, "vocab_size": 320},
+        {"stage": "tokenize", "name": "shards", "data": data, "tokenizer": "tokenizer"},
+        {"stage": "pretrain", "shards": "shards", "architecture": shape, "loop": loop},
+        {"stage": "sft", "model": "pretrain", "shards": "shards", "loop": loop},
+        {"stage": "sft", "name": "lora", "model": "sft", "shards": "shards", "loop": loop, "lora": {"rank": 4}},
+    ]
+    parallel = {"processes": 2, "threads": 1}
+    file.write_text(json.dumps({"output": output, "parallel": parallel, "stages": stages}))
+    return file
+
+
+STAGES = ("tokenizer", "shards", "pretrain", "sft", "lora")
+
+
+def digests(output: Path) -> dict[str, str]:
+    """Stage → digest of every finished stage of `write_recipe`."""
+    return {n: open_artifact(str(output / n)).digest for n in STAGES if (output / n / "manifest.json").exists()}

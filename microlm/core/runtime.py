@@ -8,9 +8,11 @@ import multiprocessing
 import os
 import platform
 import random
+import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 from datetime import timedelta
 from functools import cache
@@ -147,6 +149,15 @@ def torch_dtype(name: Dtype) -> torch.dtype:
     import torch
 
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def missing_for_compile() -> str | None:
+    """What torch.compile lacks here on a CPU: a C++ compiler or Python's headers; None when it can run."""
+    if not any(shutil.which(name) for name in (env("CXX") or "g++", "clang++")):
+        return "a C++ compiler (Debian: apt-get install g++)"
+    if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
+        return "Python's headers (Debian: apt-get install python3-dev)"
+    return None
 
 
 def die_with_parent() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import signal
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -52,6 +53,10 @@ class LoopRecipe(Recipe):
     def steps(self) -> int:
         """Optimizer steps of the whole run."""
         return max(1, self.tokens // (self.batch_rows * self.context))
+
+    def compiles(self) -> bool:
+        """Whether blocks are compiled: asked for, and possible here."""
+        return self.compile and runtime.missing_for_compile() is None
 
     def compute_dtype(self) -> torch.dtype:
         """The torch dtype; auto takes bf16 where it is native."""
@@ -134,7 +139,7 @@ def make_forward(decoder: Decoder, loop: LoopRecipe) -> Forward:
     """`(input_ids [R,T], mask [R,1,T,T]) → hidden [R,T,D]`; one block is compiled and serves all layers."""
     positions = torch.arange(loop.context, device=decoder.cos.device)
     block_call = _block
-    if loop.compile:
+    if loop.compiles():
         runtime.set_env("TORCHINDUCTOR_CACHE_DIR", str(runtime.cache_dir() / "inductor"))
         block_call = torch.compile(_fused_block, dynamic=False)
 
@@ -157,7 +162,10 @@ def _fused_block(block: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, mask: Te
 
 def _warm_up(ranks: Ranks, forward: Forward, decoder: Decoder, job: Job) -> None:
     """Compile on rank 0 alone; the others then find its kernels in the cache: half the work on few cores."""
-    if not job.loop.compile:
+    if not job.loop.compiles():
+        if job.loop.compile and ranks.rank == 0:
+            lacks = runtime.missing_for_compile()
+            warnings.warn(f"{job.name}: not compiled, so slower: this machine lacks {lacks}", stacklevel=2)
         return
     batch = next(job.train.batches(job.loop.batch_rows)).rows(0, job.loop.micro_rows)
     for turn in range(min(2, ranks.size)):

@@ -1,0 +1,88 @@
+"""Training as a user starts it: `microlm run`, Ctrl-C and again, and the same command under torchrun."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from artifacts import write_data
+from training import STAGES, digests, write_recipe
+
+from microlm.core import runtime
+
+pytestmark = pytest.mark.slow
+COMMAND = [sys.executable, "-m", "microlm", "run"]
+ENV = runtime.child_env({"OMP_NUM_THREADS": "1"})
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("data") / "data"
+    write_data(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    recipe = write_recipe(folder / "recipe.yaml", data, str(folder / "out"))
+    subprocess.run([*COMMAND, str(recipe)], check=True, env=ENV)
+    found = digests(folder / "out")
+    assert tuple(found) == STAGES
+    return found
+
+
+def test_ctrl_c_saves_and_the_same_command_goes_on(data: str, undisturbed: dict[str, str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = [*COMMAND, str(write_recipe(tmp_path / "recipe.yaml", data, str(out)))]
+    process = subprocess.Popen(command, env=ENV, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    resume = out / "pretrain.tmp/resume"
+    end = time.monotonic() + 200
+    while not list(resume.glob("step-*.json")):
+        assert process.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: every process of the group
+    _, said = process.communicate(timeout=200)
+    assert process.returncode == 130
+    assert "Traceback" not in said
+    assert "interrupted in stage 'pretrain'; run the same command again to continue" in said
+    assert list(resume.glob("step-*.json"))
+    assert "pretrain" not in digests(out)
+    subprocess.run(command, check=True, env=ENV)
+    assert digests(out) == undisturbed
+    assert not list(out.glob("*.tmp"))
+
+
+def test_ctrl_c_while_ranks_start_is_quiet(data: str, undisturbed: dict[str, str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = [*COMMAND, str(write_recipe(tmp_path / "recipe.yaml", data, str(out)))]
+    process = subprocess.Popen(command, env=ENV, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    end = time.monotonic() + 200
+    while not (out / "pretrain.tmp/resume/key").exists():
+        assert process.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    time.sleep(0.3)
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=200)
+    assert process.returncode == 130
+    assert "Traceback" not in said
+    subprocess.run(command, check=True, env=ENV)
+    assert digests(out) == undisturbed
+
+
+def test_torchrun_gives_the_same_bytes(data: str, undisturbed: dict[str, str], tmp_path: Path) -> None:
+    """Two ranks of torchrun walk through all stages; only rank 0 writes."""
+    recipe = write_recipe(tmp_path / "recipe.yaml", data, str(tmp_path / "out"))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for _ in range(2):  # the second time every stage is skipped
+        done = subprocess.run([*launcher, "-m", *COMMAND[2:], str(recipe)], env=ENV, stderr=subprocess.PIPE, text=True)
+        assert done.returncode == 0, done.stderr
+        assert digests(tmp_path / "out") == undisturbed
+    assert "5 skipped" in done.stderr or done.stderr.count("skipped") >= 5
