@@ -31,7 +31,7 @@ test: lint ## lint and every test but e2e, gpu and internet: within twenty minut
 e2e: quickstart ## the quickstart for real, then whole pipelines, kills and a browser: within 35 minutes
 	$(PYTEST) -m "e2e and not gpu and not internet" --junitxml=build/junit-e2e.xml
 
-bench: setup ## every benchmark, results in build/bench (QUICK=1: a minute each)
+bench: $(if $(QUICK),setup,quickstart) ## every benchmark, results in build/bench (QUICK=1: a minute each)
 	@mkdir -p build/bench
 	@set -e; for file in benchmarks/*.py; do name=$$(basename $$file .py); \
 	  echo "benchmark $$name" >&2; \

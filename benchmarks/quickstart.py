@@ -24,6 +24,7 @@ from microlm.core.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 POLL_S = 0.25
+PARITY = "logits_max_abs_difference"
 PACKAGES = ("microlm", "torch", "transformers", "tokenizers", "llguidance", "numpy")
 # row → (target, direction: what is better, where the target stands)
 GOALS: dict[str, tuple[float, str, str]] = {
@@ -35,6 +36,7 @@ GOALS: dict[str, tuple[float, str, str]] = {
     "extraction_f1_constrained": (0.50, "max", "issue 2: held-out entities and wordings, JSON schema"),
     "constrained_valid": (1.0, "max", "issue 2: parse and schema-valid with JSON schema"),
     "eos": (0.98, "max", "issue 2: 200 chats that stop before the cap"),
+    PARITY: (1e-4, "min", "issue 2: transformers, on the exported directory"),
     "verify": (1.0, "max", "issue 2: smoke checks passed"),
 }
 
@@ -134,7 +136,8 @@ def describe(run: Path, measured: Measured, is_tiny: bool = False) -> dict[str, 
     if not stages or stages[-1].kind != "report":
         hint = "make it with 'make quickstart', or use --fresh"
         sys.exit(f"benchmarks/quickstart.py: {run} holds no finished run; {hint}")
-    rows = [*time_rows(stages, measured), *memory_rows(stages, measured), *score_rows(stages[-1])]
+    rows = [*time_rows(stages, measured), *memory_rows(stages, measured), *model_rows(stages)]
+    rows += score_rows(stages[-1])
     values = {row["name"]: row["value"] for row in rows}
     last = stages[-1].manifest
     versions = {package: runtime.package_version(package) for package in PACKAGES}
@@ -168,6 +171,19 @@ def memory_rows(stages: list[artifact.Artifact], measured: Measured) -> list[dic
     noted = {Path(s.url).name: s.manifest["metrics"].get("peak_rss_bytes") for s in stages}
     whole = [row(name, getattr(measured, name), "bytes") for name in ("peak_rss_bytes", "peak_pss_bytes")]
     return whole + [row(f"peak_rss_bytes.{name}", v, "bytes") for name, v in noted.items() if v is not None]
+
+
+def model_rows(stages: list[artifact.Artifact]) -> list[dict[str, Any]]:
+    """The model's size, the positions it was trained on, its distance from transformers."""
+    metrics = [stage.manifest["metrics"] for stage in stages]
+    tokens = sum(m.get("tokens", 0) for m in metrics)
+    size = next((m["parameters"] for m in metrics if "parameters" in m), None)
+    parity = next((m[PARITY] for m in metrics if PARITY in m), None)
+    return [
+        row("parameters", size, "parameters"),
+        row("tokens", tokens, "tokens"),
+        row(PARITY, parity, "logits"),
+    ]
 
 
 def score_rows(report: artifact.Artifact) -> list[dict[str, Any]]:

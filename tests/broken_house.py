@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import io
 import os
 import shutil
 import threading
@@ -40,10 +39,11 @@ def write_adapter(out: Path, base: Artifact) -> Artifact:
 
 
 def write_run(root: Path) -> Path:
-    """data → tokenizer → shards, sft; sft → lora, predictions → scores; and another model with its adapter."""
+    """data → tokenizer → shards, sft; sft → lora, predictions → scores; another model and its adapter."""
     data = write_data(root / "data", repeat=2)
     tokenizer = write_tokenizer(root / "tokenizer", data)
-    shards.run(shards.TokenizeRecipe(out=f"{root}/shards", data=f"{root}/data", tokenizer=f"{root}/tokenizer"))
+    fields: dict[str, Any] = {"data": f"{root}/data", "tokenizer": f"{root}/tokenizer"}
+    shards.run(shards.TokenizeRecipe(out=f"{root}/shards", **fields))
     model = write_model(root / "sft", tokenizer, data)
     write_adapter(root / "lora", model)
     other = write_model(root / "other", tokenizer, data, seed=1)
@@ -95,6 +95,10 @@ class Room:
         path = self.path / name
         path.write_bytes(change(path.read_bytes()))
 
+    def unlink(self, name: str) -> None:
+        """Take a file away."""
+        (self.path / name).unlink()
+
     def flip(self, name: str, at: float = 0.9) -> None:
         """Change one bit of a file, at this share of its length."""
 
@@ -125,8 +129,8 @@ def make_room(run: Path, path: Path) -> Iterator[Room]:
         yield Room(path, patch)
 
 
-def _refuse(code: int, path: object) -> OSError:
-    return OSError(code, os.strerror(code), str(path))
+def _refuse(code: int, path: Path | None) -> OSError:
+    return OSError(code, os.strerror(code), *([str(path)] if path else []))
 
 
 class _Metered:
@@ -159,7 +163,7 @@ def fill_disk(patch: pytest.MonkeyPatch, bytes_left: int) -> None:
     left, real = [bytes_left], Path.open
 
     def opened(self: Path, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
-        file: io.IOBase = real(self, mode, *args, **kwargs)
+        file: Any = real(self, mode, *args, **kwargs)
         return _Metered(file, left, self) if set(mode) & set("wax+") else file
 
     patch.setattr(Path, "open", opened)
@@ -172,7 +176,7 @@ def fail_at(patch: pytest.MonkeyPatch, owner: Any, name: str, code: int, after: 
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         calls[0] += 1
         if calls[0] > after:
-            raise _refuse(code, args[0] if args and isinstance(args[0], str | Path) else name)
+            raise _refuse(code, args[0] if isinstance(args[0], Path) else None)
         return real(*args, **kwargs)
 
     patch.setattr(owner, name, wrapper)
@@ -226,3 +230,7 @@ def plain_web_server() -> Iterator[str]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+Prepare = Callable[[Room], list[str]]
+"""Breaks something in the room; returns the words to call `microlm` with."""

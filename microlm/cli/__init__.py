@@ -90,13 +90,13 @@ def _explain(error: BaseException) -> int:
         typer.echo("\ninterrupted", err=True)
         return 130
     if isinstance(error, CheckFailed):
-        typer.echo(f"check failed: {error}", err=True)
+        typer.echo(f"check failed: {_printable(error)}", err=True)
         return 1
     if isinstance(error, BrokenPipeError):
         _close_stdout()
         return 0
     if isinstance(error, UserError):
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"error: {_printable(error)}", err=True)
         return 2
     from microlm.core import storage
 
@@ -104,8 +104,13 @@ def _explain(error: BaseException) -> int:
         with storage.explain_write(getattr(error, "filename", None) or "write"):
             raise error
     except UserError as e:
-        typer.echo(f"error: {e}", err=True)
+        typer.echo(f"error: {_printable(e)}", err=True)
         return 2
+
+
+def _printable(error: Exception) -> str:
+    """The sentence on one line: names of files and keys come from outside and may hold anything."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(error))
 
 
 def _flush() -> None:

@@ -68,7 +68,7 @@ def generate(
       microlm generate runs/quickstart --chat --prompts questions.jsonl --out answers.jsonl
     """
     if (prompt is None) == (prompts is None):
-        raise UserError("generate: give either a PROMPT or --prompts FILE")
+        raise UserError("generate: found no prompt, or two; give either PROMPT or --prompts FILE")
     schema = read_text(json_schema) if json_schema else None
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed, json_schema=schema)
 

@@ -54,7 +54,7 @@ def lineage(
 
 @runs_app.command("list")
 def list_runs(root: Root = Path("runs"), as_json: AsJson = False) -> None:
-    """Show every stage under ROOT: kind, state, digest, size, when it was finished.
+    """Show every stage under ROOT, its state and size.
 
     \b
     Example:
@@ -110,9 +110,9 @@ def collect(
     yes: Annotated[bool, typer.Option("--yes", help="delete; without it they are only listed")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Find what interrupted stages left (no living process holds it); with --yes delete it.
+    """Find what interrupted stages left; with --yes delete it.
 
-    An unfinished stage that you mean to continue is among them: its next run would start anew.
+    What a living process holds is left alone. An unfinished stage that you mean to continue is among them: its next run would start anew.
 
     \b
     Example:

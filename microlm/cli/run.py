@@ -151,13 +151,14 @@ def _run(path: Path, words: Sequence[str], stage: str | None, *, as_json: bool, 
 
 def _show_summary(path: str) -> None:
     """The headline table of a report, with 95 % intervals, gates and baselines."""
+    from rich.box import SIMPLE
     from rich.console import Console
     from rich.table import Table
 
     from microlm.core.manifest import open_artifact
     from microlm.eval.report import summary_rows
 
-    table = Table(title="held-out scores (95 % interval)")
+    table = Table(title="held-out scores (95 % interval)", box=SIMPLE, pad_edge=False)
     for head in ("score", "value", "interval", "n", "gate", "regex", "nearest"):
         table.add_column(head, justify="left" if head == "score" else "right")
     for row in summary_rows(open_artifact(path)):

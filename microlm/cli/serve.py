@@ -39,9 +39,9 @@ def serve(
     as_json: AsJson = False,
     die_with_parent: Annotated[bool, typer.Option("--die-with-parent", hidden=True)] = False,
 ) -> None:
-    """Serve a model over HTTP as OpenAI does: chat, completions, streaming, JSON schema.
+    """Serve a model over HTTP, as OpenAI does.
 
-    Listens on this machine only. Ctrl-C or SIGTERM lets running requests end, then stops.
+    Chat, completions, streaming, JSON schema. Listens on this machine only. Ctrl-C or SIGTERM lets running requests end, then stops.
 
     \b
     Example:
@@ -86,9 +86,9 @@ def verify(
     out: Annotated[Path | None, typer.Option(help="folder for verdict.json and verdict.html")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check any OpenAI-compatible endpoint: pass, fail or not offered, line by line.
+    """Check any OpenAI-compatible endpoint.
 
-    Exit code 1 when a check failed.
+    Each line is pass, fail or not offered. Exit code 1 when a check failed.
 
     \b
     Example:

@@ -30,6 +30,7 @@ from microlm.core.manifest import (
     open_artifact,
     payload_digest,
     require_intact,
+    seal,
     sha256,
 )
 from microlm.core.recipe import StageRecipe
@@ -103,7 +104,7 @@ def stage(
 
     def wrap(body: Body[R]) -> Callable[[R], Artifact]:
         def make(recipe: R) -> Artifact:
-            inputs = {k: open_artifact(v) for k, v in recipe.inputs().items()}
+            inputs = _open_inputs(recipe)
             extra = dict(fingerprint(recipe)) if fingerprint else {}
             key = compute_key(name, version, recipe, inputs, extra)
             if done := _finished(recipe.out, key):
@@ -129,6 +130,19 @@ def stage(
         return run
 
     return wrap
+
+
+def _open_inputs(recipe: StageRecipe) -> dict[str, Artifact]:
+    """The input artifacts by field; one of a kind that its field does not take is refused."""
+    found = {name: open_artifact(place) for name, place in recipe.inputs().items()}
+    for name, artifact in found.items():
+        kinds = recipe.input_kinds(name)
+        if kinds and artifact.kind not in kinds:
+            wanted = " or ".join(kinds)
+            raise UserError(
+                f"{artifact.url}: is of kind {artifact.kind}, but '{name}' takes {wanted}; give another one"
+            )
+    return found
 
 
 def _lead(group: runtime.Torchrun, make: Callable[[R], Artifact], recipe: R) -> Artifact:
@@ -272,6 +286,7 @@ def _sign(head: dict[str, Any], recipe: StageRecipe, work: Workspace, started: f
         "environment": runtime.environment(),
         "times": {"started": started, "finished": time.time(), "seconds": time.time() - started},
     }
+    manifest["seal"] = seal(manifest)
     text = json.dumps(manifest, ensure_ascii=False, indent=1) + "\n"
     storage.write_atomic(work.path / MANIFEST, text.encode())
 

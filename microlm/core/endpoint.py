@@ -51,5 +51,7 @@ def read_key(file: Path | None) -> str | None:
         if not key:
             raise UserError(f"{file}: is empty; write the API key into it, on one line")
     if key and not re.fullmatch(r"[\x21-\x7e]{1,512}", key):
-        raise UserError(f"{place}: an API key is one line of at most 512 visible ASCII characters")
+        raise UserError(
+            f"{place}: the API key is not one line of at most 512 visible ASCII characters; make such a key"
+        )
     return key or None

@@ -114,7 +114,8 @@ def damages(artifact: Artifact) -> dict[str, str]:
     listed = {f["path"] for f in artifact.manifest["files"]}
     present = {p.relative_to(artifact.path).as_posix() for p in artifact.path.rglob("*") if p.is_file()}
     found |= dict.fromkeys(present - listed - {MANIFEST}, "extra")
-    if payload_digest(artifact.manifest["files"]) != artifact.digest:
+    broken_seal = artifact.manifest.get("seal", seal(artifact.manifest)) != seal(artifact.manifest)
+    if broken_seal or payload_digest(artifact.manifest["files"]) != artifact.digest:
         found[MANIFEST] = "changed"
     return dict(sorted(found.items()))
 
@@ -129,6 +130,12 @@ def require_intact(artifact: Artifact) -> Artifact:
 def payload_digest(files: list[dict[str, Any]]) -> str:
     """The digest of a manifest's file list: names and hashes of the payload files, in order."""
     return sha256(json.dumps([[f["path"], f["sha256"]] for f in files if f["payload"]]).encode())
+
+
+def seal(manifest: Mapping[str, Any]) -> str:
+    """The hash of everything else in a manifest, so that a changed byte of its own is found too."""
+    plain = json.loads(json.dumps({k: v for k, v in manifest.items() if k != "seal"}))
+    return sha256(json.dumps(plain, sort_keys=True).encode())
 
 
 def hash_file(path: Path) -> str:

@@ -36,9 +36,13 @@ def unkeyed(default: Any = ..., **kwargs: Any) -> Any:
     return Field(default, json_schema_extra={"keyed": False}, **kwargs)
 
 
-def artifact_input(default: Any = ..., **kwargs: Any) -> Any:
-    """A field that names an input artifact's directory; its key stands for it in our key."""
-    return Field(default, json_schema_extra={"keyed": False, "artifact": True}, **kwargs)
+def artifact_input(default: Any = ..., kinds: tuple[str, ...] = (), **kwargs: Any) -> Any:
+    """A field that names an input artifact's directory; its key stands for it in our key.
+
+    An artifact of another kind than one of `kinds` is refused before the stage runs.
+    """
+    extra: dict[str, Any] = {"keyed": False, "artifact": True, "kinds": list(kinds)}
+    return Field(default, json_schema_extra=extra, **kwargs)
 
 
 class StageRecipe(Recipe):
@@ -57,6 +61,11 @@ class StageRecipe(Recipe):
         """The fields that name input artifacts."""
         return tuple(k for k, f in cls.model_fields.items() if _mark(f, "artifact", False))
 
+    @classmethod
+    def input_kinds(cls, name: str) -> tuple[str, ...]:
+        """The kinds of artifact that an input field takes; empty for any."""
+        return tuple(_mark(cls.model_fields[name], "kinds", ()))
+
     def inputs(self) -> dict[str, str]:
         """Field name → directory of every input artifact that is set."""
         named = {k: getattr(self, k) for k in self.input_fields()}
@@ -72,9 +81,9 @@ def _keyed(block: Recipe) -> dict[str, Any]:
     return result
 
 
-def _mark(field: Any, name: str, default: bool) -> bool:
+def _mark(field: Any, name: str, default: Any) -> Any:
     extra = field.json_schema_extra
-    return bool(extra.get(name, default)) if isinstance(extra, dict) else default
+    return extra.get(name, default) if isinstance(extra, dict) else default
 
 
 class _Loader(yaml.SafeLoader):
@@ -141,7 +150,8 @@ def parse_yaml(text: str, where: str) -> Any:
     except yaml.MarkedYAMLError as e:
         mark = e.problem_mark
         place = f"{where}:{mark.line + 1}:{mark.column + 1}" if mark else where
-        raise UserError(f"{place}: not valid YAML ({e.problem}); fix this line") from None
+        step = "indent with spaces, not with tabs" if "\\t" in str(e.problem) else "fix this line"
+        raise UserError(f"{place}: not valid YAML ({e.problem}); {step}") from None
     except (yaml.YAMLError, RecursionError, ValueError) as e:
         first = (str(e).splitlines() or [type(e).__name__])[0]
         raise UserError(f"{where}: not valid YAML ({first}); save the recipe as plain UTF-8 YAML") from None
@@ -158,13 +168,14 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except UnicodeDecodeError as e:
         raise UserError(f"{path}: byte {e.start} is not UTF-8; save the recipe as UTF-8") from None
     except OSError as e:
-        raise UserError(f"{path}: cannot be read ({e.strerror})") from None
+        raise UserError(f"{path}: cannot be read ({e.strerror}); check the path") from None
     data = parse_yaml(text, str(path))
     if data is None:
         raise UserError(f"{path}: the recipe is empty; recipes/ holds examples")
     if not isinstance(data, dict):
         raise UserError(
-            f"{path}: a recipe is a mapping of keys to values, this file holds {type(data).__name__}"
+            f"{path}: a recipe is a mapping of keys to values, this file holds a {type(data).__name__}; "
+            "recipes/ holds examples"
         )
     return data
 
@@ -189,7 +200,7 @@ def apply_overrides(data: Mapping[str, Any], words: Iterable[str]) -> dict[str, 
             if child is None:
                 child = node[part] = {}
             if not isinstance(child, dict):
-                raise UserError(f"override '{word}': '{part}' is a value, not a block")
+                raise UserError(f"override '{word}': '{part}' is a value, not a block; write {part}=VALUE")
             node = child
         node[path[-1]] = value
     return result
@@ -226,7 +237,7 @@ def _sentence(cls: type[Recipe], error: ValidationError, where: str) -> str:
         return f"{where}: key '{path}' is missing; add it"
     shown = repr(first.get("input"))
     message = first["msg"].removeprefix("Value error, ")
-    return f"{where}: {path}: {message[:1].lower()}{message[1:]} (found {shown[:80]})"
+    return f"{where}: {path}: {message[:1].lower()}{message[1:]} (found {shown[:80]}); change it"
 
 
 def _block(cls: type[Recipe], loc: tuple[Any, ...]) -> type[Recipe]:

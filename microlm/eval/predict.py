@@ -61,8 +61,8 @@ class MaxTokens(Recipe):
 class PredictRecipe(StageRecipe):
     """Ask one model everything that is held out."""
 
-    model: str = artifact_input(description="model artifact to ask")
-    data: str = artifact_input(description="data artifact with the held-out tasks")
+    model: str = artifact_input(kinds=("model",), description="model artifact to ask")
+    data: str = artifact_input(kinds=("data",), description="data artifact with the held-out tasks")
     tasks: tuple[Task, ...] = Field(default=get_args(Task), description="what is asked")
     limits: Limits = Field(default=Limits(), description="how many items")
     max_tokens: MaxTokens = Field(default=MaxTokens(), description="token caps")

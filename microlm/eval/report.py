@@ -22,16 +22,20 @@ SCHEMA = 1
 class ReportRecipe(StageRecipe):
     """What is reported on; ancestors of these are found by themselves."""
 
-    scores: str | None = artifact_input(None, description="scores of the model that is exported")
-    scores_before: str | None = artifact_input(None, description="scores of an earlier checkpoint, beside it")
-    verify: str | None = artifact_input(None, description="verdict on the served model")
-    export: str | None = artifact_input(None, description="exported model")
-    data: str | None = artifact_input(None, description="data artifact")
-    tokenizer: str | None = artifact_input(None, description="tokenizer artifact")
-    pretrain: str | None = artifact_input(None, description="pretrained model")
-    sft: str | None = artifact_input(None, description="tuned model")
-    lora: str | None = artifact_input(None, description="adapter artifact")
-    merge: str | None = artifact_input(None, description="merged model")
+    scores: str | None = artifact_input(
+        None, kinds=("scores",), description="scores of the model that is exported"
+    )
+    scores_before: str | None = artifact_input(
+        None, kinds=("scores",), description="scores of an earlier checkpoint, beside it"
+    )
+    verify: str | None = artifact_input(None, kinds=("verdict",), description="verdict on the served model")
+    export: str | None = artifact_input(None, kinds=("model",), description="exported model")
+    data: str | None = artifact_input(None, kinds=("data",), description="data artifact")
+    tokenizer: str | None = artifact_input(None, kinds=("tokenizer",), description="tokenizer artifact")
+    pretrain: str | None = artifact_input(None, kinds=("model",), description="pretrained model")
+    sft: str | None = artifact_input(None, kinds=("model",), description="tuned model")
+    lora: str | None = artifact_input(None, kinds=("adapter",), description="adapter artifact")
+    merge: str | None = artifact_input(None, kinds=("model",), description="merged model")
 
 
 @stage("report", kind="report", version=1)

@@ -42,8 +42,8 @@ class Gates(Recipe):
 class ScoreRecipe(StageRecipe):
     """Judge predictions against the data that they were made from."""
 
-    predictions: str = artifact_input(description="predictions artifact")
-    data: str = artifact_input(description="the data artifact that was asked from")
+    predictions: str = artifact_input(kinds=("predictions",), description="predictions artifact")
+    data: str = artifact_input(kinds=("data",), description="the data artifact that was asked from")
     gates: Gates = Field(default=Gates(), description="limits of the headline scores")
     fail_on_gate: bool = Field(default=False, description="a missed gate is an error: exit 1, no artifact")
     baselines: bool = Field(default=True, description="answer the same items by regex and nearest template")

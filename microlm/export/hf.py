@@ -21,9 +21,9 @@ from microlm.text.tokenizer import copy_files
 class ExportRecipe(StageRecipe):
     """What leaves the house, and in which precision."""
 
-    model: str = artifact_input(description="model artifact to export")
+    model: str = artifact_input(kinds=("model",), description="model artifact to export")
     scores: str | None = artifact_input(
-        None, description="scores artifact of this very model, for the model card"
+        None, kinds=("scores",), description="scores artifact of this very model, for the model card"
     )
     name: str = Field("MicroLM", pattern=r"^[\w.\- ]+$", description="the model's name on its card")
     dtype: runtime.Dtype = Field("float32", description="precision of the stored weights")

@@ -11,8 +11,10 @@ from microlm.text.tokenizer import copy_files
 class MergeRecipe(StageRecipe):
     """Which adapter is folded into which model."""
 
-    model: str = artifact_input(description="model artifact that the adapter was trained on")
-    adapter: str = artifact_input(description="adapter artifact (LoRA)")
+    model: str = artifact_input(
+        kinds=("model",), description="model artifact that the adapter was trained on"
+    )
+    adapter: str = artifact_input(kinds=("adapter",), description="adapter artifact (LoRA)")
 
 
 @stage("merge", kind="model", version=1)

@@ -19,6 +19,7 @@ _SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "max_position_embeddings",
 )  # fmt: skip
+_LARGEST = {"num_hidden_layers": 1000, "max_position_embeddings": 1 << 22}  # beyond what any stock model has
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,8 @@ class ModelConfig:
         for name in _SIZES:
             if (size := getattr(self, name)) < 1:
                 raise UserError(f"{where}: {name} is {size}; every size must be at least 1")
+            if size > (most := _LARGEST.get(name, size)):
+                raise UserError(f"{where}: {name} is {size}; at most {most} can be, correct it")
         if self.num_attention_heads % self.num_key_value_heads or self.head_dim < 2 or self.head_dim % 2:
             raise UserError(
                 f"{where}: {self.num_attention_heads} heads, {self.num_key_value_heads} key-value heads and "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -34,11 +35,20 @@ def read_config(path: Path) -> ModelConfig:
 
 def load(path: Path, compute_dtype: torch.dtype = torch.float32) -> Decoder:
     """A decoder with the directory's weights (kept as float32 masters when stored in any float type)."""
-    decoder = Decoder(read_config(path), compute_dtype)
-    tensors = _read_tensors(path)
-    if decoder.config.tie_word_embeddings:
+    config, tensors = read_config(path), _read_tensors(path)
+    if config.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)
-    wanted = dict(decoder.named_parameters())
+    with torch.device("meta"):  # a wrong size in config.json is found before it takes memory
+        _require_fit(path, dict(Decoder(config).named_parameters()), tensors)
+    decoder = Decoder(config, compute_dtype)
+    with torch.no_grad():
+        for name, weight in decoder.named_parameters():
+            weight.copy_(tensors[name])
+    return decoder
+
+
+def _require_fit(path: Path, wanted: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor]) -> None:
+    """Refuse stored tensors of other names or shapes than the architecture has."""
     if missing := sorted(set(wanted) - set(tensors)):
         raise UserError(
             f"{path}: the weights lack '{missing[0]}' ({len(missing)} missing); export the model again"
@@ -47,13 +57,12 @@ def load(path: Path, compute_dtype: torch.dtype = torch.float32) -> Decoder:
         raise UserError(
             f"{path}: the weights hold an unknown '{extra[0]}'; the architecture does not match config.json"
         )
-    with torch.no_grad():
-        for name, weight in wanted.items():
-            if tensors[name].shape != weight.shape:
-                found, expected = tuple(tensors[name].shape), tuple(weight.shape)
-                raise UserError(f"{path}: '{name}' has shape {found}, config.json says {expected}")
-            weight.copy_(tensors[name])
-    return decoder
+    for name, weight in wanted.items():
+        if tensors[name].shape != weight.shape:
+            found, expected = tuple(tensors[name].shape), tuple(weight.shape)
+            raise UserError(
+                f"{path}: '{name}' has shape {found}, config.json says {expected}; export the model again"
+            )
 
 
 def save(decoder: Decoder, path: Path, dtype: torch.dtype = torch.float32) -> None:

@@ -29,13 +29,13 @@ def check_exposure(host: str, api_key: str | None) -> None:
             f"give --api-key-file FILE or set {KEY_VARIABLE}, or keep the default 127.0.0.1"
         )
     if api_key is not None and len(api_key) < MIN_KEY_CHARS:
-        raise UserError(f"the API key is shorter than {MIN_KEY_CHARS} characters; make a longer one")
+        raise UserError(f"API key: is shorter than {MIN_KEY_CHARS} characters; make a longer one")
 
 
 def bind(host: str, port: int) -> socket.socket:
     """A bound TCP socket; port 0 lets the system choose. What is wrong is said before any model is loaded."""
     if not 0 <= port <= 65535:
-        raise UserError(f"--port {port}: a port is a number from 0 to 65535")
+        raise UserError(f"--port {port}: is no port; choose a number from 0 to 65535")
     try:
         family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except (socket.gaierror, UnicodeError):

@@ -209,7 +209,8 @@ def require_documents(audit: Audit, shelves: Shelves) -> None:
         reasons = audit.tallies["clean"].dropped.most_common(3)
         why = ", ".join(f"{reason} {count}" for reason, count in reasons) or "no reason was counted"
         raise UserError(
-            f"data.source: nothing is left of {audit.tallies['read'].read} records after cleaning ({why})"
+            f"data.source: nothing is left of {audit.tallies['read'].read} records after cleaning"
+            f" ({why}); relax min_chars and max_chars, or choose another source"
         )
 
 

@@ -38,8 +38,10 @@ Sample = tuple[list[int], list[int] | None]
 class TokenizeRecipe(StageRecipe):
     """Turn every split of a data artifact into token sets."""
 
-    data: str = artifact_input(description="data artifact")
-    tokenizer: str = artifact_input(description="tokenizer artifact")
+    data: str = artifact_input(kinds=("data",), description="data artifact")
+    tokenizer: str = artifact_input(
+        kinds=("tokenizer", "model"), description="tokenizer artifact, or a model's tokenizer"
+    )
     splits: tuple[str, ...] = Field(("train", "validation"), description="splits to tokenize")
 
 

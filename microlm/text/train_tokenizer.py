@@ -32,7 +32,7 @@ _LATIN = re.compile("[A-Za-z]")
 class TokenizerRecipe(StageRecipe):
     """How the tokenizer is trained."""
 
-    data: str = artifact_input(description="data artifact; its training splits are read")
+    data: str = artifact_input(kinds=("data",), description="data artifact; its training splits are read")
     vocab_size: int = Field(
         6400, le=1_000_000, description="entries, the 3 control tokens and 256 bytes included"
     )

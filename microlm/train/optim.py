@@ -61,7 +61,9 @@ def rate(recipe: OptimRecipe, step: int, steps: int) -> float:
 class Muon(torch.optim.Optimizer):
     """Momentum orthogonalised by polar iterations (Jordan et al. 2024); equal shapes go in one batch."""
 
-    def __init__(self, params: Iterable[Tensor], lr: float, momentum: float, weight_decay: float = 0.0) -> None:
+    def __init__(
+        self, params: Iterable[Tensor], lr: float, momentum: float, weight_decay: float = 0.0
+    ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()

@@ -67,5 +67,5 @@ def test_an_adapter_of_another_base_is_refused(
 
 
 def test_a_model_is_no_adapter(model: Artifact, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"holds no 'adapter_config\.json'"):
+    with pytest.raises(UserError, match=r"but 'adapter' takes adapter"):
         run_merge(tmp_path / "merge", model, model)

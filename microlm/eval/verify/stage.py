@@ -13,7 +13,7 @@ from microlm.serve.launch import ServerProcess
 class VerifyRecipe(StageRecipe):
     """What is served and how long we wait for it."""
 
-    model: str = artifact_input(description="the model artifact to serve")
+    model: str = artifact_input(kinds=("model",), description="the model artifact to serve")
     start_timeout_s: float = unkeyed(180.0, gt=0, description="limit for the server's start")
     request_timeout_s: float = unkeyed(120.0, gt=0, description="limit of each request")
 

@@ -95,7 +95,7 @@ def parse(word: str) -> Source:
     kind, _, place = word.partition(":")
     if kind not in KINDS or (kind == FACTBOOK) == bool(place):
         known = "factbook, jsonl:PATH, text:PATH|FOLDER, hf:owner/dataset[:split], ms:owner/dataset[:split]"
-        raise UserError(f"data.source '{word}': is not one of {known}")
+        raise UserError(f"data.source '{word}': is not one of {known}; choose one")
     if kind in ("jsonl", "text") and is_remote(place):
         raise UserError(f"data.source '{word}': is not on this machine; download the file first")
     if kind in ("jsonl", "text"):
@@ -140,9 +140,10 @@ def read(
         raise UserError(f"{source.word}: holds no records; check that it is the right file")
     if 2 * own.kept < own.read:
         reason, count = own.dropped.most_common(1)[0]
+        step = "rename the field" if reason.startswith("missing_field") else "mend the file"
         raise UserError(
             f"{source.word}: {own.read - own.kept} of {own.read} records cannot be used, most often {reason}"
-            f" ({count} times, first {own.examples[reason][0]}); mend the file or rename the field"
+            f" ({count} times, first {own.examples[reason][0]}); {step}"
         )
 
 

@@ -1,6 +1,6 @@
 """The embedded default corpus: a small world of true facts and invented entities, composed by seed.
 
-Enters: tables (ours or a user's entity file) and sizes. Leaves: a `Factbook` with every kind of record a run needs.
+Enters: tables (ours or a user's entity file) and sizes. Leaves: a `Factbook` with all records a run needs.
 """
 
 from __future__ import annotations
@@ -25,14 +25,22 @@ class FactbookSizes(Recipe):
     """How many records of each kind the factbook composes."""
 
     documents: int = Field(14_000, ge=1, description="prose documents for pretraining (dirt comes on top)")
-    dirt_share: float = Field(0.06, ge=0, le=0.5, description="dirty lines mixed in, as a share of the documents")
+    dirt_share: float = Field(
+        0.06, ge=0, le=0.5, description="dirty lines mixed in, as a share of the documents"
+    )
     questions: int = Field(22_000, ge=0, description="training conversations that ask for facts")
-    extraction: int = Field(46_000, ge=0, description="training extraction records, mostly of invented entities")
-    reading: int = Field(7_000, ge=0, description="training conversations of several turns about a given text")
+    extraction: int = Field(
+        46_000, ge=0, description="training extraction records, mostly of invented entities"
+    )
+    reading: int = Field(
+        7_000, ge=0, description="training conversations of several turns about a given text"
+    )
     chat: int = Field(2_000, ge=0, description="training conversations of small talk")
     preferences: int = Field(1_000, ge=0, description="preference pairs")
     english_share: float = Field(0.04, ge=0, le=1, description="share of English records")
-    held_out_entities: float = Field(0.15, ge=0.02, le=0.5, description="share of real entities never trained on")
+    held_out_entities: float = Field(
+        0.15, ge=0.02, le=0.5, description="share of real entities never trained on"
+    )
     test_questions: int = Field(300, ge=1, description="held-out questions of each kind of wording")
     test_extraction: int = Field(300, ge=1, description="held-out extraction records of each kind of wording")
     test_chats: int = Field(200, ge=1, description="prompts of the stop check")
@@ -40,7 +48,7 @@ class FactbookSizes(Recipe):
 
 @dataclass(frozen=True)
 class Factbook:
-    """Everything composed, split by entity and wording: no name and no wording of a test record was trained on."""
+    """Everything composed, split by entity and wording: no name and wording of a test was trained on."""
 
     documents: list[Document]
     conversations: list[Conversation]

@@ -1,4 +1,4 @@
-"""Pretraining prose: known entities told again and again, invented ones told and restated, dirt mixed in on purpose."""
+"""Pretraining prose: known entities told often, invented ones told and restated, dirt mixed in on purpose."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ def compose(maker: Maker, count: int, dirt_share: float) -> list[Document]:
     """`count` clean documents and `dirt_share` of dirty lines, in one seeded order."""
     rng = maker.rng("documents")
     writer, composer = Writer(maker.tables, rng), Composer(maker.tables, rng)
-    texts = [_known(maker, writer, rng) if rng.random() < KNOWN_SHARE else _restated(maker, writer, composer) for _ in range(count)]
+    texts = [
+        _known(maker, writer, rng) if rng.random() < KNOWN_SHARE else _restated(maker, writer, composer)
+        for _ in range(count)
+    ]
     dirt = [_dirty(rng.choice(texts), rng) for _ in range(round(count * dirt_share))]
     lines = [*texts, *dirt]
     rng.shuffle(lines)
@@ -36,7 +39,7 @@ def _known(maker: Maker, writer: Writer, rng: Random) -> str:
 
 
 def _restated(maker: Maker, writer: Writer, composer: Composer) -> str:
-    """An invented entity in prose and once more as a card, JSON or questions: copying is learnt from such pairs."""
+    """An invented entity in prose, then as a card, JSON or questions: copying is learnt from such pairs."""
     rng = writer.rng
     lang = maker.lang(rng)
     entity = maker.invented(composer, rng.choice(maker.topics), lang, rng.choice(FACT_COUNTS))

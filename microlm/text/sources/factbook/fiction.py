@@ -1,4 +1,4 @@
-"""Invented entities: names and values drawn from pools by pattern, so that a model cannot know them by heart."""
+"""Invented entities: names and values drawn from pools by pattern: nothing to know by heart."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ _CONSONANTS, _VOWELS = "bcdfglmnprstv", "aeiou"
 @cache
 def _gb2312(first: int, last: int) -> str:
     """The Han characters of a range of GB 2312 rows: level 1 (common) or level 2 (rarer)."""
-    cells = (bytes([row, cell]).decode("gb2312", "ignore") for row in range(first, last + 1) for cell in range(0xA1, 0xFF))
+    cells = (
+        bytes([row, cell]).decode("gb2312", "ignore")
+        for row in range(first, last + 1)
+        for cell in range(0xA1, 0xFF)
+    )
     return "".join(cells)
 
 
@@ -43,8 +47,12 @@ class Composer:
         """
         chosen = self.rng.sample(list(model.facts), min(facts, len(model.facts)))
         name = self._changed(model.name)
-        values = {r: self._changed(model.facts[r]) if self.rng.random() < 0.7 else model.facts[r] for r in chosen}
-        return Entity(model.topic, name, {r: v for r, v in values.items() if v != name}, model.lang, fictional=True)
+        values = {
+            r: self._changed(model.facts[r]) if self.rng.random() < 0.7 else model.facts[r] for r in chosen
+        }
+        return Entity(
+            model.topic, name, {r: v for r, v in values.items() if v != name}, model.lang, fictional=True
+        )
 
     def _changed(self, text: str) -> str:
         """The text with one or two characters replaced, one dropped, or one added; digits stay digits."""
@@ -90,6 +98,10 @@ class Composer:
             return str(r.randint(1, 999))
         if pool in ("LATIN", "EN_NAME", "EN_PLACE"):
             syllables = "".join(r.choice(_CONSONANTS) + r.choice(_VOWELS) for _ in range(r.randint(2, 3)))
-            ending = {"LATIN": ["", "us", "is"], "EN_NAME": ["", "n", "ck"], "EN_PLACE": ["ton", "ford", "by"]}[pool]
+            ending = {
+                "LATIN": ["", "us", "is"],
+                "EN_NAME": ["", "n", "ck"],
+                "EN_PLACE": ["ton", "ford", "by"],
+            }[pool]
             return (syllables + r.choice(ending)).capitalize()
         raise ValueError(f"unknown pool {pool}")

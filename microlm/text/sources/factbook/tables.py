@@ -1,4 +1,4 @@
-"""The factbook's tables: topics with their wordings, entities with their facts. Data files in, frozen records out."""
+"""The factbook's tables: topics with wordings, entities with facts. Data files in, frozen records out."""
 
 from __future__ import annotations
 
@@ -125,22 +125,28 @@ def _read_entities(path: Path, topics: dict[str, Topic]) -> list[Entity]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise UserError(f"{path}: no such entity file; expected JSONL like the tables in text/sources/factbook/entities") from None
+        raise UserError(
+            f"{path}: no such entity file; expected JSONL like the tables in text/sources/factbook/entities"
+        ) from None
     except UnicodeDecodeError as e:
         raise UserError(f"{path}: byte {e.start} is not UTF-8; save the entity file as UTF-8") from None
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror})") from None
     entities: list[Entity] = []
     seen: set[tuple[str, str]] = set()
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             for entity in _entity(line, f"{path}:{number}", topics):
                 if (entity.lang, entity.name) in seen:
-                    raise UserError(f"{path}:{number}: '{entity.name}' stands twice; keep one line for each entity")
+                    raise UserError(
+                        f"{path}:{number}: '{entity.name}' stands twice; keep one line for each entity"
+                    )
                 seen.add((entity.lang, entity.name))
                 entities.append(entity)
     if not entities:
         raise UserError(f"{path}: holds no entities; expected one JSON object a line")
+    if sum(e.lang == "zh" for e in entities) < 2:
+        raise UserError(f"{path}: holds one entity; give two at least, as one is held out for the test")
     return entities
 
 
@@ -153,9 +159,13 @@ def _entity(line: str, where: str, topics: dict[str, Topic]) -> list[Entity]:
         raise UserError(f"{where}: expected a JSON object, found {type(row).__name__}")
     topic = topics.get(str(row.get("topic")))
     if topic is None:
-        raise UserError(f"{where}: unknown topic {row.get('topic')!r}; {nearest(str(row.get('topic')), topics)}")
+        raise UserError(
+            f"{where}: unknown topic {row.get('topic')!r}; {nearest(str(row.get('topic')), topics)}"
+        )
     found = [Entity(topic.name, _name(row, where), _facts(row, topic.relations, where))]
     if english := row.get("en"):
+        if not isinstance(english, dict):
+            raise UserError(f"{where}: key 'en' must be an object with name and facts; found {english!r}")
         known = {r.name_en: r.name for r in topic.relations.values()}
         facts = {known[k]: v for k, v in _facts(english, known, where).items()}
         found.append(Entity(topic.name, _name(english, where), facts, "en"))
@@ -163,10 +173,15 @@ def _entity(line: str, where: str, topics: dict[str, Topic]) -> list[Entity]:
 
 
 def _name(row: dict[str, Any], where: str) -> str:
-    name = row.get("name") if isinstance(row, dict) else None
-    if not isinstance(name, str) or not name.strip():
-        raise UserError(f"{where}: key 'name' must be text; found {name!r}")
-    return name.strip()
+    name = row.get("name")
+    if not _is_text(name):
+        raise UserError(f"{where}: key 'name' must be one line of text; found {name!r}")
+    return str(name).strip()
+
+
+def _is_text(value: Any) -> bool:
+    """Whether a value fits into a sentence: no line breaks, control characters or lone surrogates."""
+    return isinstance(value, str) and bool(value.strip()) and value.strip().isprintable()
 
 
 def _facts(row: dict[str, Any], known: dict[str, Any], where: str) -> dict[str, str]:
@@ -176,6 +191,6 @@ def _facts(row: dict[str, Any], known: dict[str, Any], where: str) -> dict[str, 
     for relation, value in facts.items():
         if relation not in known:
             raise UserError(f"{where}: unknown relation '{relation}'; {nearest(relation, known)}")
-        if not isinstance(value, str) or not value.strip():
-            raise UserError(f"{where}: the value of '{relation}' must be text; found {value!r}")
+        if not _is_text(value):
+            raise UserError(f"{where}: the value of '{relation}' must be one line of text; found {value!r}")
     return {r: v.strip() for r, v in facts.items()}

@@ -56,12 +56,14 @@ class Maker:
         return "en" if self.known["en"] and rng.random() < self.english_share else "zh"
 
     def invented(self, composer: Composer, topic: Topic, lang: Lang, facts: int) -> Entity:
-        """A new invented entity, remembered as trained on: by patterns, or (Chinese) a near miss of a known one."""
+        """An invented entity, remembered as trained on: by patterns, or (zh) a near miss of a known one."""
         known = [e for e in self._by_topic(lang, topic) if len(e.facts) >= facts] if lang == "zh" else []
-        if known and composer.rng.random() < MUTANT_SHARE:
-            entity = composer.mutant(composer.rng.choice(known), facts)
-        else:
-            entity = composer.entity(topic, lang, facts)
+        entity = Entity(topic.name, "", {})
+        while not entity.facts:  # a value that equals the name is no fact
+            if known and composer.rng.random() < MUTANT_SHARE:
+                entity = composer.mutant(composer.rng.choice(known), facts)
+            else:
+                entity = composer.entity(topic, lang, facts)
         self.trained_names.add(entity.name)
         return entity
 
@@ -73,7 +75,9 @@ class Maker:
         for _ in range(count):
             entity = rng.choice(self.known[self.lang(rng)])
             relation = rng.choice(list(entity.facts))
-            made.append(conversation("question", writer.question(entity, relation, "train"), entity.facts[relation]))
+            made.append(
+                conversation("question", writer.question(entity, relation, "train"), entity.facts[relation])
+            )
         return made
 
     def plain_questions(self, count: int) -> list[Question]:
@@ -135,7 +139,13 @@ class Maker:
         text = ("" if lang == "zh" else " ").join(writer.paragraph(e, kind) for e in entities)
         allowed = self._allowed(rng, topic, entities)
         triples = [
-            Triple(e.name, relation_name(self.tables, e.topic, r, lang), v, topic.entity_type, topic.relations[r].tail_type)
+            Triple(
+                e.name,
+                relation_name(self.tables, e.topic, r, lang),
+                v,
+                topic.entity_type,
+                topic.relations[r].tail_type,
+            )
             for e in entities
             for r, v in e.facts.items()
             if r in allowed
@@ -145,7 +155,7 @@ class Maker:
         return Extraction(record_id, topic.name, text, tuple(triples), names, kind, lang, SOURCE, LICENCE)
 
     def _allowed(self, rng: Random, topic: Topic, entities: Sequence[Entity]) -> list[str]:
-        """The relations asked for: the stated ones (now and then one less), some unstated, some of another topic."""
+        """The relations asked for: the stated ones (at times one less), some unstated, one from elsewhere."""
         stated = {r for e in entities for r in e.facts}
         allowed = [r for r in topic.relations if r in stated or rng.random() < 0.25]
         if rng.random() < 0.3:
@@ -158,7 +168,9 @@ class Maker:
         return allowed
 
     def _name(self, relation: str, topic: Topic, lang: Lang) -> str:
-        owner = topic if relation in topic.relations else next(t for t in self.topics if relation in t.relations)
+        owner = (
+            topic if relation in topic.relations else next(t for t in self.topics if relation in t.relations)
+        )
         return relation_name(self.tables, owner.name, relation, lang)
 
     def _by_topic(self, lang: Lang, topic: Topic) -> list[Entity]:
@@ -209,7 +221,13 @@ class Maker:
             first, second = (writer.question(entity, r, "mixed") for r in relations)
             record = rng.choice(test)
             asked = form.prompt(record.text, record.allowed, record.lang)
-            options = [(first,), (first, entity.facts[relations[0]], second), (rng.choice(talk),), (asked,), (first,)]
+            options = [
+                (first,),
+                (first, entity.facts[relations[0]], second),
+                (rng.choice(talk),),
+                (asked,),
+                (first,),
+            ]
             made.append(turns(*options[i % len(options)]))
         return made
 
@@ -222,7 +240,10 @@ class Maker:
             entity = rng.choice(self.known[self.lang(rng)])
             relation = rng.choice(list(entity.facts))
             right = entity.facts[relation]
-            others = {e.facts.get(relation, right) for e in self._by_topic(entity.lang, self.tables.topics[entity.topic])}
+            others = {
+                e.facts.get(relation, right)
+                for e in self._by_topic(entity.lang, self.tables.topics[entity.topic])
+            }
             wrong = rng.choice(sorted(others - {right}) or ["不知道"])
             question = writer.question(entity, relation, "train")
             made.append(Preference(turns(question), right, wrong, SOURCE, LICENCE))
@@ -232,4 +253,6 @@ class Maker:
 def _some_facts(entity: Entity, count: int, rng: Random) -> Entity:
     """The entity with at most `count` of its facts, in random order."""
     chosen = rng.sample(list(entity.facts), min(count, len(entity.facts)))
-    return Entity(entity.topic, entity.name, {r: entity.facts[r] for r in chosen}, entity.lang, entity.fictional)
+    return Entity(
+        entity.topic, entity.name, {r: entity.facts[r] for r in chosen}, entity.lang, entity.fictional
+    )

@@ -16,7 +16,7 @@ _FILLERS = "的是在了有为于这那一个人会也都就被把给从和与�
 SLIP_SHARE = 0.35
 """Share of training wordings that get random slips: without them a small model learns wordings by heart."""
 CROSS_SHARE = 0.4
-"""Share of training wordings that are crossed with another wording of the same relation, for the same reason."""
+"""Share of training wordings crossed with another wording of the same relation, for the same reason."""
 
 
 @dataclass
@@ -50,7 +50,9 @@ class Writer:
             opener = self.rng.choice(openers) if openers and self.rng.random() < 0.35 else ""
             tail = self.rng.choice(tails) if tails and self.rng.random() < 0.15 else ""
             sentence = self.statement(entity, relation, subject, kind)
-            if entity.lang == "en" and not opener and (not out or out[-1] == stop):
+            names = (subject, entity.facts[relation])  # they stay as the gold answer spells them
+            starts = not opener and (not out or out[-1] == stop) and not sentence.startswith(names)
+            if entity.lang == "en" and starts:
                 sentence = sentence[:1].upper() + sentence[1:]
             last = i == len(facts) - 1
             out += [opener + sentence + tail, stop if last or self.rng.random() < 0.6 else comma]
@@ -88,7 +90,7 @@ class Writer:
         return self._slip(template) if lang == "zh" and self.rng.random() < SLIP_SHARE else template
 
     def _crossed(self, template: str, pool: Sequence[str]) -> str:
-        """The template with its words before, between and after the braces taken from templates of the same form."""
+        """The template with its words around the braces taken from templates of the same form."""
         parts = _PART.split(template)
         mates = [m for m in (_PART.split(t) for t in pool) if m[1::2] == parts[1::2]]
         words = [self.rng.choice(mates)[i] if i % 2 == 0 else part for i, part in enumerate(parts)]
