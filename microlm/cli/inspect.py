@@ -128,8 +128,9 @@ def collect(
         return
     for item in found:
         typer.echo(f"{'deleted' if yes else 'would delete'} {item.path}  {_size(item.bytes)}")
-    hint = "" if yes or not found else "; 'microlm runs gc --yes' deletes them"
-    typer.echo(f"{len(found)} leftovers, {_size(total)}{hint}", err=True)
+    hint = "" if yes or not found else f"; 'microlm runs gc {root} --yes' deletes what is listed"
+    count = f"{len(found)} leftover{'' if len(found) == 1 else 's'}"
+    typer.echo(f"{count}, {_size(total)}{hint}", err=True)
 
 
 class Check(NamedTuple):

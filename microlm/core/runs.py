@@ -14,6 +14,8 @@ from pathlib import Path
 from microlm.core import artifact, lineage, manifest, storage
 from microlm.core.errors import UserError
 
+REPORT = "report.html"
+
 
 @dataclass(frozen=True)
 class Run:
@@ -58,11 +60,19 @@ def remove(name: str, root: Path, *, force: bool = False) -> list[Path]:
         raise UserError(f"{parent}: '{child}' was made from it; remove that first, or use --force")
     for path in doomed:
         with storage.explain_write(path):
+            _remove_copy(path)
             shutil.rmtree(path)
     for folder in (target, target.parent):
         if folder.is_dir() and folder.resolve() != root.resolve() and not any(folder.iterdir()):
             folder.rmdir()
     return doomed
+
+
+def _remove_copy(path: Path) -> None:
+    """Delete the report.html that the report stage put beside its artifact, unless it is another one."""
+    own, beside = path / artifact.LOGS / REPORT, path.parent / REPORT
+    if own.is_file() and beside.is_file() and own.read_bytes() == beside.read_bytes():
+        beside.unlink()
 
 
 def leftovers(root: Path) -> list[Leftover]:

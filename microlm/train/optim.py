@@ -59,12 +59,21 @@ def rate(recipe: OptimRecipe, step: int, steps: int) -> float:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum orthogonalised by polar iterations (Jordan et al. 2024); equal shapes go in one batch."""
+    """Momentum orthogonalised by polar iterations (Jordan et al. 2024), in the precision `dtype`.
+
+    Equal shapes go in one batch.
+    """
 
     def __init__(
-        self, params: Iterable[Tensor], lr: float, momentum: float, weight_decay: float = 0.0
+        self,
+        params: Iterable[Tensor],
+        lr: float,
+        momentum: float,
+        weight_decay: float = 0.0,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -81,7 +90,7 @@ class Muon(torch.optim.Optimizer):
                 wide = update if p.shape[0] <= p.shape[1] else update.mT
                 by_shape.setdefault(tuple(wide.shape), []).append((p, wide))
             for items in by_shape.values():
-                whitened = _orthogonal(torch.stack([u for _, u in items]))
+                whitened = _orthogonal(torch.stack([u for _, u in items]).to(self.dtype))
                 for (p, _), direction in zip(items, whitened, strict=True):
                     tall = p.shape[0] > p.shape[1]
                     scale = max(1.0, p.shape[0] / p.shape[1]) ** 0.5
@@ -91,7 +100,6 @@ class Muon(torch.optim.Optimizer):
 
 def _orthogonal(x: Tensor) -> Tensor:
     """The nearest semi-orthogonal matrices of a batch [N, rows <= columns], float32 out."""
-    x = x.bfloat16()
     x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)
     for a, b, c in _POLAR:
         gram = x @ x.mT
@@ -108,7 +116,8 @@ def make(decoder: Decoder, recipe: OptimRecipe) -> list[torch.optim.Optimizer]:
     rates = {"embedding": recipe.embedding_lr, "head": recipe.head_lr, "adapter": recipe.adapter_lr}
     optimizers: list[torch.optim.Optimizer] = []
     if groups["matrix"]:
-        optimizers.append(Muon(groups["matrix"], recipe.matrix_lr, recipe.muon_momentum, recipe.matrix_decay))
+        rule = {"momentum": recipe.muon_momentum, "weight_decay": recipe.matrix_decay}
+        optimizers.append(Muon(groups["matrix"], recipe.matrix_lr, **rule, dtype=decoder.compute_dtype))
     adam = [{"params": groups[g], "lr": r} for g, r in rates.items() if groups[g]]
     if adam:
         optimizers.append(torch.optim.AdamW(adam, betas=(0.8, 0.95), eps=1e-10, weight_decay=0.0, fused=True))

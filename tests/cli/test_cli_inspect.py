@@ -72,7 +72,7 @@ def test_runs_gc(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (run / "q/x.tmp/f").write_bytes(b"123")
     assert call("runs", "gc") == 0
     out, err = capsys.readouterr()
-    assert "would delete runs/q/x.tmp  3 B" in out and "1 leftovers, 3 B" in err
+    assert "would delete runs/q/x.tmp  3 B" in out and "1 leftover, 3 B" in err
     assert (run / "q/x.tmp").exists()
     assert call("runs", "gc", "--yes", "--json") == 0
     told = json.loads(capsys.readouterr().out)

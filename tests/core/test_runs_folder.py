@@ -84,3 +84,13 @@ def test_gc_takes_leftovers_that_nobody_holds(root: Path) -> None:
         assert runs.leftovers(root) == [] and (root / "one/busy.tmp").exists()
     assert (root / "one/keep.old").exists() and (root / "one/model/inner.tmp").exists()
     assert (root / "one/data").exists()
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_the_reports_copy_goes_with_it(tmp_path: Path, same: bool) -> None:
+    made = write_text(TextRecipe(out=str(tmp_path / "quick/report")))
+    (made.path / "logs/report.html").write_text("page")
+    copy = tmp_path / "quick/report.html"
+    copy.write_text("page" if same else "mine")
+    runs.remove("quick/report", tmp_path)
+    assert copy.exists() is not same

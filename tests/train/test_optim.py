@@ -16,13 +16,14 @@ from microlm.train.optim import Muon, OptimRecipe, rate
 from microlm.train.ranks import Ranks
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(8, 8), (16, 32), (32, 128), (128, 128), (1, 5)])
-def test_orthogonal_brings_singular_values_to_one(shape: tuple[int, int]) -> None:
+def test_orthogonal_brings_singular_values_to_one(shape: tuple[int, int], dtype: torch.dtype) -> None:
     u, _, v = torch.linalg.svd(
         torch.randn(3, *shape, generator=torch.Generator().manual_seed(0)), full_matrices=False
     )
     x = u @ torch.diag(torch.linspace(1.0, 0.05, shape[0])) @ v  # far below, 5 steps do not reach one
-    y = optim._orthogonal(x)
+    y = optim._orthogonal(x.to(dtype))
     values = torch.linalg.svdvals(y)
     assert y.dtype == torch.float32
     assert float(values.min()) > 0.7

@@ -37,7 +37,7 @@ class FactbookSizes(Recipe):
     )
     chat: int = Field(2_000, ge=0, description="training conversations of small talk")
     preferences: int = Field(1_000, ge=0, description="preference pairs")
-    english_share: float = Field(0.04, ge=0, le=1, description="share of English records")
+    english_share: float = Field(0.07, ge=0, le=1, description="share of English records")
     held_out_entities: float = Field(
         0.15, ge=0.02, le=0.5, description="share of real entities never trained on"
     )
