@@ -112,7 +112,8 @@ def collect(
 ) -> None:
     """Find what interrupted stages left; with --yes delete it.
 
-    What a living process holds is left alone. An unfinished stage that you mean to continue is among them: its next run would start anew.
+    What a living process holds is left alone. An unfinished stage that you mean to continue is among
+    them: its next run would start anew.
 
     \b
     Example:

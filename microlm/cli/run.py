@@ -17,7 +17,13 @@ if TYPE_CHECKING:
     from microlm.cli.pipeline import Planned
     from microlm.core.recipe import StageRecipe
 
-RecipeFile = Annotated[Path, typer.Argument(help="a recipe file (.yaml), or the name of one that comes with MicroLM: quickstart", show_default=False)]
+RecipeFile = Annotated[
+    Path,
+    typer.Argument(
+        help="a recipe file (.yaml), or the name of one that comes with MicroLM: quickstart",
+        show_default=False,
+    ),
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="values that replace the recipe's", show_default=False),
@@ -160,7 +166,7 @@ def _show_summary(path: str) -> None:
 
     table = Table(title="held-out scores (95 % interval)", box=SIMPLE, pad_edge=False)
     for head in ("score", "value", "interval", "n", "gate", "regex", "nearest"):
-        table.add_column(head, justify="left" if head == "score" else "right")
+        table.add_column(head, justify="left" if head == "score" else "right", no_wrap=True)
     for row in summary_rows(open_artifact(path)):
         gate = "" if row.get("gate") is None else f"{row['gate']:g} {'ok' if row['ok'] else 'MISSED'}"
         interval = "" if row["low"] is None else f"{row['low']:.3f}-{row['high']:.3f}"

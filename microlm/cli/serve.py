@@ -41,7 +41,8 @@ def serve(
 ) -> None:
     """Serve a model over HTTP, as OpenAI does.
 
-    Chat, completions, streaming, JSON schema. Listens on this machine only. Ctrl-C or SIGTERM lets running requests end, then stops.
+    Chat, completions, streaming, JSON schema. Listens on this machine only. Ctrl-C or SIGTERM lets
+    running requests end, then stops.
 
     \b
     Example:

@@ -26,12 +26,13 @@ class Linear(nn.Linear):
 
 
 def project(x: Tensor, *matrices: nn.Module) -> list[Tensor]:
-    """Several matrices on one input; while training plain ones, in a single product (5 % of a small model's step)."""
-    plain = [m for m in matrices if type(m) is Linear and m.bias is None]
+    """Several matrices on one input; while training plain ones, in one product (5 % of a small step)."""
+    plain: list[Linear] = [m for m in matrices if isinstance(m, Linear) and m.bias is None]
     if not torch.is_grad_enabled() or len(plain) < len(matrices):
         return [m(x) for m in matrices]
     weight = torch.cat([m.weight for m in plain]).to(x.dtype)
-    return list(F.linear(x, weight).split([m.out_features for m in plain], dim=-1))
+    sizes = [m.out_features for m in plain]
+    return list(F.linear(x, weight).split(sizes, dim=-1))
 
 
 class RMSNorm(nn.Module):

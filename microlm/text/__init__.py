@@ -1,1 +1,1 @@
-"""Strings ↔ ids: readers, cleaning, dedup, audit, tokenizer, chat template with its loss mask, token shards."""
+"""Strings ↔ ids: readers, cleaning, dedup, audit, tokenizer, chat template with loss mask, token shards."""

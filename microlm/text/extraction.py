@@ -1,4 +1,4 @@
-"""Extraction as text: the prompt, the compact JSON answer `{head: {relation: tail}}`, its schema, its parser."""
+"""Extraction as text: prompt, compact JSON answer `{head: {relation: tail}}`, its schema, its parser."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def prompt(text: str, allowed: Sequence[str], lang: str = "zh") -> str:
 
 
 def answer(triples: Iterable[Triple], allowed: Sequence[str]) -> str:
-    """The gold answer: heads in order of appearance, relations in the order asked; several tails form a list."""
+    """The gold answer: heads in order of appearance, relations as asked; several tails form a list."""
     found: dict[str, dict[str, list[str]]] = {}
     for t in triples:
         if t.relation in allowed:
@@ -55,10 +55,10 @@ def parse(output: str) -> Found | None:
 
 
 def json_schema(allowed: Sequence[str]) -> dict[str, Any]:
-    """The schema of an answer: bounded heads, only the asked relations in the order asked, bounded strings."""
+    """The schema of an answer: bounded heads, only the asked relations in their order, bounded strings."""
     text = {"type": "string", "minLength": 1, "maxLength": MAX_CHARS}
     tails = {"anyOf": [text, {"type": "array", "items": text, "minItems": 2, "maxItems": MAX_TAILS}]}
-    relations = {"type": "object", "properties": {r: tails for r in allowed}, "additionalProperties": False}
+    relations = {"type": "object", "properties": dict.fromkeys(allowed, tails), "additionalProperties": False}
     return {
         "type": "object",
         "patternProperties": {f"^.{{1,{MAX_CHARS}}}$": relations},

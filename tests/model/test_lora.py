@@ -37,7 +37,8 @@ def adapted_decoder(config: LoraConfig = CONFIG, trained: bool = True, kind: Any
 def test_the_start_is_exactly_the_base(dtype: torch.dtype) -> None:
     base, decoder = random_decoder(tiny_config()), adapted_decoder(trained=False)
     base.compute_dtype = decoder.compute_dtype = dtype
-    assert torch.equal(decoder(IDS), base(IDS))
+    with torch.no_grad():  # with gradients, plain matrices go in one product and adapted ones do not
+        assert torch.equal(decoder(IDS), base(IDS))
 
 
 def test_the_seed_decides_the_start() -> None:

@@ -94,8 +94,11 @@ def check_unicode(target: Target) -> str:
                 break
             raise
         joined = "".join(d.text for d in target.client.chat_stream(message, sampling, target.model))
-        for kind, text in (("whole", whole), ("streamed", joined)):
-            expect("\ufffd" not in text, f"U+FFFD in the {kind} answer: a character was cut in pieces")
+        broken = whole.count("\ufffd")  # a barely trained model writes broken bytes itself, but not here:
+        expect(sampling is free or not broken, "U+FFFD in an answer bound to whole characters")
+        expect(
+            joined.count("\ufffd") <= broken, "U+FFFD in the streamed answer: a character was cut in pieces"
+        )
         seen = joined
     return "Chinese and emoji came out whole" if UNICODE in seen else "no U+FFFD (the model wrote other text)"
 
