@@ -27,8 +27,9 @@ class Linear(nn.Linear):
 
 def project(x: Tensor, *matrices: nn.Module) -> list[Tensor]:
     """Several matrices on one input; while training plain ones, in one product (5 % of a small step)."""
-    plain: list[Linear] = [m for m in matrices if isinstance(m, Linear) and m.bias is None]
-    if not torch.is_grad_enabled() or len(plain) < len(matrices):
+    plain = [m for m in matrices if isinstance(m, Linear)]
+    separate = len(plain) < len(matrices) or any(m.bias is not None for m in plain)
+    if separate or not torch.is_grad_enabled():
         return [m(x) for m in matrices]
     weight = torch.cat([m.weight for m in plain]).to(x.dtype)
     sizes = [m.out_features for m in plain]
