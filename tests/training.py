@@ -158,13 +158,27 @@ def write_recipe(file: Path, data: str, output: str, **loop: Any) -> Path:
         "dtype": "float32", "checkpoint_steps": 3, "validation_steps": 6, "validation_rows": 4,
     }  # fmt: skip
     loop = sizes | loop
-    shape = {"hidden_size": 32, "layers": 2, "heads": 2, "kv_heads": 1, "head_dim": 16, "intermediate_size": 64}
+    shape = {
+        "hidden_size": 32,
+        "layers": 2,
+        "heads": 2,
+        "kv_heads": 1,
+        "head_dim": 16,
+        "intermediate_size": 64,
+    }
     stages = [
         {"stage": "tokenizer", "data": data, "vocab_size": 320},
         {"stage": "tokenize", "name": "shards", "data": data, "tokenizer": "tokenizer"},
         {"stage": "pretrain", "shards": "shards", "architecture": shape, "loop": loop},
         {"stage": "sft", "model": "pretrain", "shards": "shards", "loop": loop},
-        {"stage": "sft", "name": "lora", "model": "sft", "shards": "shards", "loop": loop, "lora": {"rank": 4}},
+        {
+            "stage": "sft",
+            "name": "lora",
+            "model": "sft",
+            "shards": "shards",
+            "loop": loop,
+            "lora": {"rank": 4},
+        },
     ]
     parallel = {"processes": 2, "threads": 1}
     file.write_text(json.dumps({"output": output, "parallel": parallel, "stages": stages}))
@@ -176,4 +190,6 @@ STAGES = ("tokenizer", "shards", "pretrain", "sft", "lora")
 
 def digests(output: Path) -> dict[str, str]:
     """Stage → digest of every finished stage of `write_recipe`."""
-    return {n: open_artifact(str(output / n)).digest for n in STAGES if (output / n / "manifest.json").exists()}
+    return {
+        n: open_artifact(str(output / n)).digest for n in STAGES if (output / n / "manifest.json").exists()
+    }

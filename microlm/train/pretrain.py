@@ -68,7 +68,7 @@ class ArchitectureRecipe(Recipe):
 class PretrainRecipe(StageRecipe):
     """Train a model from scratch on documents."""
 
-    shards: str = artifact_input(description="shards artifact")
+    shards: str = artifact_input(kinds=("shards",), description="shards artifact")
     architecture: ArchitectureRecipe = Field(default=ArchitectureRecipe(), description="the model's shape")
     loop: LoopRecipe = Field(default=LoopRecipe(), description="length, batch, precision")
     optim: OptimRecipe = Field(default=OptimRecipe(stable_share=1.0), description="rates and schedule")

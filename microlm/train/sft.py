@@ -44,8 +44,8 @@ class LoraRecipe(Recipe):
 class SftRecipe(StageRecipe):
     """Tune a model on conversations."""
 
-    model: str = artifact_input(description="model artifact to start from")
-    shards: str = artifact_input(description="shards artifact with conversations")
+    model: str = artifact_input(kinds=("model",), description="model artifact to start from")
+    shards: str = artifact_input(kinds=("shards",), description="shards artifact with conversations")
     mixture: dict[str, float] = Field(
         default={}, description="task (or documents) → share of the tokens; empty: all conversations, equal"
     )

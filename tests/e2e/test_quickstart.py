@@ -30,7 +30,9 @@ QUESTION = "李白的职业是什么？"
 def microlm(*words: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
     """The command line, as a person calls it."""
     command = [sys.executable, "-m", "microlm", *words]
-    return subprocess.run(command, cwd=ROOT, input=stdin, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(
+        command, cwd=ROOT, input=stdin, capture_output=True, text=True, timeout=300, check=False
+    )
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +85,9 @@ sys.stdout.write(tokenizer.decode(out[0, ids["input_ids"].shape[1]:], skip_speci
 
 def test_plain_transformers_answers_like_our_engine(tmp_path: Path) -> None:
     command = [sys.executable, "-c", PLAIN, str(RUN / "export"), QUESTION]
-    theirs = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=True).stdout
+    theirs = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=True
+    ).stdout
     ours = Engine(RUN / "export").generate([(Message("user", QUESTION),)], Sampling(max_tokens=40))[0]
     assert theirs == ours.text
 
@@ -114,7 +118,9 @@ def test_the_readme_examples_answer() -> None:
 def test_the_report_opens_offline_in_a_browser(tmp_path: Path) -> None:
     chromium = shutil.which("chromium")
     assert chromium, "install chromium: apt-get install chromium"
-    switches = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+    switches = (
+        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+    )
     picture = tmp_path / "report.png"
     command = [
         chromium,
@@ -129,5 +135,5 @@ def test_the_report_opens_offline_in_a_browser(tmp_path: Path) -> None:
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     assert "extraction_f1" in done.stdout or "Extraction" in done.stdout
-    assert "<svg" in done.stdout and "src=\"http" not in done.stdout
+    assert "<svg" in done.stdout and 'src="http' not in done.stdout
     assert not picture.exists() or picture.stat().st_size > 20_000

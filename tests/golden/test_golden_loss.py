@@ -1,6 +1,7 @@
 """Numbers move only on purpose: the losses of 20 steps of a fixed tiny fp32 run.
 
-`python tests/golden/test_golden_loss.py` writes the file anew, after a change that is meant to move them.
+`PYTHONPATH=.:tests python tests/golden/test_golden_loss.py` writes the file anew, after a change that is
+meant to move them.
 """
 
 from __future__ import annotations
@@ -31,14 +32,19 @@ def losses(name: str, folder: Path) -> list[float]:
     if name != "pretrain":
         with torch.no_grad():
             decoder.lm_head.weight.mul_(20)
-        talks = {"question": random_set("question", 2, conversations=True), "documents": random_set("documents", 0)}
+        talks = {
+            "question": random_set("question", 2, conversations=True),
+            "documents": random_set("documents", 0),
+        }
         fields["train"] = PackedRows(talks, {"question": 0.7, "documents": 0.3}, CONTEXT, 0)
     if name == "lora":
         add_lora(decoder)
     loop = tiny_loop(steps=20, log_steps=1, checkpoint_steps=100, validation_steps=100)
     train(Ranks(0, 1), decoder, make_job(folder, loop, **fields))
     rows = read_metrics(folder / "logs/metrics.jsonl")
-    found = [r["loss"] for r in rows if "loss" in r] + [r["validation_loss"] for r in rows if "validation_loss" in r]
+    found = [r["loss"] for r in rows if "loss" in r] + [
+        r["validation_loss"] for r in rows if "validation_loss" in r
+    ]
     assert len(found) == 22
     return found
 

@@ -1,4 +1,4 @@
-"""The factbook: the same world for the same seed, gold that stands in the text, and a test that was not trained."""
+"""The factbook: the same world for the same seed, gold that stands in its text, a test apart."""
 
 from __future__ import annotations
 
@@ -301,8 +301,7 @@ def test_held_out_questions_use_held_out_wordings_about_known_facts() -> None:
             e.name
             for e in known
             for r, v in e.facts.items()
-            if v == question.answer
-            and question.question in held_out_sentences(e.topic, r, e.lang, e.name, v)
+            if v == question.answer and question.question in held_out_sentences(e.topic, r, e.lang, e.name, v)
         ]
         assert fits, question.question
 
@@ -312,7 +311,12 @@ def test_held_out_questions_use_held_out_wordings_about_known_facts() -> None:
 ROWS: list[dict[str, Any]] = [
     {"topic": "人物", "name": "甲一", "facts": {"职业": "木匠", "国籍": "山国"}},
     {"topic": "人物", "name": "乙二", "facts": {"职业": "医生", "出生地点": "河村"}},
-    {"topic": "建筑结构", "name": "丙塔", "facts": {"位于": "丁城"}, "en": {"name": "Bing Tower", "facts": {}}},
+    {
+        "topic": "建筑结构",
+        "name": "丙塔",
+        "facts": {"位于": "丁城"},
+        "en": {"name": "Bing Tower", "facts": {}},
+    },
     {"topic": "生物", "name": "戊鱼", "facts": {"别名": "己鱼"}},
 ]
 
@@ -352,23 +356,27 @@ def test_english_comes_with_its_chinese_entity(tmp_path: Path) -> None:
 
 GOOD = json.dumps(ROWS[0], ensure_ascii=False)
 PERSON = {"topic": "人物", "name": "丁三"}
+UNKNOWN_FACT = {**PERSON, "facts": {"出生地": "x"}}
+LINES = {**PERSON, "facts": {"职业": "a\nb"}}
+HALF_A_PAIR = '{"topic": "人物", "name": "\\ud800", "facts": {"职业": "y"}}'
+WRONG_ENGLISH = {**ROWS[0], "en": {"name": "Jia", "facts": {"职业": "x"}}}
 BAD: dict[str, tuple[list[Any], str]] = {
     "unknown topic": ([{**ROWS[0], "topic": "人務"}], r":1: unknown topic '人務'; did you mean '人物'\?"),
     "no topic": ([{"name": "x", "facts": {"职业": "y"}}], ":1: unknown topic None"),
-    "unknown relation": ([GOOD, {**PERSON, "facts": {"出生地": "x"}}], ":2: unknown relation '出生地'; did you mean '出生地点'"),
+    "unknown relation": ([GOOD, UNKNOWN_FACT], ":2: unknown relation '出生地'; did you mean '出生地点'"),
     "not JSON": ([GOOD, "{"], ":2: not a JSON object"),
     "not an object": ([GOOD, "[1]"], ":2: expected a JSON object, found list"),
     "twice": ([GOOD, GOOD], ":2: '甲一' stands twice"),
     "empty": ([""], "holds no entities"),
     "one only": ([GOOD], "holds one entity; give two at least"),
     "no facts": ([GOOD, PERSON], ":2: key 'facts' must map relations to values"),
-    "no name": ([{"topic": "人物", "name": " ", "facts": {"职业": "y"}}], ":1: key 'name' must be one line of text"),
+    "no name": ([{**ROWS[0], "name": " "}], ":1: key 'name' must be one line of text"),
     "a number": ([{**PERSON, "facts": {"职业": 7}}], ":1: the value of '职业' must be one line of text; found 7"),
-    "a line break": ([{**PERSON, "facts": {"职业": "a\nb"}}], ":1: the value of '职业' must be one line of text"),
-    "half a pair": (['{"topic": "人物", "name": "\\ud800", "facts": {"职业": "y"}}'], ":1: key 'name' must be one line"),
+    "a line break": ([LINES], ":1: the value of '职业' must be one line of text"),
+    "half a pair": ([HALF_A_PAIR], ":1: key 'name' must be one line"),
     "English as text": ([{**ROWS[0], "en": "Jia"}], ":1: key 'en' must be an object"),
-    "English without facts": ([{**ROWS[0], "en": {"name": "Jia"}}], ":1: key 'facts' must map relations to values"),
-    "English relation": ([{**ROWS[0], "en": {"name": "Jia", "facts": {"职业": "x"}}}], ":1: unknown relation '职业'"),
+    "English without facts": ([{**ROWS[0], "en": {"name": "Jia"}}], ":1: key 'facts' must map relations"),
+    "English relation": ([WRONG_ENGLISH], ":1: unknown relation '职业'"),
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Token shards: what was written is what the tokenizer and the chat template say, and the EOS is always learnt."""
+"""Token shards: what was written is what tokenizer and chat template say; the EOS is always learnt."""
 
 from __future__ import annotations
 
@@ -51,7 +51,9 @@ def test_documents_are_their_ids_and_an_eos(made: tuple[Artifact, Artifact], tmp
         assert found.tokens.dtype == np.dtype("<u2")
 
 
-def test_conversations_are_the_chat_template_and_its_mask(made: tuple[Artifact, Artifact], tmp_path: Path) -> None:
+def test_conversations_are_the_chat_template_and_its_mask(
+    made: tuple[Artifact, Artifact], tmp_path: Path
+) -> None:
     artifact = tokenize(tmp_path / "shards", *made)
     tokenizer = Tokenizer.load(made[1].path)
     talks = [(Message("user", q), Message("assistant", a)) for q, a in TURNS] * 3
@@ -73,7 +75,10 @@ def test_the_index_counts_what_is_there(made: tuple[Artifact, Artifact], tmp_pat
         assert counts == {"samples": len(tokens.ends), "tokens": len(tokens.tokens), "labels": labels}
         assert tokens.ends[-1] == len(tokens.tokens)
     assert artifact.manifest["metrics"]["tokens"] == sum(s["tokens"] for s in index["sets"].values())
-    assert artifact.file("tokenizer/tokenizer.json").read_bytes() == (made[1].path / "tokenizer.json").read_bytes()
+    assert (
+        artifact.file("tokenizer/tokenizer.json").read_bytes()
+        == (made[1].path / "tokenizer.json").read_bytes()
+    )
     assert artifact.digest == tokenize(tmp_path / "again", *made).digest
 
 
@@ -87,7 +92,10 @@ def write_records(out: Path, documents: list[str], talks: list[dict[str, Any]]) 
 
 
 def talk(task: str) -> dict[str, Any]:
-    return {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "task": task}
+    return {
+        "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+        "task": task,
+    }
 
 
 def test_each_task_is_a_set_of_its_own(made: tuple[Artifact, Artifact], tmp_path: Path) -> None:

@@ -39,7 +39,9 @@ def test_every_token_of_a_document_but_its_first_is_a_label() -> None:
 
 
 def test_a_sample_may_fill_the_row_and_its_last_label() -> None:
-    batch = next(PackedRows({"documents": token_set("documents", [list(range(3, 20))])}, {}, 16, 0).batches(1))
+    batch = next(
+        PackedRows({"documents": token_set("documents", [list(range(3, 20))])}, {}, 16, 0).batches(1)
+    )
     assert batch.input_ids[0].tolist() == list(range(3, 19))
     assert batch.labels[0].tolist() == list(range(4, 20))
 
@@ -135,7 +137,9 @@ def test_a_long_document_is_cut_without_losing_a_label() -> None:
         assert labels == Counter(range(2, size + 1))
 
 
-@pytest.mark.parametrize("weights", [{"documents": 0.7, "question": 0.3}, {"documents": 1, "question": 9}, {}])
+@pytest.mark.parametrize(
+    "weights", [{"documents": 0.7, "question": 0.3}, {"documents": 1, "question": 9}, {}]
+)
 def test_the_mixture_is_a_share_of_tokens(weights: dict[str, float]) -> None:
     sets = {
         "documents": token_set("documents", [[1] * n for n in range(5, 30)]),
@@ -168,9 +172,11 @@ def test_a_wrong_mixture_is_a_sentence(weights: dict[str, float], words: str) ->
 
 def test_nothing_that_fits_is_a_sentence() -> None:
     long = token_set("conversations-talk-train", [[1] * 100], [[1] * 100])
-    with pytest.raises(UserError, match="none of 1 samples fits into a row of 32 tokens; raise loop.context"):
+    with pytest.raises(
+        UserError, match=r"none of 1 samples fits into a row of 32 tokens; raise loop.context"
+    ):
         PackedRows({"talk": long}, {}, CONTEXT, 0)
-    with pytest.raises(UserError, match="hold no token set"):
+    with pytest.raises(UserError, match=r"hold no token set"):
         PackedRows({}, {}, CONTEXT, 0)
 
 

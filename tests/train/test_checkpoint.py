@@ -38,7 +38,9 @@ def parts(seed: int = 0, steps: int = 0) -> Parts:
     return named, optimizers
 
 
-def states(named: dict[str, nn.Parameter], optimizers: list[torch.optim.Optimizer]) -> dict[str, torch.Tensor]:
+def states(
+    named: dict[str, nn.Parameter], optimizers: list[torch.optim.Optimizer]
+) -> dict[str, torch.Tensor]:
     found = {n: p.detach().clone() for n, p in named.items()}
     for n, p in named.items():
         for optimizer in optimizers:

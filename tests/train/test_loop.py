@@ -32,7 +32,9 @@ def weights(decoder: Decoder, folder: Path) -> bytes:
 
 def rows(folder: Path) -> list[dict[str, Any]]:
     """The metrics but for their times."""
-    return [{k: v for k, v in row.items() if k != "time"} for row in read_metrics(folder / "logs/metrics.jsonl")]
+    return [
+        {k: v for k, v in row.items() if k != "time"} for row in read_metrics(folder / "logs/metrics.jsonl")
+    ]
 
 
 def run(folder: Path, seed: int = 0, **fields: Any) -> tuple[bytes, list[dict[str, Any]]]:
@@ -157,13 +159,13 @@ def test_a_loss_that_is_not_finite_fails_the_check(tmp_path: Path) -> None:
     decoder = tiny_decoder()
     with torch.no_grad():
         decoder.lm_head.weight[5] = torch.inf
-    with pytest.raises(CheckFailed, match="tiny: loss is .* at step 0; lower the rates"):
+    with pytest.raises(CheckFailed, match=r"tiny: loss is .* at step 0; lower the rates"):
         train(ALONE, decoder, make_job(tmp_path, tiny_loop(), validation=None))
 
 
 def test_a_context_beyond_the_positions_is_a_sentence(tmp_path: Path) -> None:
     loop = tiny_loop(context=CONTEXT * 2)
-    with pytest.raises(UserError, match="tiny: loop.context 64 is longer than the model's 32 positions"):
+    with pytest.raises(UserError, match=r"tiny: loop.context 64 is longer than the model's 32 positions"):
         train(ALONE, tiny_decoder(), make_job(tmp_path, loop))
 
 

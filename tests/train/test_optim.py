@@ -96,7 +96,10 @@ def test_the_groups_have_their_rates() -> None:
     recipe = OptimRecipe(matrix_lr=1, embedding_lr=2, head_lr=3, adapter_lr=4)
     names = {id(p): n for n, p in decoder.named_parameters()}
     rates = {
-        names[id(p)]: g["base_lr"] for o in optim.make(decoder, recipe) for g in o.param_groups for p in g["params"]
+        names[id(p)]: g["base_lr"]
+        for o in optim.make(decoder, recipe)
+        for g in o.param_groups
+        for p in g["params"]
     }
     assert rates["model.embed_tokens.weight"] == 2
     assert rates["lm_head.weight"] == rates["model.norm.weight"] == 3
