@@ -176,7 +176,7 @@ def memory_rows(stages: list[artifact.Artifact], measured: Measured) -> list[dic
 def model_rows(stages: list[artifact.Artifact]) -> list[dict[str, Any]]:
     """The model's size, the positions it was trained on, its distance from transformers."""
     metrics = [stage.manifest["metrics"] for stage in stages]
-    tokens = sum(m.get("tokens", 0) for m in metrics)
+    tokens = sum(m.get("tokens", 0) for m in metrics if "parameters" in m)
     size = next((m["parameters"] for m in metrics if "parameters" in m), None)
     parity = next((m[PARITY] for m in metrics if PARITY in m), None)
     return [

@@ -153,6 +153,8 @@ def _run(path: Path, words: Sequence[str], stage: str | None, *, as_json: bool, 
         if results[-1].kind == "report":
             _show_summary(results[-1].path)
         typer.echo(f"{results[-1].path}: finished, {count} ({skipped} skipped), {seconds:.1f} s")
+    if results[-1].kind == "report":
+        _require_gates(results[-1].path)
 
 
 def _show_summary(path: str) -> None:
@@ -173,6 +175,20 @@ def _show_summary(path: str) -> None:
         values = [_figure(row.get(k)) for k in ("value", "regex", "nearest_template")]
         table.add_row(row["name"], values[0], interval, str(row["n"]), gate, values[1], values[2])
     Console().print(table)
+
+
+def _require_gates(path: str) -> None:
+    """A missed gate is a failed check: everything is there to look at, and the exit code says it."""
+    from microlm.core.errors import CheckFailed
+    from microlm.core.manifest import open_artifact
+    from microlm.eval.report import summary_rows
+
+    rows = [r for r in summary_rows(open_artifact(path)) if r.get("ok") is False]
+    if rows:
+        missed = ", ".join(
+            f"{r['name']} {_figure(r['value']) or 'not measured'} < {r['gate']:g}" for r in rows
+        )
+        raise CheckFailed(f"{path}: {missed}; the report shows what was answered")
 
 
 def _figure(value: float | None) -> str:

@@ -107,7 +107,7 @@ def stage(
             inputs = _open_inputs(recipe)
             extra = dict(fingerprint(recipe)) if fingerprint else {}
             key = compute_key(name, version, recipe, inputs, extra)
-            if done := _finished(recipe.out, key):
+            if done := _finished(recipe.out, key, inputs):
                 return done
             if not storage.is_free(recipe.out):
                 raise UserError(
@@ -117,7 +117,7 @@ def stage(
             head = {"format": FORMAT, "kind": actual, "stage": name, "stage_version": version, "key": key}
             busy = f"{recipe.out}: another process is making this artifact; wait for it, or stop it"
             with storage.locked(lock_path(recipe.out), busy):
-                return _finished(recipe.out, key) or _make(body, recipe, inputs, head)
+                return _finished(recipe.out, key, inputs) or _make(body, recipe, inputs, head)
 
         @functools.wraps(body)
         def run(recipe: R) -> Artifact:
@@ -166,7 +166,7 @@ def _follow(group: runtime.Torchrun, body: Body[R], recipe: R) -> Artifact:
 def _make(body: Body[R], recipe: R, inputs: dict[str, Artifact], head: dict[str, Any]) -> Artifact:
     """Run the body in `<out>.tmp`, sign, rename; the caller holds the lock."""
     folder = _folder(temporary(recipe.out))
-    if recovered := _recover(recipe.out, folder, head["key"]):
+    if recovered := _recover(recipe.out, folder, head["key"], inputs):
         return recovered
     for artifact in inputs.values():
         require_intact(artifact)
@@ -219,24 +219,34 @@ def replaced(target: Path) -> Path:
     return target.with_name(f".{target.name}.old")
 
 
-def _finished(out: str, key: str) -> Artifact | None:
+def _digests(inputs: Mapping[str, Artifact]) -> dict[str, str]:
+    return {name: artifact.digest for name, artifact in sorted(inputs.items())}
+
+
+def _was_made_for(manifest: Mapping[str, Any], key: str, inputs: Mapping[str, Artifact]) -> bool:
+    """Whether a manifest answers this key from these very inputs: an input may be remade with other bytes."""
+    made_from = {name: i["digest"] for name, i in sorted(manifest.get("inputs", {}).items())}
+    return manifest.get("key") == key and made_from == _digests(inputs)
+
+
+def _finished(out: str, key: str, inputs: Mapping[str, Artifact]) -> Artifact | None:
     """The artifact at `out` if it was made for this key and no file of it is missing or cut off."""
     done = find(out)
-    if done is None or done.key != key:
+    if done is None or not _was_made_for(done.manifest, key, inputs):
         return None
     sizes = ((done.path / f["path"], f["bytes"]) for f in done.manifest["files"])
     return done if all(p.is_file() and p.stat().st_size == size for p, size in sizes) else None
 
 
-def _recover(out: str, folder: Path, key: str) -> Artifact | None:
+def _recover(out: str, folder: Path, key: str, inputs: Mapping[str, Artifact]) -> Artifact | None:
     """A run that died between signing and renaming only needs the rename."""
     manifest = folder / MANIFEST
     if not manifest.exists():
         return None
     try:
-        if json.loads(manifest.read_bytes()).get("key") == key:
+        if _was_made_for(json.loads(manifest.read_bytes()), key, inputs):
             return _finish(out, folder)
-    except ValueError:
+    except (ValueError, KeyError, AttributeError):
         pass
     manifest.unlink()
     return None
@@ -244,15 +254,15 @@ def _recover(out: str, folder: Path, key: str) -> Artifact | None:
 
 def _open_workspace(folder: Path, out: str, key: str, inputs: dict[str, Artifact]) -> Workspace:
     """Keep `resume/` and `logs/` when they belong to the same key; everything else is made anew."""
-    mark = folder / RESUME / "key"
-    same = mark.exists() and mark.read_text(encoding="utf-8") == key
+    mark, asked = folder / RESUME / "key", "\n".join([key, *_digests(inputs).values()])
+    same = mark.exists() and mark.read_text(encoding="utf-8") == asked
     for entry in folder.iterdir():
         if same and entry.name in (RESUME, LOGS):
             continue
         shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
     workspace = Workspace(folder, out, inputs)
     if not same:
-        storage.write_atomic(workspace.resume / "key", key.encode())
+        storage.write_atomic(workspace.resume / "key", asked.encode())
     for artifact in inputs.values():
         workspace.licences.update(artifact.manifest.get("licences", []))
     return workspace

@@ -114,7 +114,7 @@ def damages(artifact: Artifact) -> dict[str, str]:
     listed = {f["path"] for f in artifact.manifest["files"]}
     present = {p.relative_to(artifact.path).as_posix() for p in artifact.path.rglob("*") if p.is_file()}
     found |= dict.fromkeys(present - listed - {MANIFEST}, "extra")
-    broken_seal = artifact.manifest.get("seal", seal(artifact.manifest)) != seal(artifact.manifest)
+    broken_seal = artifact.manifest.get("seal") != seal(artifact.manifest)
     if broken_seal or payload_digest(artifact.manifest["files"]) != artifact.digest:
         found[MANIFEST] = "changed"
     return dict(sorted(found.items()))

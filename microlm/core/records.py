@@ -79,13 +79,17 @@ class Extraction:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A question with its one exact answer; `kind` is the wording's kind (specific, generic)."""
+    """A question with its one exact answer; `kind` is the wording's kind (specific, generic).
+
+    `entity` is the name that is asked about, where known: what a lookup may use, never the model.
+    """
 
     id: str
     question: str
     answer: str
     kind: str = ""
     lang: str = "zh"
+    entity: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -159,10 +159,14 @@ def _temporaries(root: Path) -> list[Path]:
 
 
 def _is_leftover(path: Path) -> bool:
+    """Whether a stage of ours left it: names alone could be anybody's, so its content must say so too."""
     name = path.name
+    signed = (path / manifest.MANIFEST).is_file()
+    if path.is_dir() and name.endswith(".tmp") and name != ".tmp":
+        return signed or (path / "resume" / "key").is_file() or not any(path.iterdir())
     if path.is_dir():
-        return (name.endswith(".tmp") and name != ".tmp") or (name.startswith(".") and name.endswith(".old"))
-    return name.startswith(".") and name.endswith(".lock")
+        return signed and name.startswith(".") and name.endswith(".old")
+    return name.startswith(".") and name.endswith(".lock") and path.stat().st_size == 0
 
 
 def _lock_of(path: Path) -> Path:

@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import fsspec
 
@@ -49,16 +49,28 @@ def exists(url: str) -> bool:
     """Whether a file or directory is there."""
     if not is_remote(url):
         return local_path(url).exists()
-    fs, path = fsspec.core.url_to_fs(url)
+    fs, path = _filesystem(url)
     return bool(fs.exists(path))
+
+
+def _filesystem(url: str) -> tuple[Any, str]:
+    """The fsspec file system of a URL and the path in it; a missing driver is named."""
+    try:
+        fs, path = fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as e:
+        extra = "; pip install 'microlm[s3]'" if url.startswith("s3://") else ""
+        raise UserError(
+            f"{url}: this kind of storage cannot be reached ({e}){extra or '; check the address'}"
+        ) from None
+    return fs, str(path)
 
 
 def read_bytes(url: str) -> bytes:
     """A whole file."""
     if not is_remote(url):
         return local_path(url).read_bytes()
-    with fsspec.open(url, "rb") as f:
-        return bytes(f.read())
+    fs, place = _filesystem(url)
+    return bytes(fs.cat_file(place))
 
 
 def list_names(url: str) -> list[str]:
@@ -66,16 +78,16 @@ def list_names(url: str) -> list[str]:
     if not is_remote(url):
         path = local_path(url)
         return sorted(p.name for p in path.iterdir()) if path.is_dir() else []
-    fs, path = fsspec.core.url_to_fs(url)
-    if not fs.exists(path):
+    fs, place = _filesystem(url)
+    if not fs.exists(place):
         return []
-    return sorted(str(p).rstrip("/").rpartition("/")[2] for p in fs.ls(path, detail=False))
+    return sorted(str(p).rstrip("/").rpartition("/")[2] for p in fs.ls(place, detail=False))
 
 
 def remove(url: str) -> None:
     """Delete a file or a directory with all that is in it."""
     if is_remote(url):
-        fs, path = fsspec.core.url_to_fs(url)
+        fs, path = _filesystem(url)
         fs.rm(path, recursive=True)
     elif local_path(url).is_dir():
         shutil.rmtree(local_path(url))
@@ -95,7 +107,7 @@ def is_free(url: str) -> bool:
 
 def publish(folder: Path, url: str) -> None:
     """Copy a finished local folder to a remote place, the manifest last: without it nothing exists."""
-    fs, root = fsspec.core.url_to_fs(url.rstrip("/"))
+    fs, root = _filesystem(url.rstrip("/"))
     fs.makedirs(root, exist_ok=True)
     fs.pipe_file(f"{root}/{UPLOADING}", b"")
     old = [p for p in map(str, fs.find(root)) if not p.endswith(f"/{UPLOADING}")]
@@ -112,7 +124,7 @@ def fetch(url: str) -> Path:
     """A local folder with the content of `url`: the folder itself, or a cached copy keyed by its manifest."""
     if not is_remote(url):
         return local_path(url)
-    fs, root = fsspec.core.url_to_fs(url.rstrip("/"))
+    fs, root = _filesystem(url.rstrip("/"))
     try:
         manifest = read_bytes(join(url, MANIFEST))
     except FileNotFoundError:

@@ -231,7 +231,8 @@ def score_baselines(
     """The same items answered without a model, learnt from the training split of the same data."""
     records = list(read_records(data.file("extraction/train.jsonl"), Extraction))
     questions = list(read_records(data.file("questions/train.jsonl"), Question))
-    names = (t.head for r in records for t in r.relation)
+    heads = (t.head for r in records for t in r.relation)
+    names = [*heads, *(q.entity for q in questions if q.entity)]
     asked = [gold.questions[p.id] for p in predictions if p.task == "question"]
     texts = [gold.extraction[p.id] for p in predictions if p.task == "extraction"]
     rows: list[Row] = []

@@ -37,6 +37,7 @@ from microlm.text.split import (
     rewrite,
     split_of,
 )
+from microlm.text.teach import teach_extraction
 
 MAX_CHATS = 200
 Schema = dict[str, dict[str, dict[str, str]]]  # topic → relation → {head_type, tail_type}
@@ -93,12 +94,16 @@ def run(recipe: PrepareRecipe, work: Workspace) -> None:
         intake.take(note_schema(read_sources(recipe, audit), schema))
         kinds = kinds_to_fill(recipe, shelves)
         book = factbook.generate(recipe.seed, recipe.entities, recipe.factbook) if kinds else None
+        own = frozenset() if sources.FACTBOOK in _words(recipe) else frozenset(intake.tasks)
         if book:
-            intake.take(read_factbook(book, kinds, audit), test_share=0)  # its test records come composed
+            parts = read_factbook(book, kinds, own, audit)
+            intake.take(parts, test_share=0)  # its test records come composed
     require_documents(audit, shelves)
     ensure_held_out(work.path, recipe)
-    write_held_out(work, book, kinds, audit)
+    write_held_out(work, book, kinds, own, audit)
     complete_extraction(work, merged(schema, book.schema if book and "extraction" in kinds else {}))
+    for _ in range(teach_extraction(work.path)):
+        audit.tallies["read"].keep()
     decontaminate(work.path, audit, intake.seen)
     survey(work.path, audit)
     write_audit(work, audit, kinds if book else [])
@@ -109,6 +114,7 @@ class Intake:
 
     def __init__(self, recipe: PrepareRecipe, audit: Audit, shelves: Shelves) -> None:
         self.seen: dict[Kind, DigestSet] = {kind: DigestSet() for kind in SPLITS}
+        self.tasks: set[str] = set()  # what the records taken so far teach
         self._recipe, self._audit, self._shelves = recipe, audit, shelves
 
     def take(self, records: Iterable[Record], test_share: float | None = None) -> None:
@@ -121,6 +127,8 @@ class Intake:
             "preferences": (0.0, 0.0),
         }
         for record, key in self._unique(self._cleaned(records)):
+            if isinstance(record, Conversation | Extraction):
+                self.tasks.add(record.task if isinstance(record, Conversation) else "extraction")
             self._shelves.put(record, split_of(key, *shares[kind_of(record)]))
 
     def _cleaned(self, records: Iterable[Record]) -> Iterator[Record]:
@@ -184,14 +192,15 @@ def kinds_to_fill(recipe: PrepareRecipe, shelves: Shelves) -> list[Kind]:
     """The kinds of records that come from the factbook: all if it is a source, else the missing ones."""
     if sources.FACTBOOK in _words(recipe):
         return list(SPLITS)
-    return [kind for kind in SPLITS if not shelves.counts[kind]] if recipe.fill == "factbook" else []
+    missing: list[Kind] = [k for k in SPLITS if k == "conversations" or not shelves.counts[k]]
+    return missing if recipe.fill == "factbook" else []
 
 
-def read_factbook(book: Factbook, kinds: list[Kind], audit: Audit) -> Iterator[Record]:
-    """The factbook's training records of the given kinds."""
+def read_factbook(book: Factbook, kinds: list[Kind], own: frozenset[str], audit: Audit) -> Iterator[Record]:
+    """The factbook's training records of the given kinds, less the tasks that the user's records teach."""
     parts: dict[Kind, Iterable[Record]] = {
         "documents": book.documents,
-        "conversations": book.conversations,
+        "conversations": [c for c in book.conversations if c.task not in own],
         "extraction": book.extraction_train,
         "preferences": book.preferences,
     }
@@ -223,9 +232,11 @@ def ensure_held_out(root: Path, recipe: PrepareRecipe) -> None:
         move_one(root, "documents", "test")
 
 
-def write_held_out(work: Workspace, book: Factbook | None, kinds: list[Kind], audit: Audit) -> None:
+def write_held_out(
+    work: Workspace, book: Factbook | None, kinds: list[Kind], own: frozenset[str], audit: Audit
+) -> None:
     """Questions and test extraction of the factbook; prompts for the stop check."""
-    asks = book is not None and ("documents" in kinds or "conversations" in kinds)
+    asks = "conversations" in kinds and "question" not in own
     questions = (book.questions_train, book.questions_test) if book and asks else ([], [])
     for split, items in zip(("train", "test"), questions, strict=True):
         work.write_jsonl(f"questions/{split}.jsonl", [to_json(q) for q in items])
@@ -234,7 +245,9 @@ def write_held_out(work: Workspace, book: Factbook | None, kinds: list[Kind], au
         work.write_jsonl("extraction/test.jsonl", [to_json(e) for e in test])
         for _ in book.extraction_test:
             audit.tallies["read"].keep()
-    chats = book.chats if book and "conversations" in kinds else list(_prompts(work.path))
+    chats = (
+        book.chats if book and "conversations" in kinds and "chat" not in own else list(_prompts(work.path))
+    )
     work.write_jsonl("chats/test.jsonl", [{"messages": [to_json(m) for m in chat]} for chat in chats])
 
 

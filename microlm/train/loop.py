@@ -22,7 +22,7 @@ from microlm.core import runtime
 from microlm.core.artifact import LOGS, RESUME
 from microlm.core.errors import CheckFailed, UserError
 from microlm.core.metrics import FILE, MetricsLog, Progress, read_metrics
-from microlm.core.recipe import Recipe
+from microlm.core.recipe import Recipe, unkeyed
 from microlm.model.transformer import Decoder, masked_attention, spelled_attention
 from microlm.train import checkpoint, optim
 from microlm.train.batches import Batch, PackedRows, document_mask
@@ -44,10 +44,10 @@ class LoopRecipe(Recipe):
         default="auto", description="precision of the products"
     )
     compile: bool = Field(default=True, description="torch.compile (3-7 times faster; needs a C++ compiler)")
-    checkpoint_steps: int = Field(default=100, ge=1, description="steps between resume checkpoints")
-    log_steps: int = Field(default=10, ge=1, description="steps between logged rows")
-    validation_steps: int = Field(default=200, ge=1, description="steps between validations")
-    validation_rows: int = Field(default=32, ge=0, description="rows of one validation; 0 for none")
+    checkpoint_steps: int = unkeyed(100, ge=1, description="steps between resume checkpoints")
+    log_steps: int = unkeyed(10, ge=1, description="steps between logged rows")
+    validation_steps: int = unkeyed(200, ge=1, description="steps between validations")
+    validation_rows: int = unkeyed(32, ge=0, description="rows of one validation; 0 for none")
 
     @property
     def steps(self) -> int:

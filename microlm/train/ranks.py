@@ -135,7 +135,7 @@ def _await(store: Store, workers: list[SpawnProcess]) -> None:
 
 def _last_words(store: Store, workers: list[SpawnProcess]) -> str:
     """What is known about the end of the first worker that ended badly."""
-    wait([w.sentinel for w in workers], timeout=2)
+    wait([w.sentinel for w in workers], timeout=20)  # a killed process takes a while to be gone
     if store.check(["error"]):
         return str(store.get("error"), "utf-8")
     rank = next((i for i, w in enumerate(workers, 1) if w.exitcode), 0)

@@ -95,6 +95,8 @@ def _rank(ranks: Ranks, recipe: SftRecipe, model: Artifact, shards: Path, out: P
     if ranks.rank == 0:
         write_summary(job.logs, decoder, at.history, at.tokens, rows.dropped)
         if recipe.lora:
-            lora.save_adapter(decoder, out, base_name=model.path.name, base_digest=model.digest)
+            lora.save_adapter(
+                decoder, out, base_name=model.url.rstrip("/").rpartition("/")[2], base_digest=model.digest
+            )
         else:
             directory.save(decoder, out)

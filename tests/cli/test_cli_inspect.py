@@ -68,7 +68,8 @@ def test_runs_rm(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_runs_gc(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (run / "q/x.tmp").mkdir()
+    (run / "q/x.tmp/resume").mkdir(parents=True)
+    (run / "q/x.tmp/resume/key").touch()
     (run / "q/x.tmp/f").write_bytes(b"123")
     assert call("runs", "gc") == 0
     out, err = capsys.readouterr()

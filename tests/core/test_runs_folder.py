@@ -72,6 +72,10 @@ def test_remove_refuses_what_is_being_made_and_what_is_no_artifact(root: Path) -
 def test_gc_takes_leftovers_that_nobody_holds(root: Path) -> None:
     (root / "one/.data.old").mkdir()
     (root / "one/.data.old/x").write_bytes(b"12345")
+    (root / "one/.data.old/manifest.json").touch()
+    (root / "one/.yours.old").mkdir()  # named alike, but no artifact of ours
+    (root / "one/yours.tmp").mkdir()
+    (root / "one/yours.tmp/x").write_bytes(b"1")
     (root / "one/.gone.lock").write_text("")
     (root / "one/keep.old").mkdir()
     (root / "one/model/inner.tmp").mkdir()

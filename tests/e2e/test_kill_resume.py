@@ -23,7 +23,16 @@ KILLS = 10
 
 
 def command(out: Path) -> list[str]:
-    return [sys.executable, "-m", "microlm", "run", str(RECIPE), f"output={out}", "--json"]
+    return [
+        sys.executable,
+        "-m",
+        "microlm",
+        "run",
+        str(RECIPE),
+        f"output={out}",
+        "pretrain.loop.compile=true",
+        "--json",
+    ]
 
 
 def finish(out: Path) -> list[dict[str, Any]]:

@@ -161,7 +161,7 @@ def test_a_users_own_kinds_are_split_and_completed(tmp_path: Path) -> None:
     rows = [*(talk(f"问题{i}") for i in range(200)), *map(fact, range(100))]
     rows += [{"prompt": "问", "chosen": "好", "rejected": "坏"}]
     artifact = prepare(tmp_path / "data", source=write(tmp_path / "my.jsonl", rows), test_share=0.2)
-    assert summary(artifact)["from_factbook"] == ["documents"]
+    assert summary(artifact)["from_factbook"] == ["documents", "conversations"]
     for split in ("train", "test"):
         records = list(read_records(artifact.file(f"extraction/{split}.jsonl"), Extraction))
         assert 5 < len(records) < 95

@@ -15,9 +15,10 @@ from microlm.core.records import Conversation, Document, Extraction, Message, Pr
 from microlm.text.sources.factbook import documents, tables, tasks
 from microlm.text.sources.factbook.tables import Entity, Tables
 
-__all__ = ["LICENCE", "Factbook", "FactbookSizes", "generate", "table_files"]
+__all__ = ["LICENCE", "SOURCE", "Factbook", "FactbookSizes", "generate", "table_files"]
 
-LICENCE = "Apache-2.0"
+LICENCE = tasks.LICENCE
+SOURCE = tasks.SOURCE
 table_files = tables.table_files
 
 

@@ -45,7 +45,8 @@ class Maker:
             self.known[entity.lang].append(entity)
             self._index.setdefault((entity.lang, entity.topic), []).append(entity)
         self.topics: list[Topic] = list(tables.topics.values())
-        self.trained_names: set[str] = {e.name for e in known}
+        self.real_names = {e.name for e in tables.entities}
+        self.trained_names: set[str] = {n for e in known for n in (e.name, *e.facts.values())}
 
     def rng(self, purpose: str) -> Random:
         """A random generator of its own for each kind of record."""
@@ -59,12 +60,14 @@ class Maker:
         """An invented entity, remembered as trained on: by patterns, or (zh) a near miss of a known one."""
         known = [e for e in self._by_topic(lang, topic) if len(e.facts) >= facts] if lang == "zh" else []
         entity = Entity(topic.name, "", {})
-        while not entity.facts:  # a value that equals the name is no fact
+        while (
+            not entity.facts or entity.name in self.real_names
+        ):  # neither nothing nor lies about true things
             if known and composer.rng.random() < MUTANT_SHARE:
                 entity = composer.mutant(composer.rng.choice(known), facts)
             else:
                 entity = composer.entity(topic, lang, facts)
-        self.trained_names.add(entity.name)
+        self.trained_names.update((entity.name, *entity.facts.values()))
         return entity
 
     def questions(self, count: int) -> list[Conversation]:
@@ -97,7 +100,8 @@ class Maker:
         entity = rng.choice(self.known[lang])
         relation = rng.choice(list(entity.facts))
         text = writer.question(entity, relation, kind)
-        return Question(f"q-{kind}-{number:05d}", text, entity.facts[relation], kind, lang)
+        name = f"q-{kind}-{number:05d}"
+        return Question(name, text, entity.facts[relation], kind, lang, entity.name)
 
     def extraction_train(self, count: int) -> list[Extraction]:
         """Training records, all of invented entities: a fact known by heart would teach not to read."""
@@ -110,7 +114,7 @@ class Maker:
         return [self._record(rng, writer, "train", i, pick) for i in range(count)]
 
     def extraction_test(self, held_out: Sequence[Entity], count: int) -> list[Extraction]:
-        """Test records of each kind of wording; no head was ever a training name. Call it last."""
+        """Test records of each kind of wording; no head was a name or value in training. Call it last."""
         rng = self.rng("test extraction")
         writer, composer = Writer(self.tables, rng), Composer(self.tables, rng)
         pool = {(e.topic, e.lang, e.name): e for e in held_out if e.name not in self.trained_names}
@@ -121,11 +125,21 @@ class Maker:
                 return _some_facts(rng.choice(real), facts, rng)
             while True:
                 entity = composer.entity(topic, lang, facts)
-                if entity.name not in self.trained_names and entity.facts:
+                if (
+                    entity.facts
+                    and entity.name not in self.trained_names
+                    and entity.name not in self.real_names
+                ):
                     return entity
 
         kinds: tuple[Kind, ...] = ("mixed", "specific", "generic")
-        return [self._record(rng, writer, k, i, pick) for k in kinds for i in range(count)]
+        made: dict[str, Extraction] = {}  # by text: none is asked twice
+        for kind in kinds:
+            goal = len(made) + count
+            while len(made) < goal:
+                record = self._record(rng, writer, kind, len(made) + count - goal, pick)
+                made.setdefault(record.text, record)
+        return list(made.values())
 
     def _record(
         self, rng: Random, writer: Writer, kind: Kind, number: int, pick: Callable[[Topic, Lang, int], Entity]
@@ -160,7 +174,8 @@ class Maker:
         allowed = [r for r in topic.relations if r in stated or rng.random() < 0.25]
         if rng.random() < 0.3:
             other = rng.choice(list(rng.choice(self.topics).relations))
-            allowed += [other] if other not in topic.relations else []
+            own = {self._name(r, topic, entities[0].lang) for r in topic.relations}
+            allowed += [other] if self._name(other, topic, entities[0].lang) not in own else []
         rng.shuffle(allowed)
         asked = [r for r in allowed if r in stated]
         if len(asked) > 1 and rng.random() < 0.15:
