@@ -174,7 +174,7 @@ def _show_summary(path: str) -> None:
         interval = "" if row["low"] is None else f"{row['low']:.3f}-{row['high']:.3f}"
         values = [_figure(row.get(k)) for k in ("value", "regex", "nearest_template")]
         table.add_row(row["name"], values[0], interval, str(row["n"]), gate, values[1], values[2])
-    Console().print(table)
+    Console(width=max(100, Console().width)).print(table)
 
 
 def _require_gates(path: str) -> None:
