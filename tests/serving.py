@@ -36,6 +36,8 @@ def run_app(app: Any) -> Iterator[tuple[str, listen.Door]]:
     assert ready.wait(60)
     yield url, door
     door.should_exit = True
+    thread.join(10)
+    door.force_exit = True  # a client may still hold its connection
     thread.join(60)
     assert not thread.is_alive()
 
