@@ -188,8 +188,8 @@ def _repeated(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 def spelled_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """The same, written out for torch.compile: on CPUs it beats the built-in kernel for short rows."""
     k, v = _repeated(q, k, v)
-    scores = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5 + mask
-    return torch.softmax(scores, dim=-1).to(q.dtype) @ v
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2) + mask
+    return torch.softmax(scores, dim=-1) @ v  # summed in float32, kept in q's dtype
 
 
 def causal_attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

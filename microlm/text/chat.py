@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from microlm.core.records import Message
 from microlm.text.tokenizer import END, START, Tokenizer
@@ -29,20 +29,31 @@ def encode_chat(
     The newline after a turn belongs to nobody; a control token typed inside a message stays text. Role and
     words are encoded as one string, as the Jinja form does it: a token may reach over the newline between.
     """
-    ids: list[int] = []
-    mask: list[int] = []
-    newline = tokenizer.encode("\n")
-    for message in messages:
-        turn = tokenizer.encode(f"{message.role}\n{message.content}")
-        covered = _count_covering(tokenizer, turn, len(message.role) + 1)
-        learn = int(message.role == "assistant")
-        ids += [tokenizer.start_id, *turn, tokenizer.eos_id, *newline]
-        mask += [0] * (1 + covered) + [learn] * (len(turn) - covered + 1) + [0] * len(newline)
+    [encoded] = encode_chats(tokenizer, [messages])
+    ids, mask = encoded
     if generation_prompt:
         head = [tokenizer.start_id, *tokenizer.encode("assistant\n")]
         ids += head
         mask += [0] * len(head)
     return ids, mask
+
+
+def encode_chats(
+    tokenizer: Tokenizer, chats: Sequence[Sequence[Message]]
+) -> Iterator[tuple[list[int], list[int]]]:
+    """`encode_chat` of many conversations; their turns are encoded in one batch, on all cores."""
+    turns = iter(tokenizer.encode_batch([f"{m.role}\n{m.content}" for messages in chats for m in messages]))
+    newline = tokenizer.encode("\n")
+    for messages in chats:
+        ids: list[int] = []
+        mask: list[int] = []
+        for message in messages:
+            turn = next(turns)
+            covered = _count_covering(tokenizer, turn, len(message.role) + 1)
+            learn = int(message.role == "assistant")
+            ids += [tokenizer.start_id, *turn, tokenizer.eos_id, *newline]
+            mask += [0] * (1 + covered) + [learn] * (len(turn) - covered + 1) + [0] * len(newline)
+        yield ids, mask
 
 
 def _count_covering(tokenizer: Tokenizer, ids: Sequence[int], size: int) -> int:

@@ -23,7 +23,7 @@ from microlm.core.errors import UserError
 from microlm.core.metrics import Progress
 from microlm.core.recipe import StageRecipe, artifact_input
 from microlm.core.records import Conversation, Document
-from microlm.text.chat import encode_chat
+from microlm.text.chat import encode_chats
 from microlm.text.read import read_records
 from microlm.text.tokenizer import Tokenizer, copy_files
 
@@ -123,8 +123,8 @@ def _documents(tokenizer: Tokenizer, documents: Iterable[Document]) -> Iterator[
 
 
 def _conversations(tokenizer: Tokenizer, chats: Iterable[Conversation]) -> Iterator[Sample]:
-    for chat in chats:
-        yield encode_chat(tokenizer, chat.messages)
+    for chunk in _chunks(chats):
+        yield from encode_chats(tokenizer, [chat.messages for chat in chunk])
 
 
 def _chunks(items: Iterable[T]) -> Iterator[list[T]]:

@@ -43,7 +43,7 @@ class LoopRecipe(Recipe):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto", description="precision of the products"
     )
-    compile: bool = Field(default=True, description="torch.compile (3-7 times faster; needs a C++ compiler)")
+    compile: bool = Field(default=True, description="torch.compile (faster; needs a C++ compiler)")
     checkpoint_steps: int = unkeyed(100, ge=1, description="steps between resume checkpoints")
     log_steps: int = unkeyed(10, ge=1, description="steps between logged rows")
     validation_steps: int = unkeyed(200, ge=1, description="steps between validations")
@@ -93,7 +93,7 @@ def train(ranks: Ranks, decoder: Decoder, job: Job) -> Position:
     loop = job.loop
     _require_room(decoder, job)
     parameters = {n: p for n, p in decoder.named_parameters() if p.requires_grad}
-    optimizers = optim.make(decoder, job.optim)
+    optimizers = optim.make(decoder, job.optim, ranks)
     at = checkpoint.restore(job.resume, parameters, optimizers)
     ranks.require_equal(at.step, "the checkpoint that they found")
     forward = make_forward(decoder, loop)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from microlm.core.recipe import Recipe
 from microlm.model.transformer import Decoder
+from microlm.train.ranks import Ranks
 
 # Coefficients of the five steps of Polar Express (Amsel et al., 2505.16932): singular values go to one.
 _POLAR = (
@@ -61,7 +62,7 @@ def rate(recipe: OptimRecipe, step: int, steps: int) -> float:
 class Muon(torch.optim.Optimizer):
     """Momentum orthogonalised by polar iterations (Jordan et al. 2024), in the precision `dtype`.
 
-    Equal shapes go in one batch.
+    Equal shapes go in one batch. `ranks` (their gradients are equal) share the matrices out.
     """
 
     def __init__(
@@ -71,9 +72,10 @@ class Muon(torch.optim.Optimizer):
         momentum: float,
         weight_decay: float = 0.0,
         dtype: torch.dtype = torch.float32,
+        ranks: Ranks | None = None,
     ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-        self.dtype = dtype
+        self.dtype, self.ranks = dtype, ranks or Ranks(0, 1)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -89,25 +91,39 @@ class Muon(torch.optim.Optimizer):
                 update = p.grad.lerp(buffer, group["momentum"])
                 wide = update if p.shape[0] <= p.shape[1] else update.mT
                 by_shape.setdefault(tuple(wide.shape), []).append((p, wide))
-            for items in by_shape.values():
-                whitened = _orthogonal(torch.stack([u for _, u in items]).to(self.dtype))
+            directions = self._orthogonalised([torch.stack([u for _, u in i]) for i in by_shape.values()])
+            for items, whitened in zip(by_shape.values(), directions, strict=True):
                 for (p, _), direction in zip(items, whitened, strict=True):
                     tall = p.shape[0] > p.shape[1]
                     scale = max(1.0, p.shape[0] / p.shape[1]) ** 0.5
                     p.mul_(1 - group["lr"] * group["weight_decay"])
                     p.add_(direction.mT if tall else direction, alpha=-scale * group["lr"])
 
+    def _orthogonalised(self, batches: list[Tensor]) -> list[Tensor]:
+        """`_orthogonal` of every batch: each rank does its share, and the sum with zeros is exact."""
+        rank, size = self.ranks.rank, self.ranks.size
+        if size == 1:
+            return [_orthogonal(x.to(self.dtype)).float() for x in batches]
+        sizes = [x.numel() for x in batches]
+        flat = torch.zeros(sum(sizes), dtype=self.dtype)
+        parts = [part.view_as(x) for part, x in zip(flat.split(sizes), batches, strict=True)]
+        for part, x in zip(parts, batches, strict=True):
+            if len(x) > rank:
+                part[rank::size] = _orthogonal(x[rank::size].to(self.dtype))
+        self.ranks.sum_(flat)
+        return [part.float() for part in parts]
+
 
 def _orthogonal(x: Tensor) -> Tensor:
-    """The nearest semi-orthogonal matrices of a batch [N, rows <= columns], float32 out."""
+    """The nearest semi-orthogonal matrices of a batch [N, rows <= columns]."""
     x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)
     for a, b, c in _POLAR:
         gram = x @ x.mT
         x = a * x + (b * gram + c * (gram @ gram)) @ x
-    return x.float()
+    return x
 
 
-def make(decoder: Decoder, recipe: OptimRecipe) -> list[torch.optim.Optimizer]:
+def make(decoder: Decoder, recipe: OptimRecipe, ranks: Ranks | None = None) -> list[torch.optim.Optimizer]:
     """Optimizers over the trainable parameters; each group keeps its full rate as `base_lr`."""
     trainable = [(n, p) for n, p in decoder.named_parameters() if p.requires_grad]
     groups: dict[str, list[nn.Parameter]] = {"matrix": [], "embedding": [], "head": [], "adapter": []}
@@ -117,7 +133,8 @@ def make(decoder: Decoder, recipe: OptimRecipe) -> list[torch.optim.Optimizer]:
     optimizers: list[torch.optim.Optimizer] = []
     if groups["matrix"]:
         rule = {"momentum": recipe.muon_momentum, "weight_decay": recipe.matrix_decay}
-        optimizers.append(Muon(groups["matrix"], recipe.matrix_lr, **rule, dtype=decoder.compute_dtype))
+        shared = {"dtype": decoder.compute_dtype, "ranks": ranks}
+        optimizers.append(Muon(groups["matrix"], recipe.matrix_lr, **rule, **shared))
     adam = [{"params": groups[g], "lr": r} for g, r in rates.items() if groups[g]]
     if adam:
         optimizers.append(torch.optim.AdamW(adam, betas=(0.8, 0.95), eps=1e-10, weight_decay=0.0, fused=True))
