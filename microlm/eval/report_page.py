@@ -19,6 +19,8 @@ Rows = Sequence[Mapping[str, Any]]
 TITLES = {
     "question_exact": "Fact questions, exact answer",
     "extraction_f1": "Extraction, triple F1, free decoding",
+    "extraction_f1_real": "Extraction, triple F1, real entities",
+    "extraction_f1_invented": "Extraction, triple F1, invented entities",
     "extraction_f1_constrained": "Extraction, triple F1, JSON schema",
     "constrained_valid": "Extraction, schema-valid with JSON schema",
     "eos": "Chats that stop at EOS",
@@ -84,9 +86,10 @@ def _summary(page: Page, rows: Rows, history: Sequence[Artifact]) -> None:
     ]
     page.table([*columns, *(["before"] if has_before else [])], table)
     page.paragraph(
-        "Intervals: Wilson's for shares, bootstrap over items for F1 and bits per byte. The regex and the "
-        "nearest-template answerers learn from the training split alone and use no model: they say how far "
-        "one gets without one."
+        "Intervals resample entities (of bits per byte, documents), not items: items about one entity stand "
+        "or fall together. Shares have Wilson's where each item has its own entity, or all agree. The regex "
+        "and the nearest-template answerers learn from the training split alone and use no model: they say "
+        "how far one gets without one."
         + (" The column 'before' is an earlier checkpoint on the same items." if has_before else ""),
         note=True,
     )
@@ -108,7 +111,7 @@ def _scores(page: Page, scores: Mapping[str, Any]) -> None:
     page.heading("Scores by kind of wording")
     rows = scores["rows"]
     beside = {(b["name"], b["kind"], b["by"]): b for b in scores["baselines"] if b["lang"] == "all"}
-    for name, title in (("question_exact", "Questions, exact"), ("extraction_f1", "Extraction, triple F1")):
+    for name in ("question_exact", "extraction_f1", "extraction_f1_real", "extraction_f1_invented"):
         bars = []
         for r in (r for r in rows if r["lang"] == "all" and r["name"] in (name, f"{name}_constrained")):
             form = ", JSON schema" if r["name"] != name else ""
@@ -117,10 +120,14 @@ def _scores(page: Page, scores: Mapping[str, Any]) -> None:
                 if b := beside.get((name, r["kind"], by)):
                     bars.append(_bar(f"{r['kind']}, {_words(by)}", b))
         if bars:
+            title = TITLES[name].removesuffix(", free decoding")
             page.bar_chart(f"{title}, by kind of held-out wording", bars, maximum=1.0)
-    table = [[_words(r["name"]), r["kind"], r["lang"], r["value"], _interval(r), r["n"]] for r in rows]
+    table = [
+        [_words(r["name"]), r["kind"], r["lang"], r["value"], _interval(r), r["n"], r["entities"]]
+        for r in rows
+    ]
     inner = Page("")
-    inner.table(["score", "kind", "language", "value", "95 % interval", "items"], table)
+    inner.table(["score", "kind", "language", "value", "95 % interval", "items", "entities"], table)
     others = [
         [_words(b["name"]), b["by"], b["kind"], b["lang"], b["value"], _interval(b)]
         for b in scores["baselines"]

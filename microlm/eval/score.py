@@ -1,4 +1,7 @@
-"""Stage `score`: predictions + gold → scores.json (95 % intervals, gates, baselines), samples.json."""
+"""Stage `score`: predictions + gold → scores.json (95 % intervals, gates, baselines), samples.json.
+
+Items about one entity stand or fall together: intervals resample entities, not items.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,7 @@ from microlm.eval.predict import DOCUMENTS, PREDICTIONS, named
 from microlm.eval.samples import samples
 from microlm.eval.scoring import ExtractionOutcome
 from microlm.text.read import read_records
+from microlm.text.sources import factbook
 
 SCHEMA = 1
 ALL = "all"
@@ -54,7 +58,10 @@ class ScoreRecipe(StageRecipe):
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One score with its 95 % interval over `n` items; `by` is the model, or a baseline's name."""
+    """One score of `n` items about `entities` entities, with its 95 % interval over the entities.
+
+    `by` is the model, or a baseline's name. An item that names no entity is one of its own.
+    """
 
     name: str
     kind: str
@@ -63,17 +70,25 @@ class Row:
     low: float
     high: float
     n: int
+    entities: int
     unit: str
     by: str = "model"
 
 
+Counted = tuple[int, int, int]
+"""Matched, predicted, gold. A yes or no is (1 or 0, 1, 1): its F1 is the share of yes."""
+Estimate = Callable[[Sequence[Counted]], stats.Interval]
+
+
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """One item's outcome with the groups that it counts in."""
+    """One item's outcome with the groups that it counts in, and whom it is about."""
 
     kind: str
     lang: str
+    entity: str
     outcome: Any
+    source: str = ""
 
 
 @dataclass(frozen=True)
@@ -87,6 +102,8 @@ class Gold:
 HEADLINES: Mapping[str, tuple[str, str]] = {
     "question_exact": ("question_exact", ALL),
     "extraction_f1": ("extraction_f1", "mixed"),
+    "extraction_f1_real": ("extraction_f1_real", "mixed"),
+    "extraction_f1_invented": ("extraction_f1_invented", "mixed"),
     "extraction_f1_constrained": ("extraction_f1_constrained", "mixed"),
     "constrained_valid": ("extraction_schema_valid_constrained", ALL),
     "eos": ("eos", ALL),
@@ -142,29 +159,36 @@ def score_predictions(predictions: Sequence[Prediction], gold: Gold) -> list[Row
     rows: list[Row] = []
     if asked := tasks.get("question"):
         pairs = [(p.output, gold.questions[p.id]) for p in asked]
-        right = [_scored(q, scoring.exact(output, q.answer)) for output, q in pairs]
-        rows += _grouped("question_exact", right, _proportion)
+        right = [_scored(q, _one(scoring.exact(output, q.answer))) for output, q in pairs]
+        rows += _grouped("question_exact", right, _share)
     for task, suffix in (("extraction", ""), ("extraction_constrained", "_constrained")):
         if asked := tasks.get(task):
             judged = [(gold.extraction[p.id], p) for p in asked]
             outcomes = [_scored(r, scoring.score_extraction(r, p.output, p.finish_reason)) for r, p in judged]
             rows += extraction_rows(outcomes, suffix)
     if asked := tasks.get("chat"):
-        rows += _grouped(
-            "eos", [Scored(ALL, ALL, scoring.stopped(p.finish_reason)) for p in asked], _proportion
-        )
+        ended = [Scored(ALL, ALL, p.id, _one(scoring.stopped(p.finish_reason))) for p in asked]
+        rows += _grouped("eos", ended, _share)
     return rows
 
 
 def _scored(record: Question | Extraction, outcome: Any) -> Scored:
-    return Scored(record.kind, record.lang, outcome)
+    """An extraction record is about the entity that its gold names first; without a name, about itself."""
+    if isinstance(record, Question):
+        return Scored(record.kind, record.lang, record.entity or f"\0{record.id}", outcome)
+    entity = record.relation[0].head if record.relation else f"\0{record.id}"
+    return Scored(record.kind, record.lang, entity, outcome, record.source)
+
+
+def _one(yes: bool) -> Counted:
+    return int(yes), 1, 1
 
 
 def extraction_rows(outcomes: Sequence[Scored], suffix: str) -> list[Row]:
     """Quality first, then form: each measure by kind; F1 and the shares by language too."""
-    counts: dict[str, Callable[[ExtractionOutcome], tuple[int, int, int]]] = {
-        # F1 of (matched, n, n) is matched / n: precision and recall need no formula of their own
+    counts: dict[str, Callable[[ExtractionOutcome], Counted]] = {
         "f1": lambda o: (o.triples.matched, o.triples.predicted, o.triples.gold),
+        # F1 of (matched, n, n) is matched / n: precision and recall need no formula of their own
         "precision": lambda o: (o.triples.matched, o.triples.predicted, o.triples.predicted),
         "recall": lambda o: (o.triples.matched, o.triples.gold, o.triples.gold),
         "entity_f1": lambda o: (o.heads.matched, o.heads.predicted, o.heads.gold),
@@ -178,18 +202,26 @@ def extraction_rows(outcomes: Sequence[Scored], suffix: str) -> list[Row]:
     rows: list[Row] = []
     for name, triple in counts.items():
         counted = [replace(s, outcome=triple(s.outcome)) for s in outcomes]
-        if name != "f1":  # the headline alone is told by language: each interval is 2,000 resamples
-            counted = [replace(s, lang=ALL) for s in counted]
-        rows += _grouped(f"extraction_{name}{suffix}", counted, _f1)
+        if name == "f1":
+            rows += f1_rows(counted, suffix)
+        else:  # the headline alone is told by language: each interval is 2,000 resamples
+            rows += _grouped(f"extraction_{name}{suffix}", [replace(s, lang=ALL) for s in counted], _f1)
     for name, share in shares.items():
-        picked = [replace(s, outcome=share(s.outcome)) for s in outcomes]
-        rows += _grouped(f"extraction_{name}{suffix}", picked, _proportion)
+        picked = [replace(s, outcome=_one(share(s.outcome))) for s in outcomes]
+        rows += _grouped(f"extraction_{name}{suffix}", picked, _share)
     return rows
 
 
-def _grouped(
-    name: str, items: Sequence[Scored], interval: Callable[[list[Any]], stats.Interval]
-) -> list[Row]:
+def f1_rows(counted: Sequence[Scored], suffix: str = "") -> list[Row]:
+    """Triple F1 over all records, then over those about real and about invented entities, where known."""
+    rows = _grouped(f"extraction_f1{suffix}", counted, _f1)
+    for origin, source in (("real", factbook.REAL), ("invented", factbook.INVENTED)):
+        members = [s for s in counted if s.source == source]
+        rows += _grouped(f"extraction_f1_{origin}{suffix}", members, _f1) if members else []
+    return rows
+
+
+def _grouped(name: str, items: Sequence[Scored], estimate: Estimate) -> list[Row]:
     """The row over all items, then by kind, by language and by both where there are several."""
     kinds, langs = sorted({s.kind for s in items} - {ALL}), sorted({s.lang for s in items} - {ALL})
     groups = [(ALL, ALL), *((k, ALL) for k in kinds)]
@@ -197,23 +229,38 @@ def _grouped(
         groups += [(k, lang) for k in (ALL, *kinds) for lang in langs]
     rows = []
     for kind, lang in groups:
-        members = [s.outcome for s in items if kind in (ALL, s.kind) and lang in (ALL, s.lang)]
+        members = [s for s in items if kind in (ALL, s.kind) and lang in (ALL, s.lang)]
         if members:
-            rows.append(_row(name, kind, lang, interval(members), len(members), "share"))
+            sums = by_entity(members)
+            rows.append(_row(name, kind, lang, estimate(sums), (len(members), len(sums)), "share"))
     return rows
 
 
-def _row(name: str, kind: str, lang: str, found: stats.Interval, n: int, unit: str) -> Row:
+def by_entity(items: Iterable[Scored]) -> list[Counted]:
+    """The counts of each entity's items, summed: what the intervals resample."""
+    sums: dict[str, Counted] = {}
+    for s in items:
+        a, b, c = sums.get(s.entity, (0, 0, 0))
+        sums[s.entity] = (a + s.outcome[0], b + s.outcome[1], c + s.outcome[2])
+    return list(sums.values())
+
+
+def _row(name: str, kind: str, lang: str, found: stats.Interval, sizes: tuple[int, int], unit: str) -> Row:
     value, low, high = (round(v, _DIGITS) for v in found)
-    return Row(name, kind, lang, value, low, high, n, unit)
+    return Row(name, kind, lang, value, low, high, *sizes, unit)
 
 
-def _proportion(values: list[bool]) -> stats.Interval:
-    return stats.proportion_ci(sum(values), len(values))
+def _f1(sums: Sequence[Counted]) -> stats.Interval:
+    found = stats.micro_f1_ci(sums)
+    return found if len(sums) > 1 else stats.Interval(found.value, 0.0, 1.0)  # one tells nothing of others
 
 
-def _f1(counts: list[tuple[int, int, int]]) -> stats.Interval:
-    return stats.micro_f1_ci(counts)
+def _share(sums: Sequence[Counted]) -> stats.Interval:
+    """Wilson's interval where each item has its own entity, or all agree: a bootstrap has no width."""
+    right, n = sum(s[0] for s in sums), sum(s[1] for s in sums)
+    if len(sums) == n or right in (0, n):
+        return stats.proportion_ci(right * len(sums) // n, len(sums))
+    return _f1(sums)
 
 
 def score_documents(path: Path) -> list[Row]:
@@ -222,7 +269,8 @@ def score_documents(path: Path) -> list[Row]:
         return []
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     pairs = [(r["bits"], r["bytes"]) for r in rows]
-    return [_row("bits_per_byte", ALL, ALL, stats.ratio_ci(pairs), len(pairs), "bits/byte")] if pairs else []
+    sizes = len(pairs), len(pairs)
+    return [_row("bits_per_byte", ALL, ALL, stats.ratio_ci(pairs), sizes, "bits/byte")] if pairs else []
 
 
 def score_baselines(
@@ -238,13 +286,13 @@ def score_baselines(
     rows: list[Row] = []
     if asked:
         for name, answer in baselines.answerers(questions, names).items():
-            right = [_scored(q, scoring.exact(answer(q.question), q.answer)) for q in asked]
-            rows += [replace(r, by=name) for r in _grouped("question_exact", right, _proportion)]
+            right = [_scored(q, _one(scoring.exact(answer(q.question), q.answer))) for q in asked]
+            rows += [replace(r, by=name) for r in _grouped("question_exact", right, _share)]
     if texts:
         for name, extract in baselines.extractors(records[: recipe.baseline_records]).items():
             counts = [scoring.count(extract(r), scoring.gold_triples(r)) for r in texts]
             items = [_scored(r, (c.matched, c.predicted, c.gold)) for r, c in zip(texts, counts, strict=True)]
-            rows += [replace(r, by=name) for r in _grouped("extraction_f1", items, _f1)]
+            rows += [replace(r, by=name) for r in f1_rows(items)]
     return rows
 
 

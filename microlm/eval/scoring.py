@@ -14,7 +14,7 @@ from typing import Any
 from microlm.core.records import Extraction
 from microlm.text import extraction
 
-SCORER_VERSION = 1
+SCORER_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,10 +8,12 @@ import pytest
 from artifacts import sign
 from small_data import PEOPLE, write_small_data
 
+from microlm.core import stats
 from microlm.core.artifact import Artifact, Workspace
 from microlm.core.errors import CheckFailed, UserError
-from microlm.core.records import Prediction, to_json
+from microlm.core.records import Prediction, Question, to_json
 from microlm.eval import score
+from microlm.text.sources import factbook
 
 
 def write_predictions(out: Path, data: Artifact, predictions: list[Prediction]) -> Artifact:
@@ -85,6 +87,78 @@ def test_intervals_hold_their_values_and_baselines_stand_beside(scores: Artifact
     assert headlines["extraction_f1"]["kind"] == "mixed"
     assert set(headlines["extraction_f1"]["baselines"]) == {"regex", "nearest_template"}
     assert headlines["constrained_valid"]["value"] == 1.0 or headlines["constrained_valid"]["n"] == 5
+
+
+def scored(entity: str, outcome: tuple[int, int, int], kind: str = "mixed", source: str = "") -> score.Scored:
+    return score.Scored(kind, "zh", entity, outcome, source)
+
+
+OUTCOMES = {"李白": (1, 2, 2), "苏轼": (3, 3, 3), "张衡": (0, 1, 2), "关汉卿": (2, 3, 2)}
+
+
+def test_the_same_item_asked_again_of_the_same_entity_adds_no_certainty() -> None:
+    once = [scored(name, counts) for name, counts in OUTCOMES.items()]
+    for row, again in zip(score.f1_rows(once), score.f1_rows(once * 25), strict=True):
+        assert (again.value, again.low, again.high) == (row.value, row.low, row.high)
+        assert (row.n, again.n, row.entities, again.entities) == (4, 100, 4, 4)
+    apart = [scored(f"{name}{i}", counts) for i in range(25) for name, counts in OUTCOMES.items()]
+    wide, narrow = score.f1_rows(once * 25)[0], score.f1_rows(apart)[0]
+    assert narrow.high - narrow.low < (wide.high - wide.low) / 2
+    assert score.by_entity(once * 2) == [(2 * a, 2 * b, 2 * c) for a, b, c in OUTCOMES.values()]
+
+
+def ask(right: int, times: int) -> score.Row:
+    """Five entities, each asked `times` times, the first `right` of them always answered rightly."""
+    names = list(PEOPLE)
+    questions = {
+        f"{n}-{i}": Question(f"{n}-{i}", "", PEOPLE[n], "specific", entity=n)
+        for i in range(times)
+        for n in names
+    }
+    made = [
+        Prediction(k, "question", "", q.answer if names.index(q.entity) < right else "", "stop")
+        for k, q in questions.items()
+    ]
+    return score.score_predictions(made, score.Gold(questions, {}))[0]
+
+
+@pytest.mark.parametrize("right", [0, 5])
+def test_questions_that_all_agree_count_as_many_as_their_entities(right: int) -> None:
+    row = ask(right, 60)
+    assert (row.value, row.low, row.high) == pytest.approx(stats.proportion_ci(right, 5), abs=1e-6)
+    assert (row.n, row.entities) == (300, 5)
+
+
+def test_questions_about_one_entity_stand_or_fall_together() -> None:
+    alone, often = ask(3, 1), ask(3, 60)
+    assert alone.value == often.value == 0.6
+    assert (alone.low, alone.high) == pytest.approx(stats.proportion_ci(3, 5)[1:], abs=1e-6)
+    assert often.high - often.low > 0.5  # 300 independent items would give 0.11
+
+
+def test_real_and_invented_entities_are_told_apart() -> None:
+    sources = {
+        "李白": factbook.REAL,
+        "苏轼": factbook.REAL,
+        "张衡": factbook.INVENTED,
+        "关汉卿": "my.jsonl:4",
+    }
+    rows = score.f1_rows([scored(n, c, source=sources[n]) for n, c in OUTCOMES.items()])
+    values = {(r.name, r.kind): r.value for r in rows}
+    assert values == {
+        ("extraction_f1", "all"): pytest.approx(2 * 6 / (9 + 9)),
+        ("extraction_f1", "mixed"): pytest.approx(2 * 6 / (9 + 9)),
+        ("extraction_f1_real", "all"): pytest.approx(2 * 4 / (5 + 5)),
+        ("extraction_f1_real", "mixed"): pytest.approx(2 * 4 / (5 + 5)),
+        ("extraction_f1_invented", "all"): 0.0,
+        ("extraction_f1_invented", "mixed"): 0.0,
+    }
+    assert not any("real" in r.name for r in score.f1_rows([scored("李白", (1, 1, 1), source="my.jsonl:1")]))
+
+
+def test_one_entity_tells_nothing_of_others() -> None:
+    row = score.f1_rows([scored("李白", (1, 2, 2))] * 9)[0]
+    assert (row.value, row.low, row.high) == (0.5, 0.0, 1.0)
 
 
 def test_gates_are_recorded_and_fail_on_demand(data: Artifact, tmp_path: Path) -> None:

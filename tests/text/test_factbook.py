@@ -19,7 +19,16 @@ from microlm.core.errors import UserError
 from microlm.core.records import Extraction, to_json
 from microlm.text import extraction as form
 from microlm.text.clean import tidy
-from microlm.text.sources.factbook import Factbook, FactbookSizes, generate, split_entities, tables
+from microlm.text.sources.factbook import (
+    INVENTED,
+    REAL,
+    SOURCE,
+    Factbook,
+    FactbookSizes,
+    generate,
+    split_entities,
+    tables,
+)
 from microlm.text.sources.factbook.fiction import Composer
 from microlm.text.sources.factbook.tables import Lang, Tables, Wordings
 from microlm.text.sources.factbook.tasks import Maker
@@ -254,6 +263,18 @@ def test_real_entities_are_held_out_in_both_languages() -> None:
             assert (entity in held) == (everything[i - 1] in held)
     tested = {t.head for e in small().extraction_test for t in e.relation}
     assert tested & {e.name for e in held}
+
+
+def test_held_out_records_say_whether_their_entities_are_real() -> None:
+    real = {e.name for e in split_entities(world(), 0, 0.15)[1]}
+    seen = set()
+    for record in small().extraction_test:
+        seen.add(record.source)
+        named = {t.head in real for t in record.relation}
+        allowed = {True} if record.source == REAL else {False} if record.source == INVENTED else {True, False}
+        assert named <= allowed, record
+    assert len(seen) == 3
+    assert {e.source for e in small().extraction_train} == {SOURCE}
 
 
 def filled(template: str, subject: str, relation: str, value: str) -> str:

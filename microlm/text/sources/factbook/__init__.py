@@ -15,10 +15,11 @@ from microlm.core.records import Conversation, Document, Extraction, Message, Pr
 from microlm.text.sources.factbook import documents, tables, tasks
 from microlm.text.sources.factbook.tables import Entity, Tables
 
-__all__ = ["LICENCE", "SOURCE", "Factbook", "FactbookSizes", "generate", "table_files"]
+__all__ = ["INVENTED", "LICENCE", "REAL", "SOURCE", "Factbook", "FactbookSizes", "generate", "table_files"]
 
 LICENCE = tasks.LICENCE
 SOURCE = tasks.SOURCE
+REAL, INVENTED = tasks.REAL, tasks.INVENTED
 table_files = tables.table_files
 
 

@@ -13,6 +13,8 @@ from microlm.text.sources.factbook.tables import Entity, Lang, Tables, Topic
 from microlm.text.sources.factbook.wording import Kind, Writer, relation_name
 
 SOURCE, LICENCE = "factbook", "Apache-2.0"
+REAL, INVENTED, BOTH = (f"{SOURCE}:{origin}" for origin in ("real", "invented", "real and invented"))
+"""Sources of held-out extraction records, by the entities that their texts are about."""
 FACT_COUNTS = (1, 1, 2, 2, 3, 3, 4)
 """How many facts of an entity one text tells, drawn evenly from these."""
 MUTANT_SHARE = 0.5
@@ -165,8 +167,8 @@ class Maker:
             if r in allowed
         ]
         names = tuple(self._name(r, topic, lang) for r in allowed)
-        record_id = f"x-{kind}-{number:05d}"
-        return Extraction(record_id, topic.name, text, tuple(triples), names, kind, lang, SOURCE, LICENCE)
+        record_id, source = f"x-{kind}-{number:05d}", SOURCE if kind == "train" else _origin(entities)
+        return Extraction(record_id, topic.name, text, tuple(triples), names, kind, lang, source, LICENCE)
 
     def _allowed(self, rng: Random, topic: Topic, entities: Sequence[Entity]) -> list[str]:
         """The relations asked for: the stated ones (at times one less), some unstated, one from elsewhere."""
@@ -263,6 +265,12 @@ class Maker:
             question = writer.question(entity, relation, "train")
             made.append(Preference(turns(question), right, wrong, SOURCE, LICENCE))
         return made
+
+
+def _origin(entities: Sequence[Entity]) -> str:
+    """Whether a text is about real entities, invented ones, or one of each."""
+    fictional = {e.fictional for e in entities}
+    return BOTH if len(fictional) == 2 else INVENTED if True in fictional else REAL
 
 
 def _some_facts(entity: Entity, count: int, rng: Random) -> Entity:
