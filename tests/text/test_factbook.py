@@ -327,6 +327,27 @@ def test_held_out_questions_use_held_out_wordings_about_known_facts() -> None:
         assert fits, question.question
 
 
+def test_no_held_out_question_is_asked_twice() -> None:
+    sizes = FactbookSizes(**(SMALL | {"test_questions": 300}))
+    asked = generate(0, None, sizes).questions_test
+    assert len({q.question for q in asked}) == len({q.id for q in asked}) == len(asked) == 600
+
+
+def test_few_entities_give_as_many_questions_as_there_are(tmp_path: Path) -> None:
+    file = write_entities(tmp_path, ROWS[:2])
+    book = generate(0, file, FactbookSizes(**(SMALL | {"test_questions": 300})))
+    (entity,) = split_entities(tables.load(file), 0, 0.15)[0]
+    expected = {
+        filled(wording, entity.name, relation, "")
+        for relation in entity.facts
+        for wording in (
+            *world().topics[entity.topic].relations[relation].zh.questions_held_out,
+            *world().generic["zh"]["questions_held_out"],
+        )
+    }
+    assert sorted(q.question for q in book.questions_test) == sorted(expected)
+
+
 # --- a user's entities
 
 ROWS: list[dict[str, Any]] = [

@@ -18,6 +18,7 @@ REAL, INVENTED, BOTH = (f"{SOURCE}:{origin}" for origin in ("real", "invented", 
 FACT_COUNTS = (1, 1, 2, 2, 3, 3, 4)
 """How many facts of an entity one text tells, drawn evenly from these."""
 MUTANT_SHARE = 0.5
+DRAWS_IN_VAIN = 2_000
 
 
 def turns(*contents: str) -> tuple[Message, ...]:
@@ -92,11 +93,21 @@ class Maker:
         return [self._question(rng, writer, "train", i, self.lang(rng)) for i in range(count)]
 
     def questions_test(self, count: int) -> list[Question]:
-        """Facts of known entities, asked in held-out wordings, of each kind."""
+        """Facts of known entities, asked in held-out wordings; `count` of each kind, or as many as there are.
+
+        None is asked twice. There are no more when `DRAWS_IN_VAIN` draws have given nothing new.
+        """
         rng = self.rng("test questions")
         writer = Writer(self.tables, rng)
         kinds: tuple[Kind, ...] = ("specific", "generic")
-        return [self._question(rng, writer, k, i, self.lang(rng)) for k in kinds for i in range(count)]
+        made: dict[str, Question] = {}  # by text
+        for kind in kinds:
+            first, in_vain = len(made), 0
+            while len(made) < first + count and in_vain < DRAWS_IN_VAIN:
+                question = self._question(rng, writer, kind, len(made) - first, self.lang(rng))
+                in_vain = in_vain + 1 if question.question in made else 0
+                made.setdefault(question.question, question)
+        return list(made.values())
 
     def _question(self, rng: Random, writer: Writer, kind: Kind, number: int, lang: Lang) -> Question:
         entity = rng.choice(self.known[lang])
