@@ -144,6 +144,12 @@ class Bomb:
         return os._exit, (3,)
 
 
+def sleep_long(ranks: Ranks) -> None:
+    """Join, then be there for minutes."""
+    for _ in range(6000):
+        time.sleep(0.05)
+
+
 def wait_with_pids(ranks: Ranks, folder: Path) -> None:
     """Say who we are, then wait to be killed."""
     (folder / f"rank-{ranks.rank}").write_text(str(os.getpid()))

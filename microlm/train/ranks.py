@@ -5,11 +5,13 @@ The calling process is rank 0; the others die with it. The weights live on the C
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import signal
 import socket
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -36,14 +38,36 @@ class RankLost(UserError):
     """Another rank went away in the middle of a sum."""
 
 
+class Interrupts:
+    """Ctrl-C and SIGTERM from the start of `launch` on: a KeyboardInterrupt at once, or when `held` ends.
+
+    Python drops an exception that is raised in a callback (of an import, say): every sum asks `check` again.
+    """
+
+    def __init__(self) -> None:
+        self.hit = self.held = False
+
+    def __call__(self, number: int, frame: object) -> None:
+        """The signal handler."""
+        self.hit = True
+        self.check()
+
+    def check(self) -> None:
+        """KeyboardInterrupt when there was a signal and nothing holds it."""
+        if self.hit and not self.held:
+            raise KeyboardInterrupt
+
+
 class Ranks:
     """The group: `rank` of `size`, `sum_` in place over all."""
 
-    def __init__(self, rank: int, size: int) -> None:
+    def __init__(self, rank: int, size: int, interrupts: Interrupts | None = None) -> None:
         self.rank, self.size = rank, size
+        self._interrupts = interrupts or Interrupts()
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """Add up a tensor over all ranks, in place; RankLost when one of them is gone."""
+        self._interrupts.check()
         if self.size > 1:
             try:
                 dist.all_reduce(tensor)
@@ -66,36 +90,53 @@ def launch(parallel: Parallel, target: Callable[..., None], *args: Any) -> bool:
 
     Under torchrun its ranks are taken, else `parallel.processes` are started, the caller being the first.
     """
-    with _threads(parallel.threads):
+    with _interrupts() as interrupts, _threads(parallel.threads):
         if group := runtime.torchrun():
             if group.rank == 0:
                 group.say("launch")
             with _joined(group.group_store(), group.rank, group.size):
-                target(Ranks(group.rank, group.size), *args)
+                target(Ranks(group.rank, group.size, interrupts), *args)
             return group.rank == 0
         if parallel.processes == 1:
-            target(Ranks(0, 1), *args)
+            target(Ranks(0, 1, interrupts), *args)
         else:
-            _spawn(parallel, target, args)
+            _spawn(parallel, interrupts, target, args)
         return True
 
 
-def _spawn(parallel: Parallel, target: Callable[..., None], args: tuple[Any, ...]) -> None:
+def warn_idle(name: str, parallel: Parallel, batch_rows: int, micro_rows: int) -> None:
+    """Say so when a step has fewer micro-batches than there are processes to take them."""
+    group = runtime.torchrun()
+    size, pieces = group.size if group else parallel.processes, math.ceil(batch_rows / micro_rows)
+    if size > pieces and not (group and group.rank):
+        warnings.warn(
+            f"{name}: {size} processes share {pieces} micro-batches a step ({batch_rows} rows in pieces of "
+            f"{micro_rows}), so {size - pieces} wait; lower parallel.processes or loop.micro_rows",
+            stacklevel=2,
+        )
+
+
+def _spawn(
+    parallel: Parallel, interrupts: Interrupts, target: Callable[..., None], args: tuple[Any, ...]
+) -> None:
     store = _open_store(parallel.processes)
-    workers = _start(store.port, parallel, target, args)
+    workers = _workers(store.port, parallel, target, args)
     try:
-        _await(store, workers)
+        _start(workers, interrupts)
+        _await(store, workers, interrupts)
         _stay_here()
         with _joined(store, 0, parallel.processes):
-            target(Ranks(0, parallel.processes), *args)
+            target(Ranks(0, parallel.processes, interrupts), *args)
         for worker in workers:
             worker.join(timeout=60)
     except RankLost as e:
         raise UserError(_last_words(store, workers)) from e
     finally:
+        interrupts.held = True  # nobody is left behind
         for worker in workers:
-            worker.kill()
-            worker.join()
+            if worker.pid is not None:
+                worker.kill()
+                worker.join()
 
 
 def _open_store(size: int) -> TCPStore:
@@ -106,28 +147,36 @@ def _open_store(size: int) -> TCPStore:
     return TCPStore("127.0.0.1", port, size, True, TIMEOUT, wait_for_workers=False, master_listen_fd=fd)
 
 
-def _start(
+def _workers(
     port: int, parallel: Parallel, target: Callable[..., None], args: tuple[Any, ...]
 ) -> list[SpawnProcess]:
-    """Start ranks 1, 2, …; a Ctrl-C meets them only when they are ready to leave it to rank 0."""
     context = multiprocessing.get_context("spawn")
-    workers = [
+    return [
         context.Process(target=_worker, args=(rank, port, parallel, target, args), daemon=True)
         for rank in range(1, parallel.processes)
     ]
+
+
+def _start(workers: list[SpawnProcess], interrupts: Interrupts) -> None:
+    """Start ranks 1, 2, …; a Ctrl-C meets them only when they are ready to leave it to rank 0.
+
+    Another thread of ours may still take the signal while this one blocks it: it is held meanwhile.
+    """
     resource_tracker.ensure_running()  # starting it would unblock the signals again
+    interrupts.held = True
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
     try:
         for worker in workers:
             worker.start()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    return workers
+        interrupts.held = False
 
 
-def _await(store: Store, workers: list[SpawnProcess]) -> None:
+def _await(store: Store, workers: list[SpawnProcess], interrupts: Interrupts) -> None:
     """Wait until every worker is there: joining the group would wait for one that has died."""
     while store.add("there", 0) < len(workers):
+        interrupts.check()
         if not all(w.is_alive() for w in workers):
             raise UserError(_last_words(store, workers))
         time.sleep(0.02)
@@ -167,6 +216,22 @@ def _worker(
         with suppress(RuntimeError):  # rank 0 met the same and has left
             store.set("error", str(e))
         sys.exit(1)
+
+
+@contextmanager
+def _interrupts() -> Iterator[Interrupts]:
+    interrupts = Interrupts()
+    try:
+        before = {s: signal.signal(s, interrupts) for s in _STOPS}
+    except ValueError:  # not the main thread: nobody to interrupt
+        before = {}
+    try:
+        yield interrupts
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+    interrupts.held = False
+    interrupts.check()
 
 
 @contextmanager

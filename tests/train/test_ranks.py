@@ -7,7 +7,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from training import (
     do_nothing,
     fail_on_every_rank,
     refuse_on_rank,
+    sleep_long,
     tiny_loop,
     train_on_rank,
 )
@@ -123,6 +126,55 @@ def test_what_all_ranks_see_is_said_once(capfd: pytest.CaptureFixture[str]) -> N
     with pytest.raises(UserError, match=r"differ in the checkpoint that they found: \[0, 1\]"):
         start(disagree)
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_ctrl_c_that_python_drops_is_heard_at_the_next_sum() -> None:
+    class Thing:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+    seen: list[str] = []
+
+    def target(group: Ranks) -> None:
+        Thing()  # Python ignores what is raised in __del__
+        seen.append("dropped")
+        group.sum_(torch.zeros(1))
+        seen.append("not heard")
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        launch(Parallel(processes=1, threads=1), target)
+    assert seen == ["dropped"]
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("delay_s", [0.001, 0.003, 0.01, 0.1, 1.0])
+def test_a_stop_at_any_moment_of_the_start_leaves_nobody(
+    delay_s: float, number: signal.Signals, capfd: pytest.CaptureFixture[str]
+) -> None:
+    press = threading.Timer(delay_s, os.kill, (os.getpid(), number))
+    press.start()
+    started = time.monotonic()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            start(sleep_long)
+    finally:
+        press.join()
+    assert time.monotonic() - started < 60
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_processes_without_work_are_named() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ranks.warn_idle("sft", TWO, batch_rows=3, micro_rows=2)
+    with pytest.warns(
+        UserWarning, match=r"sft: 2 processes share 1 micro-batches a step .4 rows in pieces of 8."
+    ):
+        ranks.warn_idle("sft", TWO, batch_rows=4, micro_rows=8)
 
 
 def alive(pid: int) -> bool:
