@@ -1,0 +1,132 @@
+"""What is asked, in order. Enters: seeds, templates; leaves: items with messages, or why there are none.
+
+The order and every text follow from the recipe alone, so that the walk can be made again.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from microlm.core import runtime
+from microlm.core.records import Conversation, Message
+from microlm.text.clean import normalised
+from microlm.text.dedup import DigestSet, digest
+from microlm.text.read import Drop, Fault
+from microlm.text.synth.recipe import SynthRecipe, Template
+from microlm.text.synth.seeds import Seed, numbered, read_seeds
+from microlm.text.synth.templates import Renderer
+
+_IN_NUMBER = re.compile(r"(?<=\d)\s*[^\w]\s*(?=\d)|(?<!\w)-(?=\d)")
+_PRIVATE = 0xE100  # private use: normalisation leaves it alone
+UNREAD = "(no seed)"  # in the place of a template's name
+_BETWEEN = "\ue000"
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One conversation that is asked for."""
+
+    number: int
+    id: str
+    template: Template
+    fields: Mapping[str, Any]
+    messages: tuple[Message, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """One that cannot be asked for, or was before."""
+
+    number: int
+    id: str
+    template: str
+    reason: str
+    detail: str
+    messages: tuple[Message, ...] = ()
+
+
+class Plan:
+    """Seeds × templates × samples. Iterating walks the seeds anew."""
+
+    def __init__(self, recipe: SynthRecipe, seeds: Path | None) -> None:
+        self.recipe = recipe
+        self.renderer = Renderer(recipe.syntax)
+        self._seeds = seeds
+
+    def __iter__(self) -> Iterator[Item | Skipped]:
+        return itertools.islice(self._walk(), self.recipe.limit)
+
+    def _walk(self) -> Iterator[Item | Skipped]:
+        numbers = itertools.count()
+        asked = DigestSet()
+        for seed in numbered(self.recipe.count or 0) if self._seeds is None else read_seeds(self._seeds):
+            if isinstance(seed, Drop):
+                yield Skipped(next(numbers), seed.place, UNREAD, seed.reason, seed.detail)
+                continue
+            for template in self._chosen(seed[0]):
+                yield from self._items(seed, template, asked, numbers)
+
+    def _chosen(self, place: str) -> Sequence[Template]:
+        templates = self.recipe.templates
+        if self.recipe.each == "all":
+            return templates
+        return [runtime.rng(self.recipe.seed, "template", place).choice(templates)]
+
+    def _items(
+        self, seed: Seed, template: Template, asked: DigestSet, numbers: Iterator[int]
+    ) -> Iterator[Item | Skipped]:
+        place, fields = seed
+        name = f"{place}/{template.name}"
+        try:
+            messages = self.turns(name, fields, template.system, template.prompt)
+        except Fault as fault:
+            yield Skipped(next(numbers), name, template.name, fault.reason, fault.detail)
+            return
+        if not asked.add(_request_digest(messages, template)):
+            detail = messages[-1].content[:60]
+            yield Skipped(next(numbers), name, template.name, "duplicate_prompt", detail, messages)
+            return
+        samples = self.recipe.draw.samples if template.answer is None else 1
+        for sample in range(samples):
+            yield Item(next(numbers), f"{name}/{sample}" if samples > 1 else name, template, fields, messages)
+
+    def turns(self, name: str, fields: Mapping[str, Any], system: str, prompt: str) -> tuple[Message, ...]:
+        """A system message, if there is one, and the user's; raises Fault."""
+        said, asked = self.text(name, fields, system), self.text(name, fields, prompt)
+        if not asked:
+            raise Fault("empty_prompt", "the prompt is empty once its fields are filled in")
+        return (*((Message("system", said),) if said else ()), Message("user", asked))
+
+    def text(self, name: str, fields: Mapping[str, Any], template: str) -> str:
+        """A template's text for an item; equal names draw equal dice."""
+        return self.renderer.render(template, fields, runtime.rng(self.recipe.seed, "synth", name, template))
+
+
+def said_digest(text: str) -> bytes:
+    """`dedup.digest`, but 1.5 is not 15, nor 3 - 4 the same as 34: signs between digits count."""
+    return digest(_IN_NUMBER.sub(_kept, normalised("NFKC", text)))
+
+
+def conversation_digest(conversation: Conversation) -> bytes:
+    """The digest of all turns."""
+    return said_digest(
+        _BETWEEN.join(part for turn in conversation.messages for part in (turn.role, turn.content))
+    )
+
+
+def _kept(match: re.Match[str]) -> str:
+    return "".join(chr(_PRIVATE + ord(c) % 0x1000) for c in match[0].strip() or " ")
+
+
+def _request_digest(messages: tuple[Message, ...], template: Template) -> bytes:
+    """Of what is asked: the turns, and the schema that the answer must fit."""
+    parts = [part for m in messages for part in (m.role, m.content)]
+    if template.json_schema is not None:
+        parts.append(json.dumps(template.json_schema, sort_keys=True))
+    return said_digest(_BETWEEN.join(parts))
