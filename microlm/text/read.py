@@ -1,6 +1,6 @@
-"""JSON lines → records. Enters: bytes of a line, or a file that we wrote. Leaves: a record, or a `Drop`.
+"""JSON lines → records. Enters: bytes of a line, or a file that we wrote. Leaves: an object, or a record.
 
-`parse_line` is tolerant (raw corpora: every fault is a reason); `read_records` is strict (our own files).
+`read_records` is strict, for our own files; raw corpora, whose faults are counted, are read by `sources`.
 """
 
 from __future__ import annotations
@@ -10,18 +10,17 @@ import json
 import re
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from microlm.core.errors import UserError
-from microlm.core.records import ROLES, Conversation, Document, Extraction, Message, Preference, Role, Triple
+from microlm.core.records import Conversation, Document, Extraction, Preference
 
 Record = Document | Conversation | Extraction | Preference
 T = TypeVar("T")
-_ROLE_WORDS: Mapping[str, Role] = {**{r: r for r in ROLES}, "human": "user", "gpt": "assistant"}
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -41,17 +40,6 @@ class Fault(Exception):
         super().__init__(detail)
         self.reason = reason
         self.detail = detail
-
-
-def parse_line(line: bytes, place: str, expected: str = "text") -> Record | Drop:
-    """One line of a raw corpus → its record, of the shape that its keys say, or a drop.
-
-    `expected` is the key that the file's other records have: a line without any known key is said to lack it.
-    """
-    try:
-        return parse_object(parse_json(line), place, expected)
-    except Fault as fault:
-        return Drop(fault.reason, place, fault.detail)
 
 
 def parse_json(line: bytes) -> dict[str, Any]:
@@ -79,124 +67,8 @@ def check_strings(value: dict[str, Any]) -> dict[str, Any]:
     return value
 
 
-def parse_object(data: Mapping[str, Any], place: str, expected: str = "text") -> Record:
-    """A JSON object → Document, Conversation, Extraction or Preference by its keys; raises Fault."""
-    origin = data.get("source")
-    source = origin if isinstance(origin, str) and origin else place
-    licence = next((v for v in (data.get("licence"), data.get("license")) if isinstance(v, str)), "")
-    if "chosen" in data or "rejected" in data:
-        return _preference(data, source, licence)
-    if "messages" in data or "conversations" in data:
-        messages = _messages(data.get("messages", data.get("conversations")))
-        if messages[-1].role != "assistant":
-            raise Fault("no_answer", "the conversation does not end with an answer of the assistant")
-        return Conversation(messages, _word(data.get("task")) or "chat", source, licence)
-    if "instruction" in data:
-        return _alpaca(data, source, licence)
-    if "text" in data and "relation" in data:
-        return _extraction(data, place, source, licence)
-    return Document(_text(data, "text", expected), source, licence)
-
-
-def main_key(record: Record) -> str:
-    """The key that a record of this shape must have (for the message about a file whose field is renamed)."""
-    if isinstance(record, Conversation):
-        return "messages"
-    return "chosen" if isinstance(record, Preference) else "text"
-
-
-def _text(data: Mapping[str, Any], key: str, expected: str | None = None) -> str:
-    if key not in data:
-        found = ", ".join(_shown(k) for k in list(data)[:5]) or "no keys"
-        raise Fault(
-            f"missing_field:{expected or key} (found {found})", f"no key '{expected or key}'; found {found}"
-        )
-    value = data[key]
-    if value is None:
-        raise Fault(f"{key}_null", f"'{key}' is null")
-    if not isinstance(value, str):
-        raise Fault(f"{key}_not_a_string", f"'{key}' is {type(value).__name__}, expected a string")
-    if not value.strip():
-        raise Fault(f"{key}_empty", f"'{key}' is empty")
-    return value
-
-
-def _messages(value: Any) -> tuple[Message, ...]:
-    if not isinstance(value, list) or not value:
-        raise Fault("bad_messages", "'messages' must be a list of at least one {role, content}")
-    return tuple(_message(turn) for turn in value)
-
-
-def _message(turn: Any) -> Message:
-    if not isinstance(turn, dict):
-        raise Fault(
-            "bad_messages", f"a message is {type(turn).__name__}, expected an object {{role, content}}"
-        )
-    word = turn.get("role", turn.get("from"))
-    role = _ROLE_WORDS.get(word) if isinstance(word, str) else None
-    if role is None:
-        raise Fault("bad_role", f"role '{_shown(word)}' is not one of {', '.join(ROLES)}")
-    return Message(role, _text(turn, "value" if "value" in turn and "content" not in turn else "content"))
-
-
-def _alpaca(data: Mapping[str, Any], source: str, licence: str) -> Conversation:
-    extra = data.get("input") or ""
-    if not isinstance(extra, str):
-        raise Fault("input_not_a_string", f"'input' is {type(extra).__name__}, expected a string")
-    question = "\n".join(part for part in (_text(data, "instruction"), extra) if part.strip())
-    messages = (Message("user", question), Message("assistant", _text(data, "output")))
-    return Conversation(messages, _word(data.get("task")) or "chat", source, licence)
-
-
-def _preference(data: Mapping[str, Any], source: str, licence: str) -> Preference:
-    value = data.get("prompt", data.get("messages", data.get("conversations")))
-    if value is None:
-        raise Fault(
-            "missing_field:prompt",
-            "a preference needs 'prompt' or 'conversations' beside chosen and rejected",
-        )
-    prompt = (Message("user", _text(data, "prompt")),) if isinstance(value, str) else _messages(value)
-    return Preference(prompt, _answer(data, "chosen"), _answer(data, "rejected"), source, licence)
-
-
-def _answer(data: Mapping[str, Any], key: str) -> str:
-    value = data.get(key)
-    return _messages(value)[-1].content if isinstance(value, list) else _text(data, key)
-
-
-def _extraction(data: Mapping[str, Any], place: str, source: str, licence: str) -> Extraction:
-    relation = data["relation"]
-    if not isinstance(relation, list):
-        raise Fault("bad_relation", f"'relation' is {type(relation).__name__}, expected a list of triples")
-    allowed = data.get("allowed") or []
-    if not isinstance(allowed, list) or not all(isinstance(a, str) for a in allowed):
-        raise Fault("bad_relation", "'allowed' must be a list of relation names")
-    return Extraction(
-        id=str(data.get("id") or place),
-        cate=_word(data.get("cate")),
-        text=_text(data, "text"),
-        relation=tuple(_triple(t) for t in relation),
-        allowed=tuple(allowed),
-        kind=_word(data.get("kind")),
-        lang=_word(data.get("lang")) or "zh",
-        source=source,
-        licence=licence,
-    )
-
-
-def _triple(value: Any) -> Triple:
-    if not isinstance(value, dict):
-        raise Fault("bad_relation", f"a triple is {type(value).__name__}, expected {{head, relation, tail}}")
-    head, relation, tail = (_text(value, key) for key in ("head", "relation", "tail"))
-    return Triple(head, relation, tail, _word(value.get("head_type")), _word(value.get("tail_type")))
-
-
-def _word(value: Any) -> str:
-    return value if isinstance(value, str) else ""
-
-
-def _shown(value: Any) -> str:
-    """A word of the user's, short and printable, for a message."""
+def shown(value: Any) -> str:
+    """A word of the user, short and printable, for a message."""
     text = value if isinstance(value, str) else type(value).__name__
     return (
         text[:24].encode("ascii" if not text.isprintable() else "utf-8", "backslashreplace").decode("utf-8")
@@ -208,11 +80,18 @@ def _first_words(error: Exception) -> str:
 
 
 def _has_surrogate(value: Any) -> bool:
-    if isinstance(value, str):
-        return _SURROGATE.search(value) is not None
-    if isinstance(value, dict):
-        return any(_has_surrogate(k) or _has_surrogate(v) for k, v in value.items())
-    return isinstance(value, list) and any(_has_surrogate(v) for v in value)
+    waiting = [value]  # no recursion: JSON may be nested deeper than Python calls
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, str):
+            if _SURROGATE.search(value):
+                return True
+        elif isinstance(value, dict):
+            waiting += value
+            waiting += value.values()
+        elif isinstance(value, list):
+            waiting += value
+    return False
 
 
 def read_records(path: str | Path, kind: type[T]) -> Iterator[T]:
@@ -264,7 +143,7 @@ def _record_builder(kind: Any) -> Callable[[Any], Any]:
                 raise Fault("missing_field", f"key '{name}' is missing")
         for name in data:
             if name not in builders:
-                raise Fault("unknown_field", f"unknown key '{_shown(name)}' in a {kind.__name__}")
+                raise Fault("unknown_field", f"unknown key '{shown(name)}' in a {kind.__name__}")
         return kind(**{name: builders[name](v) for name, v in data.items()})
 
     return build
@@ -272,7 +151,7 @@ def _record_builder(kind: Any) -> Callable[[Any], Any]:
 
 def _choice(value: Any, choices: Iterable[Any]) -> Any:
     if value not in tuple(choices):
-        raise Fault("bad_value", f"'{_shown(value)}' is not one of {', '.join(map(str, choices))}")
+        raise Fault("bad_value", f"'{shown(value)}' is not one of {', '.join(map(str, choices))}")
     return value
 
 

@@ -93,15 +93,15 @@ CORPORA: dict[str, tuple[Prepare, str]] = {
         lambda r: r.stage("data", source="jsonl:none.jsonl"),
         r"none\.jsonl: no such file; check",
     ),
-    "a folder": (lambda r: r.stage("data", source="jsonl:runs"), r"runs: is a directory, expected a file"),
+    "a folder": (lambda r: r.stage("data", source="jsonl:runs"), r"runs: holds no \.jsonl.*; check"),
     "a folder without texts": (lambda r: r.stage("data", source="text:runs"), r"runs: holds no \.txt"),
     "unknown extension": (
         lambda r: r.corpus(b"text\nx\n", "c.csv"),
-        r"c\.csv: '\.csv' is not one of .*convert it",
+        r"c\.csv: '\.csv' is not one of .*name it as csv:PATH",
     ),
     "unknown kind of source": (
-        lambda r: r.stage("data", source="csv:a.csv"),
-        r"data\.source 'csv:a\.csv': is not one of .*jsonl:.*; choose",
+        lambda r: r.stage("data", source="xls:a.xls"),
+        r"data\.source 'xls:a\.xls': is not one of .*jsonl:.*; choose",
     ),
     "no source": (lambda r: r.stage("data", source=[]), r"data\.source: is an empty list; name at least one"),
     "a NUL in the name": (

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from microlm.core.errors import UserError
 from microlm.core.records import Document
 from microlm.text import sources
-from microlm.text.sources import MAX_REASONS, Tally, files
+from microlm.text.sources import MAX_REASONS, Tally, packed
 
 GOOD = [json.dumps({"text": f"第{i}篇文章说的是诗人。"}, ensure_ascii=False).encode() for i in range(9)]
 
@@ -179,11 +179,15 @@ def test_a_missing_file_is_one_sentence(tmp_path: Path, kind: str) -> None:
         read(tmp_path / "none.jsonl", kind=kind)
 
 
-def test_a_directory_in_the_place_of_a_file_is_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is a directory, expected a file"):
-        read(tmp_path)
-    with pytest.raises(UserError, match=r"holds no \.txt"):
-        read(tmp_path, kind="text")
+def test_a_folder_without_such_a_file_is_one_sentence(tmp_path: Path) -> None:
+    for kind, words in (
+        ("jsonl", r"\.jsonl"),
+        ("text", r"\.txt"),
+        ("csv", r"\.csv"),
+        ("parquet", r"\.parquet"),
+    ):
+        with pytest.raises(UserError, match=f"holds no {words}.* file; check the folder"):
+            read(tmp_path, kind=kind)
 
 
 @pytest.mark.parametrize("data", [b"a\x00b" + b"x" * 99, b"\xff\x80" + b"x" * 99, b" \n "])
@@ -220,7 +224,7 @@ def test_hostile_keys_do_not_make_endless_reasons(tmp_path: Path) -> None:
 def test_a_line_over_the_limit_is_dropped_and_the_next_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "MAX_LINE_BYTES", 1 << 17)
+    monkeypatch.setattr(packed, "MAX_LINE_BYTES", 1 << 17)
     path = tmp_path / "corpus.jsonl"
     path.write_bytes(GOOD[0] + b"\n" + b'{"text": "' + b"x" * (1 << 18) + b'"}\n' + GOOD[1])
     records, tally = read(path)

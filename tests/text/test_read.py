@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import zstandard
@@ -25,8 +23,9 @@ from microlm.core.records import (
     to_json,
 )
 from microlm.text import sources
-from microlm.text.read import Drop, parse_line, read_records
-from microlm.text.sources import Tally, files, hub
+from microlm.text.read import Drop, read_records
+from microlm.text.sources import Tally
+from microlm.text.sources.shapes import parse_line
 
 ASKED = (Message("user", "问"), Message("assistant", "答"))
 
@@ -125,10 +124,10 @@ def test_a_packed_file_reads_as_the_plain_one(tmp_path: Path, kind: str) -> None
     lines = [json.dumps({"text": f"第{i}篇" * (i % 50)}) for i in range(1, 3000)]
     path = tmp_path / "no-matter.jsonl"  # told by the bytes, not by the name
     path.write_bytes(packed(kind, b"\xef\xbb\xbf" + "\n".join(lines).encode()))
-    texts = [r.text for r in files.read_jsonl(path) if isinstance(r, Document)]
-    assert len(texts) == 2999 - 59
     went_by: list[int] = []
-    list(files.read_jsonl(path, went_by.append))
+    source = sources.parse(f"jsonl:{path}")
+    texts = [r.text for r in sources.read(source, Tally(), False, went_by.append) if isinstance(r, Document)]
+    assert len(texts) == 2999 - 59
     assert sum(went_by) == path.stat().st_size
 
 
@@ -137,8 +136,8 @@ def test_a_packed_file_reads_as_the_plain_one(tmp_path: Path, kind: str) -> None
 def test_any_text_survives_the_reader(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> None:
     path = tmp_path_factory.getbasetemp() / "any.jsonl"
     path.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts), encoding="utf-8", newline="\n")
-    read = [r for r in files.read_jsonl(path) if isinstance(r, Document)]
-    assert [r.text for r in read] == [t for t in texts if t.strip()]
+    read = [r for b in sources.blocks(sources.parse(f"jsonl:{path}")) for r in sources.read_block(b)]
+    assert [r.text for r in read if isinstance(r, Document)] == [t for t in texts if t.strip()]
 
 
 def test_a_folder_of_texts_is_read_in_order(tmp_path: Path) -> None:
@@ -148,7 +147,7 @@ def test_a_folder_of_texts_is_read_in_order(tmp_path: Path) -> None:
     (tmp_path / "c.txt").write_bytes("三".encode("utf-16"))
     (tmp_path / "d.txt").write_bytes(b"")
     (tmp_path / "skipped.png").write_bytes(b"\x89PNG")
-    read = list(files.read_text(tmp_path))
+    read = [r for b in sources.blocks(sources.parse(f"text:{tmp_path}")) for r in sources.read_block(b)]
     assert read[:2] == [Document("一", "a.txt"), Document("# 二", "b/1.md")]
     assert [(r.reason, r.place) for r in read[2:] if isinstance(r, Drop)] == [
         ("unreadable_file", "c.txt"),
@@ -180,29 +179,3 @@ def test_a_changed_file_changes_the_fingerprint_and_its_place_does_not(tmp_path:
     assert same == sources.parse(f"jsonl:{second}").fingerprint()
     second.write_text('{"text":"y"}\n', encoding="utf-8")
     assert same != sources.parse(f"jsonl:{second}").fingerprint()
-
-
-@pytest.mark.parametrize(("kind", "module"), [("hf", "datasets"), ("ms", "modelscope.msdatasets")])
-def test_a_hub_dataset_without_the_extra_says_what_to_install(
-    monkeypatch: pytest.MonkeyPatch, kind: str, module: str
-) -> None:
-    monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(UserError, match=r"needs the extra 'hub': pip install 'microlm\[hub\]'"):
-        list(sources.read(sources.parse(f"{kind}:owner/name:test"), Tally(), strict=False))
-
-
-def test_rows_of_a_hub_dataset_become_records(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[object] = []
-    stub = ModuleType("datasets")
-
-    def load_dataset(name: str, split: str, streaming: bool) -> list[dict[str, object]]:
-        asked.append((name, split, streaming))
-        return [{"text": "文", "messages": None}, {"text": "\ud800"}, {"text": None}]
-
-    stub.load_dataset = load_dataset  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "datasets", stub)
-    good, surrogate, empty = hub.read_dataset("hf", "owner/name", "test")
-    assert asked == [("owner/name", "test", True)]
-    assert good == Document("文", "owner/name:test:1")
-    assert isinstance(surrogate, Drop) and surrogate.reason == "lone_surrogate"
-    assert isinstance(empty, Drop) and empty.reason == "missing_field:text (found no keys)"

@@ -1,24 +1,45 @@
-"""The words of `data.source` → records: factbook, jsonl:PATH, text:PATH|FOLDER, hf:NAME[:split], ms:NAME.
+"""The words of `data.source` → records: factbook, jsonl:PATH, parquet:PATH, csv:PATH, text:PATH, hf:NAME …
 
-Every source counts what it reads; one whose records are mostly faulty is a UserError (see `read`).
+`blocks` cuts a source, `read_block` reads a block in any process, `read` does both and counts.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from microlm.core.artifact import hash_file
 from microlm.core.errors import UserError
 from microlm.core.storage import is_remote, local_path
 from microlm.text.read import Drop, Record
 from microlm.text.sources import files, hub
+from microlm.text.sources.blocks import Block, Format, expecting, format_of, read_block
+from microlm.text.sources.jsonl import read_lines
+from microlm.text.sources.tables import read_csv, read_parquet
 
+__all__ = [
+    "FACTBOOK",
+    "Block",
+    "Format",
+    "Source",
+    "Tally",
+    "blocks",
+    "detect",
+    "hash_folder",
+    "parse",
+    "read",
+    "read_block",
+    "require_usable",
+    "strict_error",
+]
 FACTBOOK = "factbook"
-KINDS = (FACTBOOK, "jsonl", "text", "hf", "ms")
+HUBS = ("hf", "ms")
+KINDS = (FACTBOOK, *files.SUFFIXES, *HUBS)
 MAX_EXAMPLES = 3
 MAX_REASONS = 200  # a hostile corpus can hold a new wrong key on every line
 
@@ -40,12 +61,35 @@ class Tally:
     def drop(self, reason: str, example: str) -> None:
         """Count one record that ends here, and show the first few."""
         self.read += 1
-        if reason not in self.dropped and len(self.dropped) >= MAX_REASONS:
-            reason = reason.partition(" (")[0]
+        reason = self._name(reason)
         self.dropped[reason] += 1
         shown = self.examples.setdefault(reason, [])
         if len(shown) < MAX_EXAMPLES:
             shown.append(example)
+
+    def add(self, other: Tally) -> None:
+        """Put the counts of what came behind to these."""
+        self.read += other.read
+        self.kept += other.kept
+        for reason, count in other.dropped.items():
+            name = self._name(reason)
+            self.dropped[name] += count
+            shown = self.examples.setdefault(name, [])
+            shown += other.examples[reason][: MAX_EXAMPLES - len(shown)]
+
+    def to_json(self) -> dict[str, Any]:
+        """The counts as plain values."""
+        return {"read": self.read, "kept": self.kept, "dropped": self.dropped, "examples": self.examples}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Tally:
+        """What `to_json` gave."""
+        return cls(data["read"], data["kept"], Counter(data["dropped"]), data["examples"])
+
+    def _name(self, reason: str) -> str:
+        """The reason, cut short when there are too many."""
+        full = reason not in self.dropped and len(self.dropped) >= MAX_REASONS
+        return reason.partition(" (")[0] if full else reason
 
     def check(self) -> None:
         """Our own invariant: nothing is lost uncounted."""
@@ -54,55 +98,57 @@ class Tally:
 
 @dataclass(frozen=True)
 class Source:
-    """A parsed word of `data.source`: its kind, its path or dataset name, and the split of a dataset."""
+    """A parsed word of `data.source`: its kind, and its path or dataset."""
 
     word: str
     kind: str
     place: str = ""
-    split: str = "train"
+    dataset: hub.Dataset | None = None
 
     @property
     def path(self) -> Path:
         """The local path that the word names."""
-        return local_path(self.place)
+        return local_path(self.dataset.name if self.dataset else self.place)
+
+    @property
+    def split(self) -> str:
+        """The split of a dataset; of files there is one."""
+        return self.dataset.split if self.dataset else "train"
 
     def size_bytes(self) -> int | None:
         """The bytes of the files that will be read, None for a dataset of a hub."""
-        return sum(p.stat().st_size for p in self._files()) if self._files() else None
+        if self.dataset:
+            return None
+        return sum(path.stat().st_size for path, _ in self._files())
 
     def fingerprint(self) -> dict[str, str]:
         """File name → sha256 of all that is read, so that a changed file makes a new artifact."""
         if self.kind == FACTBOOK:
             return {}
-        if self.kind in ("hf", "ms") and not self.path.exists():
-            return {f"{self.kind}:{self.place}:{self.split}": "remote"}
-        root = self.path
-        named = {
-            p.relative_to(root).as_posix() if root.is_dir() else p.name: hash_file(p) for p in self._files()
-        }
-        return {"kind": self.kind, "split": self.split, **named}
+        if self.dataset and not self.dataset.is_local:
+            return {"kind": self.kind, "dataset": str(self.dataset), "revision": hub.pinned(self.dataset)}
+        return {"kind": self.kind, "split": self.split} | {name: hash_file(p) for p, name in self._files()}
 
-    def _files(self) -> list[Path]:
-        if self.kind == "text":
-            return [p for p in files.text_files(self.path) if p.is_file()]
-        if self.path.is_dir():
-            return sorted(p for p in self.path.rglob("*") if p.is_file()) if self.kind in ("hf", "ms") else []
-        return [self.path] if self.path.is_file() else []
+    def _files(self) -> list[files.Named]:
+        if not self.dataset:
+            return files.find_files(self.path, self.kind)
+        root = self.path
+        return [(p, p.relative_to(root).as_posix()) for p in sorted(root.rglob("*")) if p.is_file()]
 
 
 def parse(word: str) -> Source:
     """A word of `data.source` → Source; an unknown kind or an empty place is a UserError."""
     kind, _, place = word.partition(":")
     if kind not in KINDS or (kind == FACTBOOK) == bool(place):
-        known = "factbook, jsonl:PATH, text:PATH|FOLDER, hf:owner/dataset[:split], ms:owner/dataset[:split]"
-        raise UserError(f"data.source '{word}': is not one of {known}; choose one")
-    if kind in ("jsonl", "text") and is_remote(place):
-        raise UserError(f"data.source '{word}': is not on this machine; download the file first")
-    if kind in ("jsonl", "text"):
+        known = ", ".join(["factbook", *(f"{k}:PATH" for k in files.SUFFIXES)])
+        hubs = " or ".join(f"{k}:owner/dataset[:split][@revision]" for k in HUBS)
+        raise UserError(f"data.source '{word}': is not one of {known}, {hubs}; choose one")
+    if kind in HUBS:
+        return Source(word, kind, place, hub.parse_dataset(kind, place))
+    if kind != FACTBOOK:
+        if is_remote(place):
+            raise UserError(f"data.source '{word}': is not on this machine; download the file first")
         files.require_source(local_path(place), kind)
-    if kind in ("hf", "ms"):
-        name, _, split = place.partition(":")
-        return Source(word, kind, name, split or "train")
     return Source(word, kind, place)
 
 
@@ -114,6 +160,38 @@ def hash_folder(folder: Path) -> str:
     return whole.hexdigest()
 
 
+def blocks(source: Source) -> Iterator[Block]:
+    """A user's source in blocks of about 8 MB, in order; their `consumed` bytes add up to `size_bytes`."""
+    if source.dataset:
+        yield from expecting(hub.read_dataset(source.dataset))
+        return
+    found = files.require_files(source.path, source.kind)
+    alone = source.path.is_file()
+    if source.kind in ("text", "markdown"):
+        yield from files.read_texts(found, alone=alone, markdown=source.kind == "markdown")
+        return
+    for path, label in found:
+        try:
+            yield from _file_blocks(source.kind, path, label)
+        except UserError as e:
+            if alone:
+                raise
+            yield files.Unreadable(
+                label, str(e), path.stat().st_size
+            )  # one bad file of many is a counted drop
+
+
+def _file_blocks(kind: str, path: Path, label: str) -> Iterator[Block]:
+    if kind == "jsonl":
+        return expecting(read_lines(path, label))
+    return expecting(read_csv(path, label)) if kind == "csv" else expecting(read_parquet(path, label))
+
+
+def detect(source: Source) -> Format:
+    """What the first 200 records of a user's source are."""
+    return format_of(itertools.chain.from_iterable(block.objects() for block in blocks(source)))
+
+
 def read(
     source: Source, tally: Tally, strict: bool, advance: Callable[[int], None] = lambda _: None
 ) -> Iterator[Record]:
@@ -123,33 +201,35 @@ def read(
     more than half dropped, or holds no record, is a UserError.
     """
     own = Tally()
-    for record in _stream(source, advance):
-        if not isinstance(record, Drop):
-            own.keep()
-            tally.keep()
-            yield record
-            continue
-        if strict:
-            raise UserError(
-                f"{source.word}: {record.place}: {record.detail}; mend it, or set strict: false to drop it"
-            )
-        own.drop(record.reason, f"{record.place}: {record.detail}")
-        tally.drop(record.reason, f"{record.place}: {record.detail}")
+    for block in blocks(source):
+        for record in read_block(block):
+            if not isinstance(record, Drop):
+                own.keep()
+                tally.keep()
+                yield record
+                continue
+            if strict:
+                raise strict_error(source, record)
+            own.drop(record.reason, f"{record.place}: {record.detail}")
+            tally.drop(record.reason, f"{record.place}: {record.detail}")
+        advance(block.consumed)
     own.check()
-    if not own.read:
+    require_usable(source, own)
+
+
+def strict_error(source: Source, drop: Drop) -> UserError:
+    """What a fault is when none is allowed."""
+    return UserError(f"{source.word}: {drop.place}: {drop.detail}; mend it, or set strict: false to drop it")
+
+
+def require_usable(source: Source, tally: Tally) -> None:
+    """A UserError when a source held no record, or more than half of them were dropped."""
+    if not tally.read:
         raise UserError(f"{source.word}: holds no records; check that it is the right file")
-    if 2 * own.kept < own.read:
-        reason, count = own.dropped.most_common(1)[0]
+    if 2 * tally.kept < tally.read:
+        reason, count = tally.dropped.most_common(1)[0]
         step = "rename the field" if reason.startswith("missing_field") else "mend the file"
         raise UserError(
-            f"{source.word}: {own.read - own.kept} of {own.read} records cannot be used, most often {reason}"
-            f" ({count} times, first {own.examples[reason][0]}); {step}"
+            f"{source.word}: {tally.read - tally.kept} of {tally.read} records cannot be used, most often"
+            f" {reason} ({count} times, first {tally.examples[reason][0]}); {step}"
         )
-
-
-def _stream(source: Source, advance: Callable[[int], None]) -> Iterator[Record | Drop]:
-    if source.kind == "jsonl":
-        return files.read_jsonl(source.path, advance)
-    if source.kind == "text":
-        return files.read_text(source.path, advance)
-    return hub.read_dataset(source.kind, source.place, source.split)

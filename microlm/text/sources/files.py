@@ -1,271 +1,157 @@
-"""Raw files of a user → records. Enters: JSONL, text or markdown (plain, gzip, zstd), or a folder of texts.
+"""The files that a word of `data.source` names: one file, all of a folder, or a glob; and texts read whole.
 
-Leaves: records and drops in order, in constant memory; what makes the whole file unreadable is a UserError.
+Leaves: `Texts`, a block of files of which each is one document.
 """
 
 from __future__ import annotations
 
 import codecs
 import re
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
-
-import zstandard
+from typing import Any
 
 from microlm.core.errors import UserError
-from microlm.core.records import Document
-from microlm.text.read import Drop, Record, main_key, parse_line
+from microlm.text.read import Drop
+from microlm.text.sources import packed
+from microlm.text.sources.packed import Broken, unpacked
 
-MAX_LINE_BYTES = 32 << 20  # a longer line is counted and thrown away piece by piece
-JSONL_SUFFIXES = (".jsonl", ".ndjson", ".json")
-TEXT_SUFFIXES = (".txt", ".text", ".md", ".markdown")
-_PACKED = (".gz", ".zst")
-_PIECE = 1 << 16
-_PACKED_PIECE = 1 << 10  # zstd can unfold a kilobyte into 32 MB, so feed it small ones
-_FOREIGN = {
-    b"PK\x03\x04": "a zip archive; unpack it first",
-    b"PAR1": "a Parquet file; convert it to JSONL first",
-    b"BZh": "bzip2; unpack it, or pack it with gzip or zstd",
-    b"\xfd7zXZ": "xz; unpack it, or pack it with gzip or zstd",
-    b"%PDF": "a PDF; extract its text first",
-    b"\xff\xfe": "UTF-16; save it as UTF-8 (iconv -f UTF-16 -t UTF-8)",
-    b"\xfe\xff": "UTF-16; save it as UTF-8 (iconv -f UTF-16 -t UTF-8)",
+SUFFIXES: Mapping[str, tuple[str, ...]] = {
+    "jsonl": (".jsonl", ".ndjson", ".json"),
+    "parquet": (".parquet", ".pq"),
+    "csv": (".csv", ".tsv"),
+    "text": (".txt", ".text", ".md", ".markdown"),
+    "markdown": (".md", ".markdown"),
 }
-_SPREAD = re.compile(
-    rb"(?:\xef\xbb\xbf)?\s*(?:\[\s*\{|\[[ \t\r]*\n|\{[ \t\r]*\n)"
-)  # a JSON array, or pretty-printed
-_CONTROL = bytes(b for b in range(32) if b not in b"\t\n\r\f\x1b")
+"""What a kind of source reads, also packed with gzip or zstd."""
+BLOCK_BYTES, BLOCK_FILES = 8 << 20, 1000
+_GLOB = re.compile(r"[*?\[]")
+_FRONT_MATTER = re.compile(r"(---|\+\+\+)[ \t]*\r?\n(?:.*?\r?\n)?\1[ \t]*(?:\r?\n|$)", re.DOTALL)
 
-Advance = Callable[[int], None]
-
-
-class Broken(Exception):
-    """A packed stream that ends or fails in the middle; `.reason` is truncated_file or damaged_file."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(detail)
-        self.reason = reason
+Named = tuple[Path, str]
+"""A file, and its name in a record's `source`."""
 
 
-def read_jsonl(path: Path, advance: Advance = lambda _: None) -> Iterator[Record | Drop]:
-    """The records of a JSONL file, each fault a Drop. `advance` is told the bytes that went by."""
-    expected = "text"
-    for place, line in _lines(path, advance):
-        if isinstance(line, Drop):
-            yield line
-            continue
-        record = parse_line(line, place, expected)
-        if not isinstance(record, Drop):
-            expected = main_key(record)
-        yield record
+@dataclass(frozen=True, slots=True)
+class Texts:
+    """Files of which each is one document; `alone` if the user named just this one."""
 
+    files: tuple[Named, ...]
+    alone: bool
+    markdown: bool
+    consumed: int
+    expected: str = "text"
 
-def read_text(path: Path, advance: Advance = lambda _: None) -> Iterator[Record | Drop]:
-    """A text file (one document), or every text file under a folder in the order of their names."""
-    files = text_files(path)
-    if not files:
-        raise UserError(f"{path}: holds no {', '.join(TEXT_SUFFIXES)} file; check the folder")
-    for file in files:
-        if file == path:
-            yield _document(file, file.name, advance)
-            continue
-        name = file.relative_to(path).as_posix()
+    def objects(self) -> Iterator[tuple[str, dict[str, Any] | Drop]]:
+        """`(name, {"text": …})`, or the drop of a file that is no text; alone, that is a UserError."""
+        for path, label in self.files:
+            try:
+                yield label, self._object(path, label)
+            except UserError as e:
+                if self.alone:
+                    raise
+                yield label, Drop("unreadable_file", label, str(e))
+
+    def _object(self, path: Path, label: str) -> dict[str, Any] | Drop:
+        held = bytearray()
         try:
-            yield _document(file, name, advance)
-        except UserError as e:  # one bad file of many is a counted drop
-            yield Drop("unreadable_file", name, str(e))
+            for piece, _ in unpacked(path):
+                held += piece
+                if len(held) > packed.MAX_LINE_BYTES:
+                    limit = packed.MAX_LINE_BYTES >> 20
+                    return Drop("line_too_long", label, f"the text is longer than {limit} MiB; cut it")
+        except Broken as e:
+            return Drop(e.reason, label, str(e))
+        if b"\0" in held:
+            return Drop("nul_byte", label, "the text holds a NUL byte")
+        try:
+            text = bytes(held).removeprefix(codecs.BOM_UTF8).decode("utf-8")
+        except UnicodeDecodeError as e:
+            return Drop("invalid_utf8", label, f"byte {e.start} is not UTF-8")
+        if self.markdown and (front := _FRONT_MATTER.match(text)):
+            text = text[front.end() :]
+        return {"text": text} if text.strip() else Drop("text_empty", label, "the file holds no text")
 
 
-def text_files(path: Path) -> list[Path]:
-    """The files that `text:PATH` reads: the file itself, or the texts under the folder, sorted."""
-    if not path.is_dir():
-        return [path]
-    return sorted(p for p in path.rglob("*") if p.is_file() and _suffix(p) in TEXT_SUFFIXES)
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """One file of many that cannot be read: a single drop."""
+
+    label: str
+    why: str
+    consumed: int
+    expected: str = "text"
+
+    def objects(self) -> Iterator[tuple[str, dict[str, Any] | Drop]]:
+        """The drop."""
+        yield self.label, Drop("unreadable_file", self.label, self.why)
 
 
-def require_file(path: Path, suffixes: tuple[str, ...]) -> None:
-    """A UserError unless `path` is a file with a name that we read."""
-    if not path.exists():
-        raise UserError(f"{path}: no such file; check the path")
-    if path.is_dir():
-        raise UserError(f"{path}: is a directory, expected a file ({', '.join(suffixes)})")
-    if _suffix(path) not in suffixes:
-        known = ", ".join(suffixes)
-        raise UserError(
-            f"{path}: '{_suffix(path) or 'no extension'}' is not one of {known} (also .gz, .zst); convert it"
-        )
+def read_texts(files: list[Named], *, alone: bool, markdown: bool) -> Iterator[Texts]:
+    """The files in blocks, each as large as one of lines."""
+    group: list[Named] = []
+    size = 0
+    for path, label in files:
+        group.append((path, label))
+        size += path.stat().st_size
+        if size >= BLOCK_BYTES or len(group) >= BLOCK_FILES:
+            yield Texts(tuple(group), alone, markdown, size)
+            group, size = [], 0
+    if group:
+        yield Texts(tuple(group), alone, markdown, size)
+
+
+def find_files(path: Path, kind: str) -> list[Named]:
+    """The files that `kind:path` reads, in the order of their names; hidden ones are left alone."""
+    if path.is_file():
+        return [(path, path.name)]
+    root, pattern = (path, "**/*") if path.is_dir() else _split_glob(path)
+    found = []
+    for file in root.glob(pattern) if pattern else ():
+        name = file.relative_to(root)
+        if not any(part.startswith(".") for part in name.parts) and file.is_file():
+            found.append((file, name.as_posix()))
+    return sorted((f for f in found if suffix(f[0]) in SUFFIXES[kind]), key=lambda f: f[1])
 
 
 def require_source(path: Path, kind: str) -> None:
-    """A UserError unless a `jsonl:` or `text:` word names something that we read."""
-    if kind == "text" and path.is_dir():
-        return
-    require_file(path, JSONL_SUFFIXES if kind == "jsonl" else TEXT_SUFFIXES)
+    """A UserError unless `kind:path` names something that we read."""
+    if path.exists() and not path.is_dir():
+        if suffix(path) not in SUFFIXES[kind]:
+            raise UserError(
+                f"{path}: '{suffix(path) or 'no extension'}' is not one of {', '.join(SUFFIXES[kind])}"
+                f" (also .gz, .zst); {_advice(path)}"
+            )
+    elif not path.exists() and not _split_glob(path)[1]:
+        raise UserError(f"{path}: no such file; check the path")
 
 
-def _suffix(path: Path) -> str:
+def require_files(path: Path, kind: str) -> list[Named]:
+    """`find_files`, or a UserError when there is none."""
+    found = find_files(path, kind)
+    if not found:
+        what = "folder" if path.is_dir() else "pattern"
+        raise UserError(f"{path}: holds no {', '.join(SUFFIXES[kind])} file; check the {what}")
+    return found
+
+
+def suffix(path: Path) -> str:
+    """The ending that says what a file is: `.jsonl` of `a.jsonl.zst`."""
     name = path.name.lower()
-    for packed in _PACKED:
-        name = name.removesuffix(packed)
+    for ending in packed.SUFFIXES:
+        name = name.removesuffix(ending)
     return Path(name).suffix
 
 
-def _document(path: Path, name: str, advance: Advance) -> Document | Drop:
-    require_file(path, TEXT_SUFFIXES)
-    held = bytearray()
-    try:
-        for piece in _unpacked(path, advance):
-            held += piece
-            if len(held) > MAX_LINE_BYTES:
-                return Drop(
-                    "line_too_long", name, f"the text is longer than {MAX_LINE_BYTES >> 20} MiB; cut it"
-                )
-    except Broken as e:
-        return Drop(e.reason, name, str(e))
-    if b"\0" in held:
-        return Drop("nul_byte", name, "the text holds a NUL byte")
-    try:
-        text = held.decode("utf-8")
-    except UnicodeDecodeError as e:
-        return Drop("invalid_utf8", name, f"byte {e.start} is not UTF-8")
-    return Document(text, name) if text.strip() else Drop("text_empty", name, "the file holds no text")
+def _advice(path: Path) -> str:
+    kind = next((k for k in ("parquet", "csv", "jsonl", "text") if suffix(path) in SUFFIXES[k]), None)
+    return f"name it as {kind}:PATH" if kind else "convert it"
 
 
-def _lines(path: Path, advance: Advance) -> Iterator[tuple[str, bytes | Drop]]:
-    """`(name:number, line)`; a line over the limit and a broken end come as drops."""
-    require_file(path, JSONL_SUFFIXES)
-    held: list[bytes] = []
-    size = 0
-    number = 1
-    try:
-        for piece in _unpacked(path, advance):
-            *ended, rest = piece.split(b"\n")
-            for part in ended:
-                place = f"{path.name}:{number}"
-                yield place, _line(held, size + len(part), part, place)
-                held, size, number = [], 0, number + 1
-            held.append(rest)
-            size += len(rest)
-            if size > MAX_LINE_BYTES:
-                held = []
-    except Broken as e:
-        yield f"{path.name}:{number}", Drop(e.reason, f"{path.name}:{number}", str(e))
-        return
-    if size:
-        place = f"{path.name}:{number}"
-        yield place, _line(held, size, b"", place)
-
-
-def _line(held: list[bytes], size: int, last: bytes, place: str) -> bytes | Drop:
-    if size > MAX_LINE_BYTES:
-        limit = MAX_LINE_BYTES >> 20
-        return Drop(
-            "line_too_long", place, f"the line has {size >> 20} MiB, the limit is {limit} MiB; cut it"
-        )
-    return b"".join([*held, last]) if held else last
-
-
-def _unpacked(path: Path, advance: Advance) -> Iterator[bytes]:
-    """The file's bytes in pieces, unpacked, without byte-order mark; Broken where the packing breaks."""
-    with _open(path) as f:
-        head = f.read(4)
-        f.seek(0)
-        if not head:
-            raise UserError(f"{path}: holds no records, the file is empty; check that it is the right file")
-        if head[:2] == b"\x1f\x8b":
-            pieces = _gunzip(f, advance)
-        elif head == zstandard.FRAME_HEADER:
-            pieces = _unzstd(f, advance)
-        else:
-            pieces = _plain(f, advance)
-        first = next(pieces, b"")
-        _require_text(path, first)
-        yield first.removeprefix(codecs.BOM_UTF8)
-        yield from pieces
-
-
-def _open(path: Path) -> BinaryIO:
-    try:
-        return path.open("rb")
-    except OSError as e:
-        raise UserError(
-            f"{path}: cannot be read ({e.strerror}); check the path and its permissions"
-        ) from None
-
-
-def _require_text(path: Path, head: bytes) -> None:
-    """Refuse what is not text at all, and a JSON array, by its first bytes."""
-    for magic, what in _FOREIGN.items():
-        if head.startswith(magic):
-            raise UserError(f"{path}: is {what}")
-    sample = head[:4096]
-    if len(sample.translate(None, _CONTROL)) < 0.93 * len(sample):  # of random bytes 0.895 are left
-        raise UserError(f"{path}: looks like a binary file; expected UTF-8 text")
-    if _suffix(path) in JSONL_SUFFIXES and _SPREAD.match(sample):
-        raise UserError(f"{path}: is not one JSON object a line; convert it (jq -c '.[]' FILE > FILE.jsonl)")
-
-
-def _plain(f: BinaryIO, advance: Advance) -> Iterator[bytes]:
-    while piece := f.read(_PIECE):
-        yield piece
-        advance(len(piece))
-
-
-def _gunzip(f: BinaryIO, advance: Advance) -> Iterator[bytes]:
-    unpacker = zlib.decompressobj(31)
-    started = False  # inside a gzip member
-    while piece := f.read(_PIECE):
-        data = piece
-        while data:
-            try:
-                out = unpacker.decompress(data, _PIECE)
-            except zlib.error as e:
-                raise Broken(
-                    "damaged_file", f"the gzip data is damaged before byte {f.tell()} ({e})"
-                ) from None
-            started = True
-            if out:
-                yield out
-            data = unpacker.unconsumed_tail
-            if unpacker.eof:
-                data = unpacker.unused_data.lstrip(b"\0")
-                unpacker = zlib.decompressobj(31)
-                started = False
-        advance(len(piece))
-    if started:
-        if rest := unpacker.flush():
-            yield rest
-        if unpacker.eof:
-            return
-        raise Broken(
-            "truncated_file", f"the gzip data ends in the middle at byte {f.tell()}; fetch the file again"
-        )
-
-
-def _unzstd(f: BinaryIO, advance: Advance) -> Iterator[bytes]:
-    unpacker = zstandard.ZstdDecompressor().decompressobj()
-    started = False  # inside a zstd frame
-    while piece := f.read(_PIECE):
-        for start in range(0, len(piece), _PACKED_PIECE):
-            data = piece[start : start + _PACKED_PIECE]
-            while data:
-                try:
-                    out = unpacker.decompress(data)
-                except zstandard.ZstdError as e:
-                    raise Broken(
-                        "damaged_file", f"the zstd data is damaged before byte {f.tell()} ({e})"
-                    ) from None
-                started, data = True, b""
-                if out:
-                    yield out
-                if unpacker.eof:
-                    data = unpacker.unused_data
-                    unpacker = zstandard.ZstdDecompressor().decompressobj()
-                    started = False
-        advance(len(piece))
-    if started:
-        raise Broken(
-            "truncated_file", f"the zstd data ends in the middle at byte {f.tell()}; fetch the file again"
-        )
+def _split_glob(path: Path) -> tuple[Path, str]:
+    """The folder before the first wildcard, and the pattern; an empty pattern when there is no wildcard."""
+    for at, part in enumerate(path.parts):
+        if _GLOB.search(part):
+            return Path(*path.parts[:at]), "/".join(path.parts[at:])
+    return path, ""
