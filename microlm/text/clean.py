@@ -5,76 +5,68 @@
 
 from __future__ import annotations
 
-import functools
-import html
-import re
-import unicodedata
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from functools import partial
+from typing import Annotated, Any, Literal
 
+from pydantic import Field
+
+from microlm.core.recipe import Recipe
 from microlm.core.records import Conversation, Document, Extraction, Message, Preference, Triple
 from microlm.text.read import Record
+from microlm.text.rules import Rule, encoding, filters, language, lines, markup, privacy
+from microlm.text.rules.encoding import normalised as normalised
+from microlm.text.rules.encoding import visible as visible
 
-Rule = Callable[[Document], tuple[Document, str | None]]
 MAX_EXAMPLES = 3
-MAX_BROKEN_SHARE = 0.01  # of characters that no text holds: U+FFFD, C1 controls, private use
-PROBES = 16  # places where repetition is looked for
-PROBE_CHARS = 6
-MIN_REPETITION_CHARS = 80
-MAX_MARKS = 30
+GLIMPSE_CHARS = 200
 
-_BROKEN = re.compile("[\ufffd\x80-\x84\x86-\x9f\ue000-\uf8ff]")
-_ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
-_INVISIBLE = re.compile(
-    "[\x00-\x08\x0b\x0e-\x1f\x7f-\x84\x86-\x9f\u00ad\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\u2066-\u206f\ufeff"
-    "\ufff9-\ufffb\ue000-\uf8ff]"
-    # joiners mean something inside Arabic, Indic and emoji sequences only
-    "|[\u200c\u200d](?![\u0600-\u06ff\u0900-\u0dff\u2600-\u27bf\U0001f000-\U0001faff])"
-)
-_LINE_BREAK = re.compile("\r\n?|[\x0c\x85\u2028\u2029]")
-_UNSEEN = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ue000-\uf8ff]"
-)
-_MARK_RUN = re.compile(r"(?:[^\w\s\x00-\u02ff]|[\uff9e\uff9f]){31,}")  # marks are outside \w, bar two
-_BLOCK = (
-    "address|article|aside|blockquote|body|br|caption|center|dd|div|dl|dt|fieldset|figcaption|figure|footer|"
-    "form|h[1-6]|head|header|hr|html|li|main|nav|ol|p|pre|section|table|tbody|td|tfoot|th|thead|title|tr|ul"
-)
-_INLINE = (
-    "a|abbr|b|big|button|cite|code|del|em|font|i|iframe|img|input|ins|kbd|label|link|meta|noscript|ref|s|"
-    "samp|small|source|span|strike|strong|sub|sup|u|video"
-)
-_BLOCK_TAG = re.compile(rf"</?(?:{_BLOCK})(?:\s[^<>]*)?/?>", re.IGNORECASE)
-_INLINE_TAG = re.compile(rf"</?(?:{_INLINE})(?:\s[^<>]*)?/?>", re.IGNORECASE)
-_XML_TAG = re.compile(r"</?[A-Za-z][\w:.-]*(?:\s[^<>]*)?/?>|<[?!][^<>]*>")
-_DECLARATION = re.compile(r"<(?:!doctype|\?xml)\b[^<>]*>", re.IGNORECASE)
-_ENTITY = re.compile(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,31});")
-_XML_NAME = re.compile(r"&[A-Za-z][\w.-]{0,63};")
-_HIDDEN = (("<!--", "-->"), ("<script", "</script>"), ("<style", "</style>"))
-_SPACES = re.compile("[\u00a0\u1680\u2000-\u200a\u202f\u205f\u3000\t]")
-_RUN = re.compile(r"(?<=\S) {2,}")
-_BLANKS = re.compile(r"\n{3,}")
-_BOILERPLATE = re.compile(
-    r"^[ \t]*(?:"
-    r"\[[^\[\]\n]{1,12}\]:[ \t]*\S.*"  # [1]: https://…, [#]: author: …
-    r"|https?://\S+[ \t]*"
-    r"|(?:via|来源|原文链接?|作者|译者|校对|选题|责任编辑)[ \t]*[:：].{0,80}"
-    r"|本文由.{0,200}(?:编译|翻译|发布|推出|授权).{0,80}"
-    r"|(?:上一[篇页章]|下一[篇页章])(?:[ \t]*[:：|].{0,60})?"
-    r"|.{0,20}(?:扫描二维码|扫码|关注).{0,12}公众号.{0,40}"
-    r"|版权(?:声明|所有)(?![者人权]).{0,120}|copyright[ \t]*(?:©|\(c\)|\d).{0,80}"
-    r"|.{0,6}(?:本站|本文|文章|图片|内容|素材).{0,12}(?:来自|来源于?|转载自)(?:互联网|网络).{0,40}"
-    r"|(?:(?:点赞|收藏|评论|分享到?[:：]?|举报|打赏|转发|登录|注册|首页|返回顶部|阅读原文)[ \t|]*){1,12}"
-    r"|(?:转载请注明出处|点击查看更多|阅读全文|相关阅读).{0,20}"
-    r")$",
-    re.MULTILINE | re.IGNORECASE,
-)
-_BOILERPLATE_HINT = re.compile(
-    r"http|\]:|[:：|]|版权|copyright|公众号|互联网|网络|点赞|转载|原文|注册|首页|顶部|[上下]一|本文由",
-    re.IGNORECASE,
-)
+
+class CleanRecipe(Recipe):
+    """What cleaning edits and drops, besides what no text should hold."""
+
+    min_chars: int = Field(
+        12, ge=0, description="shorter documents are dropped, in characters after cleaning"
+    )
+    max_chars: int = Field(1_000_000, ge=1, description="longest document, in characters before cleaning")
+    too_long: Literal["drop", "cut"] = Field(
+        "drop", description="what becomes of longer documents; cut keeps their beginning, to a sentence's end"
+    )
+    max_line_chars: int = Field(
+        20_000, ge=100, description="longer lines are broken where a sentence ends, in characters"
+    )
+    max_word_chars: int = Field(
+        2_000, ge=100, description="longer runs of ASCII without a space are removed, in characters"
+    )
+    replace: dict[Annotated[str, Field(min_length=1)], str] = Field(
+        {}, description="literal replacements: {from: to}"
+    )
+    languages: list[Annotated[str, Field(pattern="^[a-z]{2,3}$")]] = Field(
+        [],
+        description="ISO 639-1 codes of the languages kept, for example [zh, en]; all if empty",
+    )
+    simplify: bool = Field(False, description="traditional Chinese characters become simplified")
+    mask_pii: bool = Field(
+        False,
+        description="placeholders for numbers of identity, phone, card and account, e-mail and IP addresses",
+    )
+    drop_ads: bool = Field(True, description="drop documents that are little but advertising")
+    max_repeated: float = Field(
+        0.85,
+        gt=0,
+        le=1,
+        description="largest share of a document in runs of 10 words that stood there before",
+    )
+    max_top_run: float = Field(
+        0.6, gt=0, le=1, description="largest share of a document in its most frequent run of 4 words"
+    )
+    min_letters: float = Field(0.3, ge=0, lt=1, description="smallest share of letters in what is seen")
+    max_symbols: float = Field(0.1, gt=0, description="most # and … for each word")
+    max_bullets: float = Field(
+        0.95, gt=0, le=1, description="largest share of lines that begin with a bullet"
+    )
+    max_ellipses: float = Field(0.5, gt=0, le=1, description="largest share of lines that break off with …")
 
 
 @dataclass
@@ -91,19 +83,69 @@ class Effects:
         if len(shown) < MAX_EXAMPLES:
             shown.append(f"{before.source}: {_difference(before.text, after.text)}")
 
+    def add(self, other: Effects) -> None:
+        """Put the effects on another part of the corpus, which comes behind this one, to these."""
+        self.changed += other.changed
+        for rule, examples in other.examples.items():
+            self.examples[rule] = (self.examples.get(rule, []) + examples)[:MAX_EXAMPLES]
 
-def rules(min_chars: int, max_chars: int) -> dict[str, Rule]:
-    """The rules by name, in the order in which they run; lengths in characters."""
+    def to_json(self) -> dict[str, Any]:
+        """The effects as plain values, the most frequent rule first."""
+        return {
+            rule: {"documents": count, "examples": self.examples.get(rule, [])}
+            for rule, count in self.changed.most_common()
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Effects:
+        """What `to_json` gave."""
+        counts = Counter({rule: found["documents"] for rule, found in data.items()})
+        return cls(counts, {rule: list(found["examples"]) for rule, found in data.items()})
+
+
+def rules(recipe: CleanRecipe) -> dict[str, Rule]:
+    """The rules by name, in the order in which they run."""
+    long = filters.drop_long if recipe.too_long == "drop" else filters.cut_long
     return {
-        "too_long": functools.partial(drop_long, max_chars=max_chars),
-        "broken_encoding": drop_broken,
-        "control_characters": remove_control,
-        "html": html_to_text,
-        "boilerplate_lines": remove_boilerplate,
-        "whitespace": normalise_whitespace,
-        "unicode_nfc": normalise_unicode,
-        "too_short": functools.partial(drop_short, min_chars=min_chars),
-        "repetition": drop_repetition,
+        "too_long": partial(long, max_chars=recipe.max_chars),
+        "mojibake": encoding.repair_mojibake,
+        "broken_encoding": encoding.drop_broken,
+        "control_characters": encoding.remove_control,
+        "front_matter": markup.remove_front_matter,
+        "html": markup.html_to_text,
+        "encoded_data": partial(lines.remove_data, max_chars=recipe.max_word_chars),
+        "fullwidth_ascii": encoding.fold_fullwidth,
+        "link_lines": lines.remove_links,
+        "boilerplate_lines": lines.remove_boilerplate,
+        "whitespace": lines.normalise_whitespace,
+        "unicode_nfc": encoding.normalise_unicode,
+        "spaced_out": lines.join_spaced,
+        **({"simplified": language.simplify} if recipe.simplify else {}),
+        **(_replacements(recipe.replace) if recipe.replace else {}),
+        **(privacy.rules() if recipe.mask_pii else {}),
+        "long_lines": partial(lines.break_lines, max_chars=recipe.max_line_chars),
+        **_filters(recipe),
+    }
+
+
+def _replacements(pairs: dict[str, str]) -> dict[str, Rule]:
+    return {"replacements": partial(lines.put_in_place, pattern=lines.any_of(pairs), pairs=pairs)}
+
+
+def _filters(recipe: CleanRecipe) -> dict[str, Rule]:
+    """The rules that look at the edited text as a whole."""
+    kept = frozenset(recipe.languages)
+    shares = {
+        name: getattr(recipe, name) for name in ("min_letters", "max_symbols", "max_bullets", "max_ellipses")
+    }
+    return {
+        "too_short": partial(filters.drop_short, min_chars=recipe.min_chars),
+        **({"ad_spam": filters.drop_ads} if recipe.drop_ads else {}),
+        "repetition": partial(
+            filters.drop_repetition, max_repeated=recipe.max_repeated, max_top=recipe.max_top_run
+        ),
+        "symbols": partial(filters.drop_symbols, **shares),
+        **({"language": partial(language.drop_language, languages=kept)} if kept else {}),
     }
 
 
@@ -117,121 +159,6 @@ def clean(document: Document, steps: dict[str, Rule], effects: Effects) -> tuple
             effects.note(name, document, after)
             document = after
     return document, None
-
-
-def drop_long(document: Document, max_chars: int) -> tuple[Document, str | None]:
-    """Drop a text over the limit (before any rule has to walk it)."""
-    return document, "too_long" if len(document.text) > max_chars else None
-
-
-def drop_short(document: Document, min_chars: int) -> tuple[Document, str | None]:
-    """Drop a text with fewer characters than `min_chars`."""
-    return document, "too_short" if len(document.text) < min_chars else None
-
-
-def drop_broken(document: Document) -> tuple[Document, str | None]:
-    """Drop a text of the wrong encoding: rich in U+FFFD, C1 controls or private-use characters."""
-    text = document.text
-    broken = len(_BROKEN.findall(text)) if _BROKEN.search(text) else 0
-    if broken > 3 and broken > MAX_BROKEN_SHARE * len(text):
-        return document, "broken_encoding"
-    return document, None
-
-
-def remove_control(document: Document) -> tuple[Document, str | None]:
-    """Remove control, zero-width and private-use characters and terminal colours; line ends become \\n."""
-    return _edited(document, visible(document.text)), None
-
-
-def visible(text: str) -> str:
-    """The text without control and invisible characters."""
-    if not _UNSEEN.search(text):
-        return text
-    return _INVISIBLE.sub("", _LINE_BREAK.sub("\n", _ANSI.sub("", text)))
-
-
-def html_to_text(document: Document) -> tuple[Document, str | None]:
-    """Tags and entities to text: block tags end a line, scripts and comments go, `<T>` of code stays."""
-    text = document.text
-    if "<" not in text and "&" not in text:
-        return document, None
-    is_xml = text.lstrip()[:5] == "<?xml"
-    for start, end in _HIDDEN:
-        text = _cut(text, start, end)
-    text = _INLINE_TAG.sub("", _BLOCK_TAG.sub("\n", _DECLARATION.sub("", text)))
-    if is_xml:
-        text = _XML_NAME.sub(_known_entity, _XML_TAG.sub("", text))
-    return _edited(document, _ENTITY.sub(lambda m: html.unescape(m[0]), text)), None
-
-
-def _known_entity(match: re.Match[str]) -> str:
-    plain = html.unescape(match[0])
-    return "" if plain == match[0] else plain
-
-
-def _cut(text: str, start: str, end: str) -> str:
-    """Without everything from `start` to `end`, in linear time; an opening that never ends stays."""
-    if start not in text:
-        return text
-    kept = []
-    at = 0
-    while (found := text.find(start, at)) >= 0 and (close := text.find(end, found)) >= 0:
-        kept.append(text[at:found])
-        at = close + len(end)
-    return "".join(kept) + text[at:]
-
-
-def remove_boilerplate(document: Document) -> tuple[Document, str | None]:
-    """Remove lines of links, navigation, copyright and sharing."""
-    text = document.text
-    if not _BOILERPLATE_HINT.search(text):
-        return document, None
-    return _edited(document, _BOILERPLATE.sub("", text)), None
-
-
-def normalise_whitespace(document: Document) -> tuple[Document, str | None]:
-    """One kind of space, no trailing ones, single ones inside a line, at most one blank line."""
-    text = _RUN.sub(" ", _SPACES.sub(" ", document.text))
-    lines = (line.rstrip() for line in text.split("\n"))
-    return _edited(document, _BLANKS.sub("\n\n", "\n".join(lines)).strip()), None
-
-
-def normalise_unicode(document: Document) -> tuple[Document, str | None]:
-    """NFC: one way to write each character."""
-    return _edited(document, normalised("NFC", document.text)), None
-
-
-def normalised(form: Literal["NFC", "NFKC"], text: str) -> str:
-    """A Unicode normal form in linear time: of the marks stacked on a character the first 30 are kept.
-
-    `unicodedata.normalize` sorts marks in quadratic time; 30 is the limit of UAX #15 (Stream-Safe Text).
-    """
-    return unicodedata.normalize(form, _MARK_RUN.sub(_first_marks, text) if _MARK_RUN.search(text) else text)
-
-
-def _first_marks(run: re.Match[str]) -> str:
-    kept = []
-    stacked = 0
-    for char in run[0]:
-        stacked = stacked + 1 if unicodedata.combining(char) or char in "\uff9e\uff9f" else 0
-        if stacked <= MAX_MARKS:
-            kept.append(char)
-    return "".join(kept)
-
-
-def drop_repetition(document: Document) -> tuple[Document, str | None]:
-    """Drop a text that says the same thing again and again: 12 of 16 probes of 6 characters recur throughout.
-
-    A probe recurs when it stands there 3 times, and once per 150 characters. Of 12,000 clean Chinese
-    documents these numbers dropped none.
-    """
-    text = document.text
-    if len(text) < MIN_REPETITION_CHARS:
-        return document, None
-    often = max(3, len(text) // 150)
-    step = (len(text) - PROBE_CHARS) // (PROBES - 1)
-    probes = (text[i * step : i * step + PROBE_CHARS] for i in range(PROBES))
-    return document, "repetition" if sum(text.count(p) >= often for p in probes) >= 12 else None
 
 
 def tidy(record: Record) -> Record:
@@ -260,13 +187,21 @@ def _plain(text: str) -> str:
     return normalised("NFC", visible(text))
 
 
-def _edited(document: Document, text: str) -> Document:
-    return document if text == document.text else replace(document, text=text)
+def glimpse(document: Document) -> str:
+    """Where the document comes from and how it begins, without what is a person's."""
+    return f"{document.source}: {privacy.masked(document.text[:GLIMPSE_CHARS])[:60]!r}"
 
 
 def _difference(before: str, after: str) -> str:
-    """The first place where two texts part, 40 characters of each."""
+    """The first place where two texts part, 40 characters of each, without what is a person's."""
+    old, new = privacy.masked(before), privacy.masked(after)
+    if old == new:
+        start = max(_parting(before, after) - 8, 0)
+        return repr(new[start : start + 40])
+    start = max(_parting(old, new) - 8, 0)
+    return f"{old[start : start + 40]!r} became {new[start : start + 40]!r}"
+
+
+def _parting(before: str, after: str) -> int:
     pairs = enumerate(zip(before, after, strict=False))
-    at = next((i for i, (a, b) in pairs if a != b), min(len(before), len(after)))
-    start = max(at - 8, 0)
-    return f"{before[start : start + 40]!r} became {after[start : start + 40]!r}"
+    return next((i for i, (a, b) in pairs if a != b), min(len(before), len(after)))
