@@ -1,4 +1,4 @@
-"""Readers of files: any packing, table or folder gives the records of the plain lines; blocks are the source."""
+"""Readers of files: any packing, table or folder gives the records of the lines; blocks are the source."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_one_bad_shard_is_a_counted_drop(tmp_path: Path) -> None:
     assert tally.dropped == {"unreadable_file": 1}
     with pytest.raises(UserError, match=r"2\.jsonl: holds no records.*; mend it, or set strict: false"):
         list(sources.read(sources.parse(f"jsonl:{tmp_path}"), Tally(), True))
-    with pytest.raises(UserError, match="holds no .jsonl.* file; check the pattern"):
+    with pytest.raises(UserError, match=r"holds no \.jsonl.* file; check the pattern"):
         list(sources.blocks(sources.parse(f"jsonl:{tmp_path}/x*.jsonl")))
 
 

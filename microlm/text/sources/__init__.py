@@ -9,7 +9,7 @@ import hashlib
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +126,8 @@ class Source:
         if self.kind == FACTBOOK:
             return {}
         if self.dataset and not self.dataset.is_local:
-            return {"kind": self.kind, "dataset": str(self.dataset), "revision": hub.pinned(self.dataset)}
+            name = str(replace(self.dataset, revision=""))
+            return {"dataset": name, "revision": hub.pinned(self.dataset)}
         return {"kind": self.kind, "split": self.split} | {name: hash_file(p) for p, name in self._files()}
 
     def _files(self) -> list[files.Named]:
