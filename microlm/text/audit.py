@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from microlm.core.artifact import Artifact
-from microlm.core.records import Document
+from microlm.core.records import Conversation, Document
 from microlm.core.report import Page
 from microlm.text.clean import Effects
 from microlm.text.read import Record
 from microlm.text.sources import Tally
+
+if TYPE_CHECKING:
+    from microlm.text.corpus.refine import Report
 
 SCHEMA = 1
 STEPS = ("read", "clean", "dedup", "decontaminate")
@@ -27,18 +30,14 @@ _LATIN = re.compile("[A-Za-z\u00c0-\u024f]")
 
 
 @dataclass
-class Audit:
-    """Counters filled while records go by; `to_json` is the audit."""
+class Survey:
+    """What lies in the written files; surveys of parts add up."""
 
-    tallies: dict[str, Tally] = field(default_factory=lambda: {step: Tally() for step in STEPS})
-    effects: Effects = field(default_factory=Effects)
     written: dict[str, Counter[str]] = field(default_factory=dict)
     lengths: Counter[int] = field(default_factory=Counter)
     scripts: Counter[str] = field(default_factory=Counter)
     sources: Counter[str] = field(default_factory=Counter)
     licences: Counter[str] = field(default_factory=Counter)
-    leakage: dict[str, int] = field(default_factory=dict)
-    filled: list[str] = field(default_factory=list)
     chars: int = 0
 
     def observe(self, kind: str, split: str, record: Record) -> None:
@@ -53,17 +52,56 @@ class Audit:
             han, latin = len(_HAN.findall(sample)), len(_LATIN.findall(sample))
             self.scripts.update(han=han, latin=latin, other=len(sample) - han - latin)
 
+    def add(self, other: Survey) -> None:
+        """Put the survey of another part to this."""
+        for kind, counts in other.written.items():
+            self.written.setdefault(kind, Counter()).update(counts)
+        self.lengths += other.lengths
+        self.scripts.update(other.scripts)
+        for mine, theirs in ((self.sources, other.sources), (self.licences, other.licences)):
+            for name, count in theirs.items():
+                _count(mine, name, count)
+        self.chars += other.chars
+
+    def total(self) -> int:
+        """The records of all kinds and splits."""
+        return sum(counts.total() for counts in self.written.values())
+
+
+@dataclass
+class Audit:
+    """What each step did, and what was written in the end; `to_json` is the audit."""
+
+    tallies: dict[str, Tally] = field(default_factory=lambda: {step: Tally() for step in STEPS})
+    effects: Effects = field(default_factory=Effects)
+    survey: Survey = field(default_factory=Survey)
+    leakage: dict[str, int] = field(default_factory=dict)
+    held_out: dict[str, int] = field(default_factory=dict)
+    filled: list[str] = field(default_factory=list)
+    cut: int = 0
+    pieces: int = 0
+
+    def take(self, report: Report) -> None:
+        """Enter what the first pass counted."""
+        self.tallies["read"].add(report.read)
+        self.tallies["clean"].add(report.clean)
+        self.effects.add(report.effects)
+
+    def take_taught(self, conversations: Iterable[Conversation]) -> None:
+        """Enter conversations that were made of other records."""
+        for conversation in conversations:
+            self.tallies["read"].keep()
+            self.survey.observe("conversations", "train", conversation)
+
     def check(self) -> None:
         """Our own invariants: every record read is written or dropped with a reason."""
         for tally in self.tallies.values():
             tally.check()
         first = self.tallies["read"]
         dropped = sum(tally.dropped.total() for tally in self.tallies.values())
-        assert first.read == dropped + self.total_written(), "accepted + dropped = read"
-
-    def total_written(self) -> int:
-        """The records of all kinds and splits."""
-        return sum(counts.total() for counts in self.written.values())
+        assert first.read + self.pieces - self.cut == dropped + self.survey.total(), (
+            "accepted + dropped = read"
+        )
 
     def warnings(self) -> list[str]:
         """Sentences about what a person should look at."""
@@ -73,35 +111,35 @@ class Audit:
             if reason.startswith("missing_field")
         ]
         found += [f"{n} training {kind} are also held out" for kind, n in self.leakage.items() if n]
-        if unknown := self.licences["unknown"]:
+        if unknown := self.survey.licences["unknown"]:
             found.append(f"{unknown} records state no licence; add a 'licence' key")
         return found
 
     def to_json(self) -> dict[str, Any]:
         """The audit as plain values, stable for equal corpora."""
+        found = self.survey
         return {
             "schema_version": SCHEMA,
             "steps": {step: _tally_json(tally) for step, tally in self.tallies.items()},
-            "edits": {
-                rule: {"documents": n, "examples": self.effects.examples[rule]}
-                for rule, n in self.effects.changed.most_common()
-            },
-            "written": {kind: dict(counts) for kind, counts in self.written.items()},
-            "document_chars": self.chars,
+            "edits": self.effects.to_json(),
+            "written": {kind: dict(counts) for kind, counts in found.written.items()},
+            "cut": {"documents": self.cut, "pieces": self.pieces},
+            "document_chars": found.chars,
             "length_histogram": [
-                {"below_chars": 1 << b, "documents": self.lengths[b]} for b in sorted(self.lengths)
+                {"below_chars": 1 << b, "documents": found.lengths[b]} for b in sorted(found.lengths)
             ],
-            "scripts": dict(self.scripts),
+            "scripts": dict(found.scripts),
             "leakage": self.leakage,
-            "sources": dict(self.sources.most_common()),
-            "licences": dict(self.licences.most_common()),
+            "held_out": self.held_out,
+            "sources": dict(found.sources.most_common()),
+            "licences": dict(found.licences.most_common()),
             "from_factbook": self.filled,
             "warnings": self.warnings(),
         }
 
 
-def _count(counter: Counter[str], name: str) -> None:
-    counter[name if name in counter or len(counter) < MAX_NAMES else "other"] += 1
+def _count(counter: Counter[str], name: str, count: int = 1) -> None:
+    counter[name if name in counter or len(counter) < MAX_NAMES else "other"] += count
 
 
 def _tally_json(tally: Tally) -> dict[str, Any]:

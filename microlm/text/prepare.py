@@ -6,41 +6,53 @@ questions and chats, each in its splits, and the audit of it all.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any, Literal
 
 from pydantic import Field
 
 from microlm.core.artifact import Workspace, hash_file, stage
 from microlm.core.errors import UserError
-from microlm.core.metrics import Progress
-from microlm.core.recipe import StageRecipe, unkeyed
-from microlm.core.records import Conversation, Document, Extraction, Question, to_json
+from microlm.core.recipe import Recipe, StageRecipe, unkeyed
 from microlm.text import sources
 from microlm.text.audit import Audit, page
-from microlm.text.clean import clean, rules, tidy
-from microlm.text.dedup import DigestSet, digest, record_digest
-from microlm.text.read import Record, read_records
-from microlm.text.sources import Source, factbook
+from microlm.text.clean import CleanRecipe
+from microlm.text.corpus import holdout
+from microlm.text.corpus.engine import Engine
+from microlm.text.corpus.intake import refine_factbook, refine_sources
+from microlm.text.corpus.pool import open_pool
+from microlm.text.corpus.refine import Report, Schema
+from microlm.text.sources import factbook
 from microlm.text.sources.factbook import Factbook, FactbookSizes
-from microlm.text.split import (
-    SPLITS,
-    Kind,
-    Shelves,
-    check_shares,
-    held_out_digests,
-    kind_of,
-    move_one,
-    records_of,
-    rewrite,
-    split_of,
-)
+from microlm.text.split import SPLITS, Kind, check_shares
 from microlm.text.teach import teach_extraction
 
-MAX_CHATS = 200
-Schema = dict[str, dict[str, dict[str, str]]]  # topic → relation → {head_type, tail_type}
+
+class DedupRecipe(Recipe):
+    """What counts as said before."""
+
+    near: float = Field(
+        default=0.8,
+        ge=0,
+        le=1,
+        description="documents at least this alike (Jaccard of 5-grams) are one; 0: off",
+    )
+    line_documents: int = Field(
+        default=50, ge=0, description="a line that so many documents hold is taken out; 0: none is"
+    )
+    memory_mb: int = unkeyed(256, ge=16, description="memory for the search of near duplicates")
+
+
+class DecontaminateRecipe(Recipe):
+    """What training must not have seen: the held-out splits, and these files."""
+
+    benchmarks: list[str] = unkeyed([], description="JSONL files with texts, questions or choices of tests")
+    overlap: float = Field(
+        default=0.5,
+        gt=0,
+        le=1,
+        description="share of a held-out text's 13-grams that makes a document drop out",
+    )
 
 
 class PrepareRecipe(StageRecipe):
@@ -48,16 +60,20 @@ class PrepareRecipe(StageRecipe):
 
     source: str | list[str] = unkeyed(
         "factbook",
-        description="factbook, jsonl:PATH, text:PATH|FOLDER, hf:NAME[:split], ms:NAME[:split], or a list",
+        description="factbook, jsonl:PATH, parquet:, csv:, text:, markdown:, hf:NAME[:split], ms:, or a list",
     )
     entities: str | None = unkeyed(None, description="entity file that replaces the factbook's own tables")
     strict: bool = Field(
         False, description="stop at the first faulty record instead of dropping and counting it"
     )
-    min_chars: int = Field(
-        12, ge=0, description="shorter documents are dropped, in characters after cleaning"
+    clean: CleanRecipe = Field(CleanRecipe(), description="what is edited, what is dropped")
+    dedup: DedupRecipe = Field(DedupRecipe(), description="exact and near duplicates, repeated lines")
+    decontaminate: DecontaminateRecipe = Field(
+        DecontaminateRecipe(), description="held-out texts inside training documents"
     )
-    max_chars: int = Field(1_000_000, ge=1, description="longer documents are dropped, in characters")
+    cut_chars: int = Field(
+        0, ge=0, description="longer documents are cut at ends of sentences, in characters; 0: not cut"
+    )
     validation_share: float = Field(
         0.02, ge=0, lt=1, description="share of documents and conversations for validation"
     )
@@ -71,204 +87,93 @@ class PrepareRecipe(StageRecipe):
         FactbookSizes.model_validate({}), description="how many records the factbook composes"
     )
 
+    def shares(self) -> dict[Kind, tuple[float, float]]:
+        """kind → (validation, test)."""
+        return {
+            "documents": (self.validation_share, self.test_share),
+            "conversations": (self.validation_share, 0.0),
+            "extraction": (0.0, self.test_share),
+            "preferences": (0.0, 0.0),
+        }
+
+    def words(self) -> list[str]:
+        """The sources, at least one."""
+        words = [self.source] if isinstance(self.source, str) else self.source
+        if not words:
+            raise UserError("data.source: is an empty list; name at least one source")
+        return words
+
 
 def fingerprint(recipe: PrepareRecipe) -> dict[str, Any]:
     """The bytes that the result depends on: every file of the user, and the factbook's tables if used."""
-    words = [sources.parse(word) for word in _words(recipe)]
-    found: dict[str, Any] = {"sources": [[w.kind, w.split, w.fingerprint()] for w in words]}
+    words = [sources.parse(word) for word in recipe.words()]
+    found: dict[str, Any] = {
+        "sources": sorted([w.kind, w.split, w.fingerprint()] for w in words),
+        "benchmarks": sorted(hash_file(holdout.require(name)) for name in recipe.decontaminate.benchmarks),
+    }
     if recipe.entities:
-        found["entities"] = hash_file(_entity_file(recipe.entities))
-    if recipe.fill == "factbook" or sources.FACTBOOK in _words(recipe):
+        found["entities"] = hash_file(holdout.require(recipe.entities, "data.entities"))
+    if recipe.fill == "factbook" or sources.FACTBOOK in recipe.words():
         found["tables"] = [[p.name, hash_file(p)] for p in factbook.table_files()]
     return found
 
 
-@stage("data", "data", version=1, fingerprint=fingerprint)
+@stage("data", "data", version=2, fingerprint=fingerprint)
 def run(recipe: PrepareRecipe, work: Workspace) -> None:
-    """Read → clean → dedup → split → write (the user's sources, then what the factbook fills in) → audit."""
+    """Refine the user's sources and what the factbook fills in → duplicates → held-out → files → audit."""
     check_shares(recipe.validation_share, recipe.test_share)
     audit = Audit()
-    with Shelves(work.path) as shelves:
-        intake = Intake(recipe, audit, shelves)
-        schema: Schema = {}
-        intake.take(note_schema(read_sources(recipe, audit), schema))
-        kinds = kinds_to_fill(recipe, shelves)
+    with open_pool(recipe.parallel.processes) as pool:
+        engine = Engine(work.resume, pool, audit)
+        report = refine_sources(engine, recipe.words(), recipe.clean, recipe.strict)
+        kinds = kinds_to_fill(recipe, report)
         book = factbook.generate(recipe.seed, recipe.entities, recipe.factbook) if kinds else None
-        own = frozenset() if sources.FACTBOOK in _words(recipe) else frozenset(intake.tasks)
+        own = frozenset() if sources.FACTBOOK in recipe.words() else frozenset(report.tasks)
         if book:
-            parts = read_factbook(book, kinds, own, audit)
-            intake.take(parts, test_share=0)  # its test records come composed
-    require_documents(audit, shelves)
-    ensure_held_out(work.path, recipe)
-    write_held_out(work, book, kinds, own, audit)
-    complete_extraction(work, merged(schema, book.schema if book and "extraction" in kinds else {}))
-    for _ in range(teach_extraction(work.path)):
-        audit.tallies["read"].keep()
-    decontaminate(work.path, audit, intake.seen)
-    survey(work.path, audit)
+            report.add(refine_factbook(engine, book, kinds, own))
+        require_records(audit, report)
+        engine.drop_exact()
+        engine.drop_shared_lines(recipe.dedup.line_documents, recipe.clean.min_chars)
+        engine.drop_near(recipe.dedup.near, recipe.dedup.memory_mb)
+        engine.count_kept()
+        plan = engine.plan(recipe.shares(), recipe.decontaminate.overlap, recipe.cut_chars)
+        benchmarks = list(holdout.benchmark_texts(recipe.decontaminate.benchmarks))
+        engine.note_held_out(plan, benchmarks, said_held_out(book, kinds, own))
+        engine.assemble(plan, work.path)
+        audit.leakage = holdout.leakage(work.path, lambda held_out: engine.leaks(plan, held_out))
+    holdout.ensure(work.path, recipe.validation_share, recipe.test_share)
+    holdout.write(work, book, kinds, own, audit)
+    schema = book.schema if book and "extraction" in kinds else {}
+    holdout.complete_extraction(work, merged(report.schema, schema))
+    audit.take_taught(teach_extraction(work.path))
     write_audit(work, audit, kinds if book else [])
 
 
-class Intake:
-    """The walk of a record from its source to its file: cleaned, unique, split."""
-
-    def __init__(self, recipe: PrepareRecipe, audit: Audit, shelves: Shelves) -> None:
-        self.seen: dict[Kind, DigestSet] = {kind: DigestSet() for kind in SPLITS}
-        self.tasks: set[str] = set()  # what the records taken so far teach
-        self._recipe, self._audit, self._shelves = recipe, audit, shelves
-
-    def take(self, records: Iterable[Record], test_share: float | None = None) -> None:
-        """Write what is kept of `records`; `test_share` of the extraction (the recipe's) is held out."""
-        recipe = self._recipe
-        shares: dict[Kind, tuple[float, float]] = {
-            "documents": (recipe.validation_share, recipe.test_share),
-            "conversations": (recipe.validation_share, 0.0),
-            "extraction": (0.0, recipe.test_share if test_share is None else test_share),
-            "preferences": (0.0, 0.0),
-        }
-        for record, key in self._unique(self._cleaned(records)):
-            if isinstance(record, Conversation | Extraction):
-                self.tasks.add(record.task if isinstance(record, Conversation) else "extraction")
-            self._shelves.put(record, split_of(key, *shares[kind_of(record)]))
-
-    def _cleaned(self, records: Iterable[Record]) -> Iterator[Record]:
-        steps = rules(self._recipe.min_chars, self._recipe.max_chars)
-        tally = self._audit.tallies["clean"]
-        for record in records:
-            if not isinstance(record, Document):
-                tally.keep()
-                yield tidy(record)
-                continue
-            document, reason = clean(record, steps, self._audit.effects)
-            if reason:
-                tally.drop(reason, f"{document.source}: {document.text[:60]!r}")
-                continue
-            tally.keep()
-            yield document
-
-    def _unique(self, records: Iterable[Record]) -> Iterator[tuple[Record, bytes]]:
-        tally = self._audit.tallies["dedup"]
-        for record in records:
-            kind, key = kind_of(record), record_digest(record)
-            if self.seen[kind].add(key):
-                tally.keep()
-                yield record, key
-            else:
-                tally.drop(f"duplicate_{kind}", record.source)
-
-
-def _words(recipe: PrepareRecipe) -> list[str]:
-    words = [recipe.source] if isinstance(recipe.source, str) else recipe.source
-    if not words:
-        raise UserError("data.source: is an empty list; name at least one source")
-    return words
-
-
-def _entity_file(name: str) -> Path:
-    path = Path(name)
-    if not path.is_file():
-        raise UserError(f"data.entities: {name}: no such file; check the path")
-    return path
-
-
-def read_sources(recipe: PrepareRecipe, audit: Audit) -> Iterator[Record]:
-    """The records of the user's sources, in the order of the recipe, with progress on the way."""
-    users = [s for s in map(sources.parse, _words(recipe)) if s.kind != sources.FACTBOOK]
-    for source in users:
-        yield from _read_source(source, recipe, audit)
-
-
-def _read_source(source: Source, recipe: PrepareRecipe, audit: Audit) -> Iterator[Record]:
-    tally = audit.tallies["read"]
-    with Progress(f"data {source.word}", source.size_bytes(), "bytes") as bar:
-
-        def advance(count: int) -> None:
-            bar.update(count, kept=str(tally.kept), dropped=str(tally.dropped.total()))
-
-        yield from sources.read(source, tally, recipe.strict, advance)
-
-
-def kinds_to_fill(recipe: PrepareRecipe, shelves: Shelves) -> list[Kind]:
+def kinds_to_fill(recipe: PrepareRecipe, report: Report) -> list[Kind]:
     """The kinds of records that come from the factbook: all if it is a source, else the missing ones."""
-    if sources.FACTBOOK in _words(recipe):
+    if sources.FACTBOOK in recipe.words():
         return list(SPLITS)
-    missing: list[Kind] = [k for k in SPLITS if k == "conversations" or not shelves.counts[k]]
+    missing: list[Kind] = [k for k in SPLITS if k == "conversations" or not report.kinds[k]]
     return missing if recipe.fill == "factbook" else []
 
 
-def read_factbook(book: Factbook, kinds: list[Kind], own: frozenset[str], audit: Audit) -> Iterator[Record]:
-    """The factbook's training records of the given kinds, less the tasks that the user's records teach."""
-    parts: dict[Kind, Iterable[Record]] = {
-        "documents": book.documents,
-        "conversations": [c for c in book.conversations if c.task not in own],
-        "extraction": book.extraction_train,
-        "preferences": book.preferences,
-    }
-    with Progress("data factbook", sum(len(list(parts[kind])) for kind in kinds), "records") as bar:
-        for kind in kinds:
-            for record in parts[kind]:
-                audit.tallies["read"].keep()
-                bar.update(1)
-                yield record
-
-
-def require_documents(audit: Audit, shelves: Shelves) -> None:
+def require_records(audit: Audit, report: Report) -> None:
     """An error when cleaning left nothing at all."""
-    if not shelves.counts.total():
+    if not report.kinds.total():
         reasons = audit.tallies["clean"].dropped.most_common(3)
         why = ", ".join(f"{reason} {count}" for reason, count in reasons) or "no reason was counted"
         raise UserError(
             f"data.source: nothing is left of {audit.tallies['read'].read} records after cleaning"
-            f" ({why}); relax min_chars and max_chars, or choose another source"
+            f" ({why}); relax data.clean, or choose another source"
         )
 
 
-def ensure_held_out(root: Path, recipe: PrepareRecipe) -> None:
-    """A small corpus can miss a split by chance: give it one record."""
-    if recipe.validation_share:
-        move_one(root, "documents", "validation")
-        move_one(root, "conversations", "validation")
-    if recipe.test_share:
-        move_one(root, "documents", "test")
-
-
-def write_held_out(
-    work: Workspace, book: Factbook | None, kinds: list[Kind], own: frozenset[str], audit: Audit
-) -> None:
-    """Questions and test extraction of the factbook; prompts for the stop check."""
-    asks = "conversations" in kinds and "question" not in own
-    questions = (book.questions_train, book.questions_test) if book and asks else ([], [])
-    for split, items in zip(("train", "test"), questions, strict=True):
-        work.write_jsonl(f"questions/{split}.jsonl", [to_json(q) for q in items])
+def said_held_out(book: Factbook | None, kinds: list[Kind], own: frozenset[str]) -> Iterator[str]:
+    """The composed questions and texts that no training record may repeat word for word."""
     if book and "extraction" in kinds:
-        test = [*records_of(work.path, "extraction", "test"), *map(tidy, book.extraction_test)]
-        work.write_jsonl("extraction/test.jsonl", [to_json(e) for e in test])
-        for _ in book.extraction_test:
-            audit.tallies["read"].keep()
-    chats = (
-        book.chats if book and "conversations" in kinds and "chat" not in own else list(_prompts(work.path))
-    )
-    work.write_jsonl("chats/test.jsonl", [{"messages": [to_json(m) for m in chat]} for chat in chats])
-
-
-def _prompts(root: Path) -> Iterator[tuple[Any, ...]]:
-    """The beginnings of held-out conversations, up to the last question."""
-    for number, conversation in enumerate(records_of(root, "conversations", "validation")):
-        if number >= MAX_CHATS:
-            return
-        asked = [i for i, m in enumerate(conversation.messages) if m.role == "user"]
-        if asked:
-            yield conversation.messages[: asked[-1] + 1]
-
-
-def note_schema(records: Iterable[Record], schema: Schema) -> Iterator[Record]:
-    """The same records; the relations of extraction records are entered into `schema` as they go by."""
-    for record in records:
-        if isinstance(record, Extraction):
-            for t in record.relation:
-                types = {"head_type": t.head_type, "tail_type": t.tail_type}
-                schema.setdefault(record.cate, {}).setdefault(t.relation, types)
-        yield record
+        yield from (record.text for record in book.extraction_test)
+    if book and "conversations" in kinds and "question" not in own:
+        yield from (question.question for question in book.questions_test)
 
 
 def merged(one: Schema, other: Schema) -> Schema:
@@ -276,66 +181,14 @@ def merged(one: Schema, other: Schema) -> Schema:
     return {topic: other.get(topic, {}) | one.get(topic, {}) for topic in (other | one)}
 
 
-def complete_extraction(work: Workspace, schema: Schema) -> None:
-    """Write schema.json; records that do not say what may be asked get the relations of their topic."""
-    work.write_json("schema.json", schema)
-
-    def complete(record: Extraction) -> Extraction:
-        return record if record.allowed else replace(record, allowed=tuple(schema.get(record.cate, {})))
-
-    for split in SPLITS["extraction"]:
-        if any(not record.allowed for record in records_of(work.path, "extraction", split)):
-            rewrite(work.path, "extraction", split, complete)
-
-
-def decontaminate(root: Path, audit: Audit, seen: Mapping[Kind, DigestSet]) -> None:
-    """Take training records out that say what a held-out extraction text or question says."""
-    texts = [digest(e.text) for e in records_of(root, "extraction", "test")]
-    asked = [digest(q.question) for q in read_records(root / "questions/test.jsonl", Question)]
-    held_out = DigestSet()
-    for key in (*texts, *asked):
-        held_out.add(key)
-    tally = audit.tallies["decontaminate"]
-
-    def keep(record: Record) -> Record | None:
-        said = (
-            [digest(m.content) for m in record.messages]
-            if isinstance(record, Conversation)
-            else [record_digest(record)]
-        )
-        if any(key in held_out for key in said):
-            tally.drop(f"held_out_{kind_of(record)}", record.source)
-            return None
-        tally.keep()
-        return record
-
-    if len(held_out):
-        rewrite(root, "conversations", "train", keep)
-    for kind in ("documents", "extraction"):
-        if any(key in seen[kind] for key in texts):  # most corpora are spared this walk
-            rewrite(root, kind, "train", keep)
-
-
-def survey(root: Path, audit: Audit) -> None:
-    """Count what lies in the files, and training records whose digest is held out: tested, not trusted."""
-    for kind, splits in SPLITS.items():
-        held_out = held_out_digests(root, kind)
-        leaked = 0
-        for split in splits:
-            for record in records_of(root, kind, split):
-                audit.observe(kind, split, record)
-                leaked += split == "train" and record_digest(record) in held_out
-        audit.leakage[kind] = leaked
-
-
 def write_audit(work: Workspace, audit: Audit, filled: list[Kind]) -> None:
     """The audit as JSON and as a page; a leak is an error of ours."""
     audit.filled = list(filled)
     audit.check()
     found = audit.to_json()
-    work.licences.update(audit.licences)
+    work.licences.update(audit.survey.licences)
     work.metrics.update(
-        read=audit.tallies["read"].read, written=audit.total_written(), leakage=sum(audit.leakage.values())
+        read=audit.tallies["read"].read, written=audit.survey.total(), leakage=sum(audit.leakage.values())
     )
     work.write_json("logs/audit.json", found)
     work.write_text("logs/audit.html", page(found))

@@ -96,7 +96,7 @@ def _has_surrogate(value: Any) -> bool:
 
 def read_records(path: str | Path, kind: type[T]) -> Iterator[T]:
     """The records of a JSONL file that a stage wrote; any fault is a UserError `file:line: …`."""
-    build: Callable[[Any], T] = _builder(kind)  # type: ignore[arg-type]
+    build: Callable[[Any], T] = builder(kind)  # type: ignore[arg-type]
     try:
         with Path(path).open("rb") as f:
             for number, line in enumerate(f, 1):
@@ -111,26 +111,26 @@ def read_records(path: str | Path, kind: type[T]) -> Iterator[T]:
 
 
 @cache
-def _builder(kind: Any) -> Callable[[Any], Any]:
+def builder(kind: Any) -> Callable[[Any], Any]:
     """A strict function from a JSON value to `kind`: a frozen record, tuple, Literal, or plain type."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind):
-        return _record_builder(kind)
+        return _recordbuilder(kind)
     if origin is tuple:
-        item = _builder(args[0])
+        item = builder(args[0])
         return lambda value: tuple(item(v) for v in _require(value, list))
     if origin is Literal:
         return lambda value: _choice(value, args)
     if origin in (typing.Union, types.UnionType):
-        inner = _builder(next(a for a in args if a is not type(None)))
+        inner = builder(next(a for a in args if a is not type(None)))
         return lambda value: None if value is None else inner(value)
     plain = origin or kind
     return lambda value: _require(value, plain)
 
 
-def _record_builder(kind: Any) -> Callable[[Any], Any]:
+def _recordbuilder(kind: Any) -> Callable[[Any], Any]:
     hints = typing.get_type_hints(kind)
-    builders = {f.name: _builder(hints[f.name]) for f in dataclasses.fields(kind)}
+    builders = {f.name: builder(hints[f.name]) for f in dataclasses.fields(kind)}
     missing = dataclasses.MISSING
     needed = [
         f.name for f in dataclasses.fields(kind) if f.default is missing and f.default_factory is missing

@@ -33,6 +33,7 @@ SPLITS: Mapping[Kind, tuple[Split, ...]] = {
     "extraction": ("train", "test"),
     "preferences": ("train",),
 }
+KINDS: tuple[Kind, ...] = tuple(TYPES)
 _SCALE = 1 << 32
 
 

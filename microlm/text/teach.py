@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 from microlm.core.records import Conversation, Message, to_json
@@ -11,12 +12,11 @@ from microlm.text.sources import factbook
 from microlm.text.split import records_of
 
 
-def teach_extraction(root: Path) -> int:
-    """Append the user's training extraction as conversations, so that it is taught; returns how many.
+def teach_extraction(root: Path) -> Iterator[Conversation]:
+    """Append the user's training extraction as conversations, so that it is taught; yields each.
 
     The factbook's own records are left out: its conversations hold them already.
     """
-    taught = 0
     with (root / "conversations/train.jsonl").open("a", encoding="utf-8", newline="\n") as out:
         for record in records_of(root, "extraction", "train"):
             if record.source == factbook.SOURCE:
@@ -25,5 +25,4 @@ def teach_extraction(root: Path) -> int:
             reply = Message("assistant", extraction.answer(record.relation, record.allowed))
             chat = Conversation((asked, reply), "extraction", record.source, record.licence)
             out.write(json.dumps(to_json(chat), ensure_ascii=False, separators=(",", ":")) + "\n")
-            taught += 1
-    return taught
+            yield chat

@@ -1,0 +1,153 @@
+"""Last pass, one range of digests a time: what was kept → lines of the files of its kind and split.
+
+The order of the output is that of the digests, whatever the order of the input and the number of workers.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from microlm.core import storage
+from microlm.core.records import Conversation, Document
+from microlm.text.audit import Survey
+from microlm.text.corpus import contaminate
+from microlm.text.corpus.cut import cut
+from microlm.text.corpus.refine import document
+from microlm.text.corpus.store import KEPT, Reader, Store, join_digest
+from microlm.text.dedup import digest
+from microlm.text.read import builder, parse_json
+from microlm.text.sources import Tally
+from microlm.text.split import KINDS, SPLITS, TYPES, Kind, Split, line_of, split_of
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the pass needs to know, the same for every range."""
+
+    blocks: Path
+    parts: Path
+    count: int
+    pieces: int
+    shares: dict[Kind, tuple[float, float]]
+    """kind → (validation, test); what the factbook composed is only trained on."""
+    overlap: float
+    cut_chars: int
+
+
+@dataclass
+class Outcome:
+    """What a range came to."""
+
+    contaminated: Tally = field(default_factory=Tally)
+    survey: Survey = field(default_factory=Survey)
+    cut: int = 0
+
+
+def assemble(task: tuple[Plan, int]) -> Outcome:
+    """Write the parts of one range of digests."""
+    plan, piece = task
+    store, outcome = Store(plan.blocks, plan.count), Outcome()
+    blocks, rows, entries = store.slice(piece, plan.pieces)
+    states = [store.state(n) for n in range(plan.count)]
+    kept = np.array([states[b][r] == KEPT for b, r in zip(blocks, rows, strict=True)], dtype=bool)
+    blocks, entries = blocks[kept], entries[kept]
+    order = np.lexsort((entries["lo"], entries["hi"], entries["kind"]))
+    with ExitStack() as stack, storage.explain_write(plan.parts):
+        reader = stack.enter_context(Reader(plan.blocks))
+        files: dict[tuple[Kind, Split], Any] = {}
+        for at in order:
+            kind, entry = KINDS[entries["kind"][at]], entries[at]
+            split = split_for(plan, kind, entry)
+            stored = reader.both(int(blocks[at]), entry)
+            key = join_digest(entry["hi"], entry["lo"])
+            for line, record in _lines(plan, outcome, (kind, split), key, stored):
+                if (kind, split) not in files:
+                    files[kind, split] = stack.enter_context(part(plan.parts, piece, kind, split).open("wb"))
+                files[kind, split].write(line.encode("utf-8"))
+                outcome.survey.observe(kind, split, record)
+    return outcome
+
+
+def split_for(plan: Plan, kind: Kind, entry: Any) -> Split:
+    """The split of a record, from its digest."""
+    if entry["composed"] and kind == "extraction":
+        return "train"
+    return split_of(join_digest(entry["hi"], entry["lo"]), *plan.shares[kind])
+
+
+def part(folder: Path, piece: int, kind: Kind, split: Split) -> Path:
+    """Where a range's records of a kind and split lie until they are joined."""
+    return folder / f"{kind}-{split}-{piece:05d}.jsonl"
+
+
+def join(plan: Plan, root: Path) -> None:
+    """The parts of all ranges, one behind the other, as `root/kind/split.jsonl`."""
+    for kind, splits in SPLITS.items():
+        for split in splits:
+            target = root / kind / f"{split}.jsonl"
+            with storage.explain_write(target):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with target.open("wb") as out:
+                    for piece in range(plan.pieces):
+                        path = part(plan.parts, piece, kind, split)
+                        if path.exists():
+                            with path.open("rb") as made:
+                                shutil.copyfileobj(made, out, 1 << 20)
+                            path.unlink()
+
+
+def _lines(
+    plan: Plan, outcome: Outcome, place: tuple[Kind, Split], key: bytes, stored: tuple[bytes, bytes]
+) -> Iterator[tuple[str, Any]]:
+    """The record's lines (several for a long document), none when it is contaminated."""
+    (kind, split), (body, meta) = place, stored
+    if kind == "documents":
+        found: Any = document(body, meta)
+    else:
+        found = builder(TYPES[kind])(parse_json(body))
+    if split == "train" and (reason := _contamination(plan, kind, key, found)):
+        outcome.contaminated.drop(reason, found.source)
+        return
+    outcome.contaminated.keep()
+    if kind != "documents":
+        yield body.decode("utf-8"), found
+        return
+    pieces = cut(found.text, plan.cut_chars)
+    outcome.cut += len(pieces) > 1
+    for number, text in enumerate(pieces, 1):
+        source = f"{found.source}#{number}" if len(pieces) > 1 else found.source
+        shorter: Document = replace(found, text=text, source=source)
+        yield line_of(shorter), shorter
+
+
+def _contamination(plan: Plan, kind: Kind, key: bytes, record: Any) -> str | None:
+    """Why a training record must go: it says, or holds, what is held out."""
+    held_out = _held_out_digests(plan.blocks)
+    if kind == "documents":
+        if key in held_out:
+            return "held_out_documents"
+        item = _held_out_texts(plan.blocks, plan.overlap).found_in(record.text)
+        return None if item is None else "held_out_text"
+    said = [key]
+    if held_out and isinstance(record, Conversation):
+        said = [digest(m.content) for m in record.messages]
+    return f"held_out_{kind}" if any(one in held_out for one in said) else None
+
+
+@functools.lru_cache(maxsize=1)
+def _held_out_texts(folder: Path, overlap: float) -> contaminate.HeldOut:
+    return contaminate.load(folder, overlap)
+
+
+@functools.lru_cache(maxsize=1)
+def _held_out_digests(folder: Path) -> frozenset[bytes]:
+    return frozenset(bytes.fromhex(key) for key in json.loads((folder / "held_out.json").read_bytes()))

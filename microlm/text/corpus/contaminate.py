@@ -1,0 +1,87 @@
+"""Held-out texts inside training documents. Enters: held-out texts. Leaves: for a document, the text it holds.
+
+A text is known by its 64 smallest hashes of 13 tokens in a row (a fair sample of them, so memory is bounded);
+a document that holds at least half of a text's sample is contaminated by it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from microlm.core import storage
+from microlm.text.near.signature import grams
+
+TOKENS = 13  # GPT-3's n-gram; a token is a Han character or a word, see `near.signature`
+SAMPLE = 64
+_BITS = 26  # of the filter before the table: 8 MB
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """`grams` [G] sorted, the item of each, how many each item has; and what each item is called."""
+
+    grams: NDArray[np.uint64]
+    items: NDArray[np.uint32]
+    sizes: NDArray[np.uint32]
+    filter: NDArray[np.uint8]
+    overlap: float
+
+    def found_in(self, text: str) -> int | None:
+        """The item that a text holds, the one it holds most of; None if it holds none."""
+        if not len(self.grams):
+            return None
+        seen = grams(text, TOKENS)
+        slot = seen >> np.uint64(64 - _BITS)
+        seen = seen[(self.filter[slot >> np.uint64(3)] >> (slot & np.uint64(7)).astype(np.uint8)) & 1 == 1]
+        if not len(seen):
+            return None
+        seen = np.unique(seen)
+        first = np.searchsorted(self.grams, seen, side="left")
+        last = np.searchsorted(self.grams, seen, side="right")
+        spans = [self.items[a:b] for a, b in zip(first.tolist(), last.tolist(), strict=True) if b > a]
+        if not spans:
+            return None
+        items, hits = np.unique(np.concatenate(spans), return_counts=True)
+        shares = hits / self.sizes[items]
+        best = int(np.argmax(shares))
+        return int(items[best]) if shares[best] >= self.overlap else None
+
+
+def gather(texts: Iterable[str], overlap: float) -> tuple[HeldOut, int]:
+    """The held-out texts, numbered as they come, and how many are too short to have 13 tokens in a row."""
+    samples: list[NDArray[np.uint64]] = []
+    short = 0
+    for text in texts:
+        sample = np.unique(grams(text, TOKENS))[:SAMPLE]
+        short += not len(sample)
+        samples.append(sample)
+    sizes = np.array([len(s) for s in samples], dtype=np.uint32)
+    flat = np.concatenate(samples) if samples else np.zeros(0, dtype=np.uint64)
+    items = np.repeat(np.arange(len(samples), dtype=np.uint32), sizes)
+    order = np.argsort(flat, kind="stable")
+    return HeldOut(flat[order], items[order], sizes, _filter(flat), overlap), short
+
+
+def _filter(hashes: NDArray[np.uint64]) -> NDArray[np.uint8]:
+    bits = np.zeros(1 << (_BITS - 3), dtype=np.uint8)
+    slot = hashes >> np.uint64(64 - _BITS)
+    np.bitwise_or.at(bits, slot >> np.uint64(3), np.uint8(1) << (slot & np.uint64(7)).astype(np.uint8))
+    return bits
+
+
+def save(held_out: HeldOut, folder: Path) -> None:
+    """Write it where worker processes find it."""
+    with storage.explain_write(folder):
+        for name in ("grams", "items", "sizes", "filter"):
+            np.save(folder / f"held_out.{name}.npy", getattr(held_out, name))
+
+
+def load(folder: Path, overlap: float) -> HeldOut:
+    """What `save` wrote, mapped."""
+    names = ("grams", "items", "sizes", "filter")
+    return HeldOut(*(np.load(folder / f"held_out.{n}.npy", mmap_mode="r") for n in names), overlap)

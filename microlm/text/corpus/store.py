@@ -1,0 +1,194 @@
+"""Refined records on disk: `NNNNN.payload` (bytes) and `NNNNN.index.npy` (one Entry a record, by digest).
+
+A block whose `NNNNN.json` is there is whole. All else is read through slices of equal digest range, so that
+memory does not grow with the corpus.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from microlm.core import storage
+
+ENTRY = np.dtype(
+    [
+        ("hi", "<u8"),  # the digest's first eight bytes, so that numbers sort as bytes do
+        ("lo", "<u8"),
+        ("tie", "<u8"),  # of the whole record: chooses between records that say the same at equal length
+        ("offset", "<u8"),
+        ("size", "<u4"),  # of the text, or of the JSON line of a record that is no document
+        ("meta", "<u4"),  # of the JSON behind a document's text: source and licence
+        ("chars", "<u4"),
+        ("kind", "u1"),
+        ("composed", "u1"),  # by us, for training
+        ("changed", "u1"),  # lies in NNNNN.changed, not in NNNNN.payload
+    ]
+)
+KEPT, EXACT, LINES, NEAR, CONTAMINATED = range(5)
+"""States of a record: kept, or why it is not."""
+SLICE_BYTES = 32 << 20  # of entries that are looked at together
+Entries = NDArray[np.void]
+
+
+def split_digest(digest: bytes) -> tuple[int, int]:
+    """The two numbers of a digest of 16 bytes."""
+    return int.from_bytes(digest[:8], "big"), int.from_bytes(digest[8:], "big")
+
+
+def join_digest(hi: int, lo: int) -> bytes:
+    """The digest of two numbers."""
+    return int(hi).to_bytes(8, "big") + int(lo).to_bytes(8, "big")
+
+
+@dataclass
+class BlockWriter:
+    """Collects the records of one block; `finish` makes it exist."""
+
+    folder: Path
+    number: int
+    _rows: list[tuple[int, ...]] = field(default_factory=list)
+    _pieces: list[bytes] = field(default_factory=list)
+    _offset: int = 0
+
+    def put(self, kind: tuple[int, int], digest: bytes, body: bytes, meta: bytes, chars: int) -> None:
+        """Add a record; `kind` is its number and whether we composed it."""
+        hi, lo = split_digest(digest)
+        tie = int.from_bytes(hashlib.blake2b(body + meta, digest_size=8).digest(), "big")
+        self._rows.append((hi, lo, tie, self._offset, len(body), len(meta), chars, *kind, 0))
+        self._pieces += [body, meta]
+        self._offset += len(body) + len(meta)
+
+    def finish(self, report: Any) -> None:
+        """Write payload, index and, last, the report that marks the block as whole."""
+        stem = self.folder / f"{self.number:05d}"
+        with storage.explain_write(stem):
+            with stem.with_suffix(".payload").open("wb") as f:
+                f.writelines(self._pieces)
+            entries = np.array(self._rows, dtype=ENTRY)
+            np.save(stem.with_suffix(".index.npy"), entries[by_digest(entries)])
+            part = stem.with_suffix(".json.part")
+            part.write_text(json.dumps(report, ensure_ascii=False), encoding="utf-8")
+            part.replace(stem.with_suffix(".json"))
+
+
+def by_digest(entries: Entries) -> NDArray[np.int64]:
+    """The order of entries by what they say."""
+    return np.lexsort((entries["tie"], entries["lo"], entries["hi"]))
+
+
+def finished(folder: Path, number: int) -> Any | None:
+    """The report of a block that an earlier attempt finished."""
+    path = folder / f"{number:05d}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+class Store:
+    """The blocks of a folder, by number."""
+
+    def __init__(self, folder: Path, count: int) -> None:
+        self.folder, self.count = folder, count
+
+    def entries(self, number: int) -> Entries:
+        """The index of a block, mapped."""
+        path = self.folder / f"{number:05d}.work.npy"
+        found: Entries = np.load(
+            path if path.exists() else path.with_suffix("").with_suffix(".index.npy"), mmap_mode="r"
+        )
+        return found
+
+    def reset(self) -> None:
+        """Forget all but what the first pass wrote."""
+        for number in range(self.count):
+            for suffix in ("state.npy", "work.npy", "changed"):
+                (self.folder / f"{number:05d}.{suffix}").unlink(missing_ok=True)
+
+    def state(self, number: int) -> NDArray[np.uint8]:
+        """The state of every record of a block."""
+        path = self.folder / f"{number:05d}.state.npy"
+        if path.exists():
+            found: NDArray[np.uint8] = np.load(path)
+            return found
+        return np.full(len(self.entries(number)), KEPT, dtype=np.uint8)
+
+    def set_state(self, number: int, state: NDArray[np.uint8]) -> None:
+        """Remember the states of a block."""
+        self._save(f"{number:05d}.state.npy", state)
+
+    def set_entries(self, number: int, entries: Entries, state: NDArray[np.uint8]) -> None:
+        """Put changed entries and their states in the place of the old ones."""
+        order = by_digest(entries)
+        self._save(f"{number:05d}.work.npy", entries[order])
+        self.set_state(number, state[order])
+
+    def _save(self, name: str, array: NDArray[Any]) -> None:
+        part = self.folder / f"{name}.part.npy"
+        with storage.explain_write(part):
+            np.save(part, array)
+            part.replace(self.folder / name)
+
+    def slices(self, pieces: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], Entries]]:
+        """(block, row, entry) of all records by range of digest: equal digests lie in one slice."""
+        for piece in range(pieces):
+            yield self.slice(piece, pieces)
+
+    def slice(self, piece: int, pieces: int) -> tuple[NDArray[np.int64], NDArray[np.int64], Entries]:
+        """The records of one of `pieces` ranges of the digest."""
+        low, high = ((p << 64) // pieces for p in (piece, piece + 1))
+        blocks, rows, found = [], [], []
+        for number in range(self.count):
+            entries = self.entries(number)
+            start = int(np.searchsorted(entries["hi"], np.uint64(low)))
+            stop = len(entries) if high >> 64 else int(np.searchsorted(entries["hi"], np.uint64(high)))
+            blocks.append(np.full(stop - start, number))
+            rows.append(np.arange(start, stop))
+            found.append(np.array(entries[start:stop]))
+        if not found:
+            nothing = np.zeros(0, dtype=np.int64)
+            return nothing, nothing, np.zeros(0, dtype=ENTRY)
+        return np.concatenate(blocks), np.concatenate(rows), np.concatenate(found)
+
+    def pieces(self) -> int:
+        """Into how many ranges of the digest the index is looked at."""
+        total = sum(len(self.entries(n)) for n in range(self.count)) * ENTRY.itemsize
+        return max(1, -(-total // SLICE_BYTES))
+
+
+class Reader:
+    """Reads payloads; keeps the block's files open until it is closed."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._files: dict[tuple[int, int], int] = {}
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for handle in self._files.values():
+            os.close(handle)
+
+    def body(self, block: int, entry: Any) -> bytes:
+        """The text of a document in UTF-8, or the JSON line of another record."""
+        return os.pread(self._file(block, entry), int(entry["size"]), int(entry["offset"]))
+
+    def both(self, block: int, entry: Any) -> tuple[bytes, bytes]:
+        """Body and meta."""
+        size = int(entry["size"])
+        found = os.pread(self._file(block, entry), size + int(entry["meta"]), int(entry["offset"]))
+        return found[:size], found[size:]
+
+    def _file(self, block: int, entry: Any) -> int:
+        key = block, int(entry["changed"])
+        if key not in self._files:
+            suffix = "changed" if key[1] else "payload"
+            self._files[key] = os.open(self._folder / f"{block:05d}.{suffix}", os.O_RDONLY)
+        return self._files[key]
