@@ -234,6 +234,25 @@ def drop_repetition(document: Document) -> tuple[Document, str | None]:
     return document, "repetition" if sum(text.count(p) >= often for p in probes) >= 12 else None
 
 
+def tidied(record: Record) -> tuple[Record, str | None]:
+    """The tidy record, or why to drop it: a text of which nothing visible is left."""
+    after = tidy(record)
+    emptied = any(b.strip() and not a.strip() for b, a in zip(_texts(record), _texts(after), strict=True))
+    return after, "nothing_visible" if emptied else None
+
+
+def _texts(record: Record) -> tuple[str, ...]:
+    """The texts of a record that a model reads or writes."""
+    if isinstance(record, Conversation):
+        return tuple(m.content for m in record.messages)
+    if isinstance(record, Preference):
+        return (*(m.content for m in record.prompt), record.chosen, record.rejected)
+    if isinstance(record, Extraction):
+        names = (name for t in record.relation for name in (t.head, t.relation, t.tail))
+        return (record.text, *names)
+    return (record.text,)
+
+
 def tidy(record: Record) -> Record:
     """A conversation, extraction or preference without invisible characters and in NFC."""
     if isinstance(record, Conversation):

@@ -20,7 +20,7 @@ from microlm.core.recipe import StageRecipe, unkeyed
 from microlm.core.records import Conversation, Document, Extraction, Question, to_json
 from microlm.text import sources
 from microlm.text.audit import Audit, page
-from microlm.text.clean import clean, rules, tidy
+from microlm.text.clean import clean, rules, tidied, tidy
 from microlm.text.dedup import DigestSet, digest, record_digest
 from microlm.text.read import Record, read_records
 from microlm.text.sources import Source, factbook
@@ -135,16 +135,18 @@ class Intake:
         steps = rules(self._recipe.min_chars, self._recipe.max_chars)
         tally = self._audit.tallies["clean"]
         for record in records:
-            if not isinstance(record, Document):
-                tally.keep()
-                yield tidy(record)
-                continue
-            document, reason = clean(record, steps, self._audit.effects)
+            if isinstance(record, Document):
+                document, reason = clean(record, steps, self._audit.effects)
+                after: Record = document
+                glimpse = f"{document.source}: {document.text[:60]!r}"
+            else:
+                after, reason = tidied(record)
+                glimpse = record.source
             if reason:
-                tally.drop(reason, f"{document.source}: {document.text[:60]!r}")
+                tally.drop(reason, glimpse)
                 continue
             tally.keep()
-            yield document
+            yield after
 
     def _unique(self, records: Iterable[Record]) -> Iterator[tuple[Record, bytes]]:
         tally = self._audit.tallies["dedup"]
