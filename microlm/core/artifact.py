@@ -47,13 +47,14 @@ R = TypeVar("R", bound=StageRecipe)
 
 @dataclass
 class Workspace:
-    """What a stage's body writes into. `metrics` and `licences` end in the manifest."""
+    """What a stage's body writes into. `metrics`, `licences` and `processes` end in the manifest."""
 
     path: Path
     out: str
     inputs: dict[str, Artifact]
     metrics: dict[str, Any] = field(default_factory=dict)
     licences: set[str] = field(default_factory=set)
+    processes: int = 1
 
     @property
     def logs(self) -> Path:
@@ -293,7 +294,7 @@ def _sign(head: dict[str, Any], recipe: StageRecipe, work: Workspace, started: f
         "metrics": work.metrics,
         "licences": sorted(work.licences),
         "code": {"version": __version__, "commit": runtime.code_commit()},
-        "environment": runtime.environment(),
+        "environment": runtime.environment(work.processes),
         "times": {"started": started, "finished": time.time(), "seconds": time.time() - started},
     }
     manifest["seal"] = seal(manifest)

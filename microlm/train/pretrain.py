@@ -21,7 +21,7 @@ from microlm.train import objectives
 from microlm.train.batches import PackedRows, held_out_rows
 from microlm.train.loop import Job, LoopRecipe, train
 from microlm.train.optim import OptimRecipe
-from microlm.train.ranks import Ranks, launch, warn_idle
+from microlm.train.ranks import Ranks, launch, processes, warn_idle
 
 SUMMARY = "summary.json"
 
@@ -78,6 +78,7 @@ class PretrainRecipe(StageRecipe):
 def run(recipe: PretrainRecipe, work: Workspace) -> None:
     """Initialise, train on every rank, save the HF directory."""
     shards = work.inputs["shards"].path
+    work.processes = processes(recipe.parallel)
     warn_idle("pretrain", recipe.parallel, recipe.loop.batch_rows, recipe.loop.micro_rows)
     if launch(recipe.parallel, _rank, recipe, shards, work.path):
         copy_files(shards / "tokenizer", work.path)

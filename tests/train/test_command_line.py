@@ -14,6 +14,7 @@ from artifacts import write_data
 from training import STAGES, digests, write_recipe
 
 from microlm.core import runtime
+from microlm.core.artifact import open_artifact
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]  # other work may hold the cores
 COMMAND = [sys.executable, "-m", "microlm", "run"]
@@ -34,6 +35,7 @@ def undisturbed(data: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     subprocess.run([*COMMAND, str(recipe)], check=True, env=ENV)
     found = digests(folder / "out")
     assert tuple(found) == STAGES
+    assert open_artifact(str(folder / "out/sft")).manifest["environment"]["world"] == 2
     return found
 
 
@@ -92,4 +94,6 @@ def test_torchrun_gives_the_same_bytes(data: str, undisturbed: dict[str, str], t
         )
         assert done.returncode == 0, done.stderr
         assert digests(tmp_path / "out") == undisturbed
+        worlds = [open_artifact(str(tmp_path / "out" / n)).manifest["environment"]["world"] for n in STAGES]
+        assert worlds == [1, 1, 2, 2, 2]
     assert "5 skipped" in done.stderr or done.stderr.count("skipped") >= 5
