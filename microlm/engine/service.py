@@ -19,7 +19,6 @@ from microlm.engine.engine import Engine
 from microlm.engine.prompts import Prompt
 from microlm.engine.request import Delta, Request
 
-
 LOG = logging.getLogger("microlm.engine")
 SHUTTING_DOWN = "the server is shutting down"
 
@@ -170,7 +169,7 @@ class EngineService:
         return not closed
 
     def _step(self) -> None:
-        """One step. When it fails, everyone in it is told; who comes later is served if the engine still works."""
+        """One step. One that fails is told to all in it; later ones are served if the engine still works."""
         try:
             self._deliver(self.engine.step())
         except Exception as e:

@@ -12,7 +12,55 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, ClassVar
 
+JUNK: tuple[Any, ...] = (
+    None, True, 0, -1, 1.5, float("nan"), 10**400, "", "x", "\ud800",
+    [], {}, [None], [[]], ["x"], {"x": []}, {"message": 5},
+)  # fmt: skip
 TEXT = "the sea was calm and the old boat went far out to where no bird had been seen before"
+
+
+MALFORMED: dict[str, tuple[tuple[str | int, ...], Any]] = {
+    "choices text": (("choices",), "none"),
+    "choices null": (("choices",), None),
+    "choice text": (("choices", 0), "one"),
+    "choice null": (("choices", 0), None),
+    "delta text": (("choices", 0, "delta"), "hello"),
+    "delta list": (("choices", 0, "delta"), []),
+    "delta content object": (("choices", 0, "delta", "content"), {"text": "hello"}),
+    "delta content number": (("choices", 0, "delta", "content"), 5),
+    "delta content half a character": (("choices", 0, "delta", "content"), "\ud83d"),
+    "delta role list": (("choices", 0, "delta", "role"), ["assistant"]),
+    "message text": (("choices", 0, "message"), "hello"),
+    "message content list": (("choices", 0, "message", "content"), ["hello"]),
+    "message content number": (("choices", 0, "message", "content"), 5),
+    "message content half a character": (("choices", 0, "message", "content"), "\ud83d"),
+    "finish_reason object": (("choices", 0, "finish_reason"), {"why": "stop"}),
+    "usage text": (("usage",), "some"),
+    "usage list": (("usage",), [1, 2, 3]),
+    "usage counts text": (("usage", "prompt_tokens"), "7"),
+    "usage counts true": (("usage", "completion_tokens"), True),
+    "usage counts negative": (("usage", "completion_tokens"), -1),
+    "id null": (("id",), None),
+    "id list": (("id",), []),
+}
+"""Faults by name: where in an answer, or in an event of a stream, another value stands, and which."""
+
+
+def plant(value: Any, path: tuple[str | int, ...], junk: Any) -> Any:
+    """`value` with `junk` at `path`; as it is when it has no such place."""
+    if not path:
+        return junk
+    copy = value.copy()
+    copy[path[0]] = plant(copy[path[0]], path[1:], junk)
+    return copy
+
+
+def places(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
+    """Every place in a JSON value."""
+    yield path
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, part in inner:
+        yield from places(part, (*path, key))
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -20,6 +68,7 @@ class Handler(BaseHTTPRequestHandler):
 
     fault: ClassVar[str] = ""
     counter: ClassVar[Iterator[int]] = itertools.count()
+    dice: ClassVar[random.Random | None] = None
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
 
@@ -125,8 +174,19 @@ class Handler(BaseHTTPRequestHandler):
     def send_chunk(self, number: int, choices: list[Any], **more: Any) -> None:
         name = f"chatcmpl-{number}" if self.fault == "ids change" else "chatcmpl-1"
         head = {"id": name, "object": "chat.completion.chunk", "created": 1, "model": "toy"}
-        data = json.dumps(head | {"choices": choices} | more, ensure_ascii=False)
+        if self.fault == "stream not JSON":
+            self.wfile.write(b"data: {nonsense\n\n")
+        if self.fault == "stream not UTF-8":
+            self.wfile.write(b"data: \xff\xfe\n\n")
+        data = json.dumps(self.spoil(head | {"choices": choices} | more))
         self.wfile.write(f"data: {data}\n\n".encode())
+
+    def spoil(self, value: Any) -> Any:
+        """What is sent instead of `value`: with the planted junk, or with junk where the dice fall."""
+        if self.dice is not None and self.dice.random() < 0.3:
+            return plant(value, self.dice.choice(list(places(value))), self.dice.choice(JUNK))
+        path, junk = MALFORMED.get(self.fault, ((), None))
+        return plant(value, path, junk) if path in places(value) and path else value
 
     def refuse(self, status: int, message: str) -> None:
         if self.fault == "error not JSON":
@@ -137,7 +197,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send_json({"error": {"message": message}}, status)
 
     def send_json(self, value: Any, status: int = 200) -> None:
-        self.send_bytes(json.dumps(value, ensure_ascii=False).encode(), status, "application/json")
+        self.send_bytes(json.dumps(self.spoil(value)).encode(), status, "application/json")
 
     def send_bytes(self, content: bytes, status: int, kind: str) -> None:
         self.send_response(status)
@@ -148,9 +208,9 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def broken(fault: str = "") -> Iterator[str]:
-    """The URL of a server with this fault."""
-    kind = type("Broken", (Handler,), {"fault": fault, "counter": itertools.count()})
+def broken(fault: str = "", dice: random.Random | None = None) -> Iterator[str]:
+    """The URL of a server with this fault, or with junk in its answers wherever the dice fall."""
+    kind = type("Broken", (Handler,), {"fault": fault, "counter": itertools.count(), "dice": dice})
     server = ThreadingHTTPServer(("127.0.0.1", 0), kind)
     server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)

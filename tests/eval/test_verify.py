@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
 
 import pytest
-from broken_server import broken
+from broken_server import MALFORMED, broken
 from serving import run_model
 from tiny_model import write_tiny_model
 from typer.testing import CliRunner
@@ -63,6 +64,22 @@ def test_each_fault_fails_exactly_its_line(fault):
     assert word in next(c.detail for c in result.checks if c.name == line)
     with pytest.raises(CheckFailed, match=line):
         verdict.require_passed(result)
+
+
+@pytest.mark.parametrize("fault", [*MALFORMED, "stream not JSON", "stream not UTF-8"])
+def test_malformed_answers_fail_with_a_sentence(fault):
+    with broken(fault) as url:
+        result = judge(url)
+    failed = [c for c in result.checks if c.status == "fail"]
+    assert len(result.checks) == len(SMOKE) and {c.name for c in failed} & {"chat", "streaming"}
+    assert all(c.detail and "Error" not in c.detail for c in failed)
+
+
+def test_junk_anywhere_in_the_answers_never_ends_the_verdict():
+    for seed in range(40):
+        with broken(dice=random.Random(seed)) as url:
+            result = judge(url)
+        assert [c.name for c in result.checks] == list(SMOKE), seed
 
 
 def test_what_is_not_offered_is_not_failed():

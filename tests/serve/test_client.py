@@ -110,8 +110,13 @@ def saying(status: int, kind: str, content: bytes):
     [
         (200, b"<html>hello</html>", "not a JSON object"),
         (200, b"[1]", "not a JSON object"),
-        (200, b"{}", "no choices"),
-        (200, b'{"choices": [{"message": null}]}', "no choices"),
+        (200, b"{}", "'choices' is None"),
+        (200, b'{"choices": []}', "'choices' is empty"),
+        (200, b'{"choices": [{"message": null}]}', "no text"),
+        (200, b'{"choices": [{"message": {"content": 5}}]}', "'content' is 5, expected a text"),
+        (200, b'{"choices": [{"text": "x"}], "usage": "some"}', "'usage' is 'some', expected an object"),
+        (200, b'{"choices": [{"text": "x"}], "usage": {"total_tokens": true}}', "expected a count"),
+        (200, b'{"choices": [{"text": "\\ud83d"}]}', "half a character"),
         (500, b"oops", "HTTP 500: no error message"),
         (400, b'{"error": {"message": "too long"}}', "HTTP 400: too long"),
         (400, b'{"error": "flat"}', "HTTP 400"),
@@ -129,12 +134,22 @@ def test_answers_that_are_not_openai(status, content, said):
     [
         ("application/json", b"{}", "does this server stream"),
         ("text/event-stream", b"data: nonsense\n\n", "not a JSON object"),
+        ("text/event-stream", b'data: {"choices": null}\n\n', "'choices' is None"),
+        ("text/event-stream", b'data: {"choices": [null]}\n\n', "expected a list of objects"),
+        ("text/event-stream", b'data: {"choices": [{"delta": "x"}]}\n\n', "'delta' is 'x'"),
+        ("text/event-stream", b'data: {"choices": [{"delta": {"content": []}}]}\n\n', "expected a text"),
+        ("text/event-stream", b'data: {"choices": [], "usage": [1]}\n\n', "'usage' is"),
         ("text/event-stream", b'data: {"error": {"message": "fell over"}}\n\n', "fell over"),
     ],
 )
 def test_streams_that_are_not_openai(kind, content, said):
     with saying(200, kind, content) as url, Client(url) as client, pytest.raises(EndpointError, match=said):
         list(client.chat_stream(HELLO, model="m"))
+
+
+def test_what_is_no_text_is_not_sent():
+    with Client("http://127.0.0.1:9") as client, pytest.raises(UserError, match="lone surrogate"):
+        client.chat((Message("user", "a\ud800"),), model="m")
 
 
 def test_nobody_there():
