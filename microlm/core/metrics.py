@@ -48,7 +48,7 @@ class Progress:
         if sys.stderr.isatty():
             self._bar = _rich_bar()
             self._bar.start()
-            self._task = self._bar.add_task(self.name, total=self.total, completed=self.done, values="")
+            self._task = self._bar.add_task(self.name, total=self.total, completed=int(self.done), values="")
         return self
 
     def __exit__(
@@ -64,7 +64,9 @@ class Progress:
         self.done += n
         self._values |= values
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=self.done, values=f"{self._rate()} {self._shown_values()}")
+            self._bar.update(
+                self._task, completed=int(self.done), values=f"{self._rate()} {self._shown_values()}"
+            )
         elif time.monotonic() - self._shown >= LINE_EVERY_S:
             self._write_line()
 
