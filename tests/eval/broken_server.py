@@ -98,6 +98,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.refuse(404, "no such model")
         if self.path == "/v1/completions" and self.fault == "no completions":
             return self.refuse(404, "no such route")
+        if "response_format" in body and self.fault == "no schema":
+            return self.refuse(400, "no response_format")
         text, reason, counts = self.generate(body, messages)
         if self.path == "/v1/completions":
             choice = {"index": 0, "text": text, "finish_reason": reason}
@@ -115,11 +117,18 @@ class Handler(BaseHTTPRequestHandler):
     ) -> tuple[str, str, dict[str, int]]:
         if self.fault == "history ignored":
             messages = messages[-1:]
+        if self.fault == "assistant's turns dropped":
+            messages = [m for m in messages if m.get("role") != "assistant"]
         prompt = " ".join(m["content"] for m in messages)
-        warm = body.get("temperature", 1) > 0
-        seed = body.get("seed", 0) if warm else 0
+        asked = len(prompt.split())
+        if self.fault == "history counted only":
+            prompt = messages[-1]["content"]
+        warm = body.get("temperature", 1) > 0 and self.fault != "always greedy"
+        seed = body.get("seed", next(self.counter)) if warm else 0
         if warm and self.fault == "seed ignored":
             seed = next(self.counter)
+        if warm and self.fault == "one seed for all" and "seed" in body:
+            seed = 0
         mixer = random.Random(hashlib.sha256(f"{prompt}{seed}".encode()).digest())
         limit = 40 if self.fault == "max_tokens ignored" else body["max_tokens"]
         tokens = [mixer.choice(TEXT.split()) + " " for _ in range(min(limit, 40))]
@@ -127,13 +136,17 @@ class Handler(BaseHTTPRequestHandler):
         text = "".join(tokens)
         if "response_format" in body and self.fault != "schema ignored":
             text, reason = self.fill(body["response_format"]["json_schema"]["schema"]), "stop"
+        if self.fault == "characters cut":
+            text = text.encode("ascii", "replace").decode().replace("?", "\ufffd")
+        if self.fault == "accents lost":
+            text = text.replace("é", "e")
         for stop in body.get("stop", []):
             if stop in text and self.fault != "stop ignored":
                 text, reason = text[: text.index(stop)], "stop"
                 if self.fault == "stop kept":
                     text += stop
         extra = 3 if self.fault == "usage wrong" else 0
-        asked, made = len(prompt.split()), len(tokens) + extra
+        made = len(tokens) + extra
         total = asked + made + (1 if self.fault == "usage does not add up" else 0)
         return text, reason, {"prompt_tokens": asked, "completion_tokens": made, "total_tokens": total}
 
