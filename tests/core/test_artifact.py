@@ -308,6 +308,7 @@ def test_an_unfinished_artifact_is_said_to_be_unfinished(tmp_path: Path) -> None
         make(tmp_path / "b").json("x.json")
 
 
+@pytest.mark.slow
 def test_kill_9_at_any_moment_and_again_gives_the_same_bytes(tmp_path: Path) -> None:
     """The body kills its own process once, half-way; the next run finishes."""
     code = (

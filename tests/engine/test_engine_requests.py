@@ -37,6 +37,7 @@ def test_more_requests_than_slots_wait_in_order(make_engine: Callable[..., Engin
     assert [sorted(s) for s in seen] == [[0, 1]] * 3 + [[2, 3]] * 3 + [[4]] * 3
 
 
+@pytest.mark.slow
 def test_hundred_cancellations_leave_all_slots_free(engine: Engine) -> None:
     expected = engine.generate(["李白"], LONG)
     for i in range(100):
