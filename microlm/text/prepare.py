@@ -83,7 +83,7 @@ def fingerprint(recipe: PrepareRecipe) -> dict[str, Any]:
     return found
 
 
-@stage("data", "data", version=1, fingerprint=fingerprint)
+@stage("data", "data", version=2, fingerprint=fingerprint)
 def run(recipe: PrepareRecipe, work: Workspace) -> None:
     """Read → clean → dedup → split → write (the user's sources, then what the factbook fills in) → audit."""
     check_shares(recipe.validation_share, recipe.test_share)
