@@ -7,6 +7,7 @@ import itertools
 import json
 import random
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -177,6 +178,11 @@ class Handler(BaseHTTPRequestHandler):
         ]
         deltas.append(({}, None if self.fault == "no reason" else reason))
         for number, (delta, why) in enumerate(deltas):
+            while self.fault == "stream without end":
+                time.sleep(0.05)
+                self.send_chunk(
+                    number, [{"index": 0, "delta": {**first, "content": "x"}, "finish_reason": None}]
+                )
             self.send_chunk(number, [{"index": 0, "delta": delta, "finish_reason": why}])
         if self.fault != "no usage chunk":
             self.send_chunk(len(deltas), [], usage=counts)

@@ -130,6 +130,14 @@ def test_verdict_files_and_command(tmp_path):
     assert "streaming" in page and "[DONE]" in page and "http-equiv" in page and "src=" not in page
 
 
+def test_a_stream_without_end_fails_within_the_limit():
+    with broken("stream without end") as url, Client(url, timeout_s=1) as client:
+        result = verdict.judge(client, SMOKE)
+    failed = {c.name: (c.detail, c.seconds) for c in result.checks if c.status == "fail"}
+    assert set(failed) == {"unicode", "streaming"}
+    assert all("did not end within 1 s" in d and s < 5 for d, s in failed.values())
+
+
 def test_nobody_there_is_one_sentence():
     with pytest.raises(UserError, match="cannot connect"):
         judge("http://127.0.0.1:9")

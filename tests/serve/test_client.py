@@ -158,3 +158,45 @@ def test_nobody_there():
         pytest.raises(UserError, match="cannot connect"),
     ):
         client.health()
+
+
+@contextmanager
+def dripping(pieces: int, pause_s: float):
+    """A stream with a pause before each event; it says when the client has left."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(200)
+            self.send_header("Content-Type", "text/event-stream")
+            self.end_headers()
+            event = b'data: {"choices": [{"delta": {"content": "x"}}]}\n\n'
+            try:
+                for _ in range(pieces):
+                    time.sleep(pause_s)
+                    self.wfile.write(event)
+                self.wfile.write(b"data: [DONE]\n\n")
+            except OSError:  # the client has left
+                pass
+
+        def log_message(self, *_):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_stream_may_last_as_long_as_it_moves():
+    with dripping(pieces=8, pause_s=0.2) as url, Client(url, timeout_s=0.8) as client:
+        assert "".join(d.text for d in client.chat_stream(HELLO, model="m")) == "x" * 8
+
+
+def test_a_stream_that_stands_still_is_an_error():
+    with dripping(pieces=1, pause_s=2.0) as url, Client(url, timeout_s=0.3) as client:
+        started = time.monotonic()
+        with pytest.raises(UserError, match=r"nothing came for 0\.3 s"):
+            list(client.chat_stream(HELLO, model="m"))
+        assert time.monotonic() - started < 1.5
