@@ -160,10 +160,18 @@ def row(name: str, value: float | None, unit: str) -> dict[str, Any]:
 
 
 def time_rows(stages: list[artifact.Artifact], measured: Measured) -> list[dict[str, Any]]:
-    """Seconds of each stage, their sum, and the whole command from outside."""
-    seconds = {Path(s.url).name: round(s.manifest["times"]["seconds"], 2) for s in stages}
+    """Seconds of each stage, their sum, and the whole command from outside.
+
+    A resumed stage knows only the seconds of its last attempt: its time, and so the sum, was not measured.
+    """
+    seconds: dict[str, float | None] = {}
+    for stage in stages:
+        times = stage.manifest["times"]
+        seconds[Path(stage.url).name] = None if times.get("resumed") else round(times["seconds"], 2)
+    known = [value for value in seconds.values() if value is not None]
+    total = round(sum(known), 2) if len(known) == len(stages) else None
     rows = [row(f"stage_s.{name}", value, "s") for name, value in seconds.items()]
-    return [*rows, row("stages_s", round(sum(seconds.values()), 2), "s"), row("wall_s", measured.wall_s, "s")]
+    return [*rows, row("stages_s", total, "s"), row("wall_s", measured.wall_s, "s")]
 
 
 def memory_rows(stages: list[artifact.Artifact], measured: Measured) -> list[dict[str, Any]]:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
+from artifacts import random_decoder, tiny_config
 from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from microlm.model.config import ModelConfig, ModelType
+from microlm.model.config import ModelType
 from microlm.model.directory import save
-from microlm.model.transformer import Decoder
 from microlm.text.tokenizer import SPECIAL
 
 TEXTS = [
@@ -32,27 +31,7 @@ def write_model(folder: Path, kind: ModelType, vocab_size: int = 320, seed: int 
         vocab_size=vocab_size, special_tokens=list(SPECIAL), initial_alphabet=alphabet, show_progress=False
     )
     inner.train_from_iterator(TEXTS * 3, trainer)
-    config = ModelConfig(
-        vocab_size=inner.get_vocab_size(),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=WINDOW,
-        rope_theta=10_000.0,
-        model_type=kind,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
-    decoder, generator = Decoder(config), torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for _, weight in sorted(decoder.named_parameters()):
-            if weight.dim() == 2:
-                weight.normal_(0.0, 0.25, generator=generator)
-            else:
-                weight.uniform_(0.5, 1.5, generator=generator)
-    save(decoder, folder)
+    config = tiny_config(kind, inner.get_vocab_size(), max_position_embeddings=WINDOW)
+    save(random_decoder(config, seed), folder)
     inner.save(str(folder / "tokenizer.json"))
     return folder

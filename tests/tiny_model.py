@@ -5,13 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from artifacts import random_decoder, tiny_config
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from microlm.model import directory
-from microlm.model.config import ModelConfig
-from microlm.model.transformer import Decoder
-
-SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+from microlm.text.tokenizer import SPECIAL
 
 
 def write_tiny_model(path: Path, seed: int = 0, window: int = 512) -> Path:
@@ -23,27 +21,10 @@ def write_tiny_model(path: Path, seed: int = 0, window: int = 512) -> Path:
     inner.decoder = decoders.ByteLevel()
     inner.add_special_tokens(list(SPECIAL))
     inner.save(str(path / "tokenizer.json"))
-    config = ModelConfig(
-        vocab_size=len(names),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        max_position_embeddings=window,
-        rope_theta=10_000.0,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
-    torch.manual_seed(seed)
-    decoder = Decoder(config)
+    config = tiny_config(vocab_size=len(names), max_position_embeddings=window)
+    decoder = random_decoder(config, seed)
+    quiet = [i for i, n in enumerate(names) if not (len(n) == 1 and "a" <= n <= "z")]
     with torch.no_grad():
-        for weight in decoder.parameters():
-            if weight.dim() > 1:
-                weight.normal_(0, 0.4)
-        head = dict(decoder.named_parameters())["lm_head.weight"]
-        quiet = [i for i, n in enumerate(names) if not (len(n) == 1 and "a" <= n <= "z")]
-        head[quiet] *= 0.01
+        decoder.lm_head.weight[quiet] *= 0.01
     directory.save(decoder, path)
     return path

@@ -134,7 +134,7 @@ def answer_file(engine: Engine, source: Path, target: Path, sampling: Sampling, 
     if target.exists():
         raise UserError(f"{target}: exists already; remove it, or choose another place with --out")
     part = target.with_name(target.name + ".unfinished")
-    settings = {"model": str(engine.directory.resolve()), "chat": chat, "window": engine.max_seq_len}
+    settings = {"model": model_digest(engine.directory), "chat": chat, "window": engine.max_seq_len}
     done = _resume(part, settings | asdict(sampling), lines)
     tokens, started = 0, time.monotonic()
     with storage.explain_write(part):
@@ -163,6 +163,15 @@ def answer_file(engine: Engine, source: Path, target: Path, sampling: Sampling, 
         "tokens": tokens,
         "tokens_per_s": speed,
     }
+
+
+def model_digest(folder: Path) -> str:
+    """The hash of all files that the answers depend on: weights, configuration, tokenizer."""
+    from microlm.core.manifest import hash_file, sha256
+    from microlm.text.tokenizer import FILES
+
+    files = [*folder.glob("*.safetensors"), folder / "config.json", *(folder / name for name in FILES)]
+    return sha256(json.dumps(sorted([f.name, hash_file(f)] for f in files if f.exists())).encode())
 
 
 def answers(

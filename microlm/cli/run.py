@@ -120,14 +120,15 @@ def _add_stage_command(app: typer.Typer, word: str, words: str, stage: str, help
 
 
 def _run(path: Path, words: Sequence[str], stage: str | None, *, as_json: bool, dry_run: bool) -> None:
-    plan = plan_of(path, words, stage)
-    recipes = build_all(plan, str(path))
-    if dry_run:
-        _show_plan(plan, recipes, as_json)
-        return
     from microlm.core import runtime
 
+    plan = plan_of(path, words, stage)
+    recipes = build_all(plan, str(path))
     speaks = runtime.rank() == 0  # under torchrun all ranks come here
+    if dry_run:
+        if speaks:
+            _show_plan(plan, recipes, as_json)
+        return
     results: list[Result] = []
     started = time.monotonic()
     try:
@@ -140,7 +141,8 @@ def _run(path: Path, words: Sequence[str], stage: str | None, *, as_json: bool, 
                 typer.echo(line, err=True)
     except KeyboardInterrupt:
         name = plan[len(results)].name
-        typer.echo(f"\ninterrupted in stage '{name}'; run the same command again to continue", err=True)
+        if speaks:
+            typer.echo(f"\ninterrupted in stage '{name}'; run the same command again to continue", err=True)
         raise typer.Exit(130) from None
     if not speaks:
         return

@@ -89,7 +89,8 @@ def verify(
 ) -> None:
     """Check any OpenAI-compatible endpoint.
 
-    Each line is pass, fail or not offered. Exit code 1 when a check failed.
+    Each line is pass, fail, not_offered, or not_shown (the model's answers do not let it be seen).
+    Exit code 1 when a check failed.
 
     \b
     Example:

@@ -47,13 +47,15 @@ R = TypeVar("R", bound=StageRecipe)
 
 @dataclass
 class Workspace:
-    """What a stage's body writes into. `metrics` and `licences` end in the manifest."""
+    """What a stage's body writes into. `metrics`, `licences` and `processes` end in the manifest."""
 
     path: Path
     out: str
     inputs: dict[str, Artifact]
     metrics: dict[str, Any] = field(default_factory=dict)
     licences: set[str] = field(default_factory=set)
+    processes: int = 1
+    resumed: bool = False  # an earlier attempt was cut off; `seconds` in the manifest are the last one's
 
     @property
     def logs(self) -> Path:
@@ -260,7 +262,7 @@ def _open_workspace(folder: Path, out: str, key: str, inputs: dict[str, Artifact
         if same and entry.name in (RESUME, LOGS):
             continue
         shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
-    workspace = Workspace(folder, out, inputs)
+    workspace = Workspace(folder, out, inputs, resumed=same)
     if not same:
         storage.write_atomic(workspace.resume / "key", asked.encode())
     for artifact in inputs.values():
@@ -284,6 +286,8 @@ def _sign(head: dict[str, Any], recipe: StageRecipe, work: Workspace, started: f
         payload = not name.startswith(LOGS + "/")
         size = path.stat().st_size
         files.append({"path": name, "bytes": size, "sha256": hash_file(path), "payload": payload})
+    now = time.time()
+    times = {"started": started, "finished": now, "seconds": now - started, "resumed": work.resumed}
     manifest = head | {
         "digest": payload_digest(files),
         "recipe": recipe.model_dump(mode="json"),
@@ -293,8 +297,8 @@ def _sign(head: dict[str, Any], recipe: StageRecipe, work: Workspace, started: f
         "metrics": work.metrics,
         "licences": sorted(work.licences),
         "code": {"version": __version__, "commit": runtime.code_commit()},
-        "environment": runtime.environment(),
-        "times": {"started": started, "finished": time.time(), "seconds": time.time() - started},
+        "environment": runtime.environment(work.processes),
+        "times": times,
     }
     manifest["seal"] = seal(manifest)
     text = json.dumps(manifest, ensure_ascii=False, indent=1) + "\n"

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
+from microlm.core import payload
 from microlm.core.endpoint import is_loopback, root_url
 from microlm.core.errors import UserError
 from microlm.core.records import Message, Sampling
@@ -74,7 +75,10 @@ class Event:
 
 
 class Client:
-    """An OpenAI-compatible endpoint. `base_url` with or without `/v1`; a context manager."""
+    """An OpenAI-compatible endpoint. `base_url` with or without `/v1`; a context manager.
+
+    `timeout_s` bounds the silence while connecting and between bytes: a stream may last as long as it moves.
+    """
 
     def __init__(self, base_url: str, api_key: str | None = None, timeout_s: float = 60.0) -> None:
         self.url = root_url(base_url)
@@ -144,7 +148,7 @@ class Client:
         for event in self.events("/v1/chat/completions", body):
             if event.data == DONE:
                 return
-            yield self._delta(event)
+            yield self._delta("/v1/chat/completions", event)
 
     def complete(
         self, prompt: str, sampling: Sampling | None = None, model: str | None = None, **extra: Any
@@ -173,7 +177,7 @@ class Client:
 
     def call(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """One exchange of JSON objects; an error status or another content is an `EndpointError`."""
-        content = None if body is None else json.dumps(body, ensure_ascii=False).encode()
+        content = None if body is None else _encode(body)
         response = self.request(method, path, content)
         data = _json(response.content)
         if response.status_code >= 400:
@@ -187,8 +191,7 @@ class Client:
 
     def events(self, path: str, body: Mapping[str, Any]) -> Iterator[Event]:
         """The server-sent events of a streaming request, `[DONE]` included, until the server ends."""
-        content = json.dumps(body, ensure_ascii=False).encode()
-        deadline = time.perf_counter() + self.timeout_s
+        content = _encode(body)
         json_header = {"Content-Type": "application/json"}
         with (
             self._explained(path),
@@ -200,10 +203,7 @@ class Client:
             if not kind.startswith("text/event-stream"):
                 sentence = f"{self.url}{path}: asked for a stream, got '{kind}'; does this server stream?"
                 raise EndpointError(sentence, response.status_code)
-            for event in split_events(response.iter_bytes()):
-                yield event
-                if time.perf_counter() > deadline:
-                    raise UserError(f"{self.url}{path}: the stream did not end within {self.timeout_s:g} s")
+            yield from split_events(response.iter_bytes())
 
     @contextmanager
     def _explained(self, path: str) -> Iterator[None]:
@@ -211,7 +211,7 @@ class Client:
             yield
         except httpx.TimeoutException:
             raise UserError(
-                f"{self.url}{path}: no answer within {self.timeout_s:g} s; is the server busy?"
+                f"{self.url}{path}: nothing came for {self.timeout_s:g} s; is the server busy?"
             ) from None
         except httpx.ConnectError as e:
             raise UserError(
@@ -229,40 +229,48 @@ class Client:
         )
 
     def _reply(self, path: str, data: dict[str, Any]) -> ChatReply:
-        try:
-            choice = data["choices"][0]
-            text = choice["message"]["content"] if "message" in choice else choice["text"]
+        with self._well_formed(path, data):
+            choice = next(iter(payload.choices(data)), None)
+            if choice is None:
+                raise payload.Malformed("'choices' is empty")
+            holder, name = (
+                (choice, "text") if "text" in choice else (payload.member(choice, "message"), "content")
+            )
+            if name not in holder:
+                raise payload.Malformed("the first choice has no text")
             return ChatReply(
-                text=text if text is not None else "",
-                finish_reason=choice.get("finish_reason"),
-                usage=parse_usage(data.get("usage")),
-                id=str(data.get("id", "")),
-                model=str(data.get("model", "")),
+                text=payload.text(holder, name) or "",
+                finish_reason=payload.text(choice, "finish_reason"),
+                usage=_usage(data),
+                id=payload.text(data, "id") or "",
+                model=payload.text(data, "model") or "",
                 raw=data,
             )
-        except (KeyError, IndexError, TypeError, AttributeError):
-            sentence = (
-                f"{self.url}{path}: the answer has no choices[0] with a text; is this OpenAI-compatible?"
-            )
-            raise EndpointError(sentence, 200, data) from None
 
-    def _delta(self, event: Event) -> ChatDelta:
+    def _delta(self, path: str, event: Event) -> ChatDelta:
         data = _json(event.data.encode("utf-8", "surrogatepass"))
-        if not isinstance(data, dict):
-            raise EndpointError(
-                f"{self.url}: an event of the stream is not a JSON object: {event.data[:80]!r}", 200
+        with self._well_formed(path, data):
+            if not isinstance(data, dict):
+                raise payload.Malformed(f"an event of the stream is not a JSON object: {event.data[:80]!r}")
+            if data.get("error") is not None:
+                raise self._error(path, 200, data)
+            choice = next(iter(payload.choices(data)), {})
+            delta = payload.member(choice, "delta")
+            payload.text(delta, "role")
+            return ChatDelta(
+                text=payload.text(delta, "content") or "",
+                finish_reason=payload.text(choice, "finish_reason"),
+                usage=_usage(data),
+                received_s=event.received_s,
+                raw=data,
             )
-        if "error" in data:
-            raise self._error("", 200, data)
-        choices = data.get("choices") or [{}]
-        delta = choices[0].get("delta") or {}
-        return ChatDelta(
-            text=delta.get("content") or "",
-            finish_reason=choices[0].get("finish_reason"),
-            usage=parse_usage(data.get("usage")),
-            received_s=event.received_s,
-            raw=data,
-        )
+
+    @contextmanager
+    def _well_formed(self, path: str, data: Any) -> Iterator[None]:
+        try:
+            yield
+        except payload.Malformed as e:
+            raise EndpointError(f"{self.url}{path}: {e}; is this OpenAI-compatible?", 200, data) from None
 
 
 def wire(sampling: Sampling) -> dict[str, Any]:
@@ -284,12 +292,9 @@ def wire(sampling: Sampling) -> dict[str, Any]:
     return body
 
 
-def parse_usage(data: Any) -> Usage | None:
-    """The usage object of an answer; None when it is missing or not made of counts."""
-    names = ("prompt_tokens", "completion_tokens", "total_tokens")
-    if not isinstance(data, dict) or not all(isinstance(data.get(n), int) for n in names):
-        return None
-    return Usage(*(data[n] for n in names))
+def _usage(data: dict[str, Any]) -> Usage | None:
+    found = payload.counts(data)
+    return Usage(*found) if found else None
 
 
 def split_events(chunks: Iterable[bytes]) -> Iterator[Event]:
@@ -313,6 +318,13 @@ def split_events(chunks: Iterable[bytes]) -> Iterator[Event]:
                 data = []
     if data:
         yield Event("\n".join(data), now)
+
+
+def _encode(body: Mapping[str, Any]) -> bytes:
+    try:
+        return json.dumps(body, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise UserError("the request holds a lone surrogate, which is not text; take it out") from None
 
 
 def _json(content: bytes) -> Any:

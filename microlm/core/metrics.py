@@ -30,12 +30,14 @@ class Progress:
     """`with Progress("pretrain", total, "tokens") as bar: bar.update(n, loss=…)`.
 
     A bar on a terminal; elsewhere (a log file, CI) a plain line every ten seconds and one at the end.
-    `total` None means that nobody knows it.
+    `total` None means that nobody knows it; `start` were done by an earlier run and do not count as speed.
     """
 
-    def __init__(self, name: str, total: float | None = None, unit: str = "items") -> None:
+    def __init__(
+        self, name: str, total: float | None = None, unit: str = "items", start: float = 0.0
+    ) -> None:
         self.name, self.total, self.unit = name, total, unit
-        self.done = 0.0
+        self.start = self.done = start
         self._started = self._shown = time.monotonic()
         self._values: dict[str, float | str] = {}
         self._bar: RichProgress | None = None
@@ -46,7 +48,7 @@ class Progress:
         if sys.stderr.isatty():
             self._bar = _rich_bar()
             self._bar.start()
-            self._task = self._bar.add_task(self.name, total=self.total, values="")
+            self._task = self._bar.add_task(self.name, total=self.total, completed=int(self.done), values="")
         return self
 
     def __exit__(
@@ -62,7 +64,9 @@ class Progress:
         self.done += n
         self._values |= values
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=self.done, values=f"{self._rate()} {self._shown_values()}")
+            self._bar.update(
+                self._task, completed=int(self.done), values=f"{self._rate()} {self._shown_values()}"
+            )
         elif time.monotonic() - self._shown >= LINE_EVERY_S:
             self._write_line()
 
@@ -75,7 +79,7 @@ class Progress:
 
     def _rate(self) -> str:
         seconds = time.monotonic() - self._started
-        return f"{self.done / seconds:,.0f} {self.unit}/s" if seconds > 0 else ""
+        return f"{(self.done - self.start) / seconds:,.0f} {self.unit}/s" if seconds > 0 else ""
 
     def _shown_values(self) -> str:
         shown = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in self._values.items())

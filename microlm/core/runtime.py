@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import platform
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -182,20 +183,25 @@ def package_version(name: str) -> str | None:
 
 @cache
 def code_commit() -> str | None:
-    """The git commit of the checkout this package runs from, or None (installed from a wheel)."""
+    """The git commit of the checkout this package runs from, or None (installed from a wheel).
+
+    `+dirty` is added when the package's files are not those of the commit.
+    """
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
-    command = ["git", "-C", str(root), "rev-parse", "HEAD"]
+    command = ["git", "--no-optional-locks", "-C", str(root), "status", "--porcelain=v2", "--branch"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run([*command, "--", "microlm"], capture_output=True, text=True, check=False)
     except OSError:  # no git on this machine
         return None
-    return done.stdout.strip() or None
+    found = re.search(r"^# branch\.oid ([0-9a-f]+)$", done.stdout, re.MULTILINE)
+    is_dirty = any(not line.startswith("#") for line in done.stdout.splitlines())
+    return found[1] + ("+dirty" if is_dirty else "") if found else None
 
 
-def environment() -> dict[str, Any]:
-    """What a manifest records about where a stage ran."""
+def environment(processes: int) -> dict[str, Any]:
+    """What a manifest records about where a stage ran, and on how many processes."""
     device_name = "cpu"
     if "torch" in sys.modules:
         import torch
@@ -207,5 +213,5 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "device": device_name,
         "cpus": os.cpu_count(),
-        "world": world_size(),
+        "world": processes,
     }

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     Array = np.ndarray[Any, np.dtype[np.float64]]
 
 RESAMPLES = 2000
+_CHUNK = 2_000_000
 _EXACT_UP_TO = 16  # 2^16 sign patterns are still counted one by one
 
 
@@ -105,9 +106,23 @@ def _bootstrap(
         raise ValueError("an empty sample has no interval; report null")
     table = np.asarray(rows, dtype=np.float64)
     n, rng = len(table), np.random.default_rng(seed)
-    sums = np.stack([table[rng.integers(0, n, n)].sum(axis=0) for _ in range(RESAMPLES)])
+    chunk = max(1, _CHUNK // n)  # resamples that are drawn together: memory stays bounded
+    sums = np.concatenate(
+        [_resampled(table, rng, min(chunk, RESAMPLES - i)) for i in range(0, RESAMPLES, chunk)]
+    )
     low, high = np.quantile(statistic(sums, n), [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(statistic(table.sum(axis=0)[None], n)[0]), float(low), float(high))
+
+
+def _resampled(table: Array, rng: np.random.Generator, times: int) -> Array:
+    """The column sums of `times` resamples: how often each item is drawn, times its row."""
+    import numpy as np
+
+    n = len(table)
+    drawn = rng.integers(0, n, (times, n)) + n * np.arange(times)[:, None]
+    counts = np.bincount(drawn.ravel(), minlength=times * n).reshape(times, n)
+    sums: Array = counts.astype(np.float64) @ table
+    return sums
 
 
 def _divide(a: Array, b: Array) -> Array:

@@ -2,6 +2,6 @@
 
 from microlm.engine.engine import Engine
 from microlm.engine.request import Delta, Request
-from microlm.engine.service import Busy, EngineService
+from microlm.engine.service import Busy, EngineService, Stopped
 
-__all__ = ["Busy", "Delta", "Engine", "EngineService", "Request"]
+__all__ = ["Busy", "Delta", "Engine", "EngineService", "Request", "Stopped"]

@@ -1,9 +1,15 @@
-"""The engine on a thread of its own, for asyncio. Enters: prompts; leaves: streams of Deltas."""
+"""The engine on a thread of its own, for asyncio. Enters: prompts; leaves: streams of Deltas.
+
+Whatever happens to the engine, every open request ends: with its answer, or with an error.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
 import threading
+import traceback
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field
@@ -13,9 +19,16 @@ from microlm.engine.engine import Engine
 from microlm.engine.prompts import Prompt
 from microlm.engine.request import Delta, Request
 
+LOG = logging.getLogger("microlm.engine")
+SHUTTING_DOWN = "the server is shutting down"
+
 
 class Busy(Exception):
-    """The queue is full (HTTP 503): try again later."""
+    """The queue is full (HTTP 429): try again later."""
+
+
+class Stopped(Exception):
+    """The service was closed, or its engine failed (HTTP 503): it takes no request any more."""
 
 
 @dataclass(eq=False)
@@ -64,10 +77,11 @@ class EngineService:
         self.engine = engine
         self.max_queue = max_queue
         self._wake = threading.Condition()
-        self._inbox: deque[Callable[[], None]] = deque()
+        self._inbox: deque[tuple[Request, _Mailbox | None]] = deque()  # who comes; without a box: who leaves
         self._boxes: dict[Request, _Mailbox] = {}
         self._open = 0
         self._closed = False
+        self._failure: str | None = None
         self._thread = threading.Thread(target=self._run, name="microlm-engine", daemon=True)
         self._thread.start()
 
@@ -76,8 +90,14 @@ class EngineService:
         """Requests that wait or run."""
         return self._open
 
+    @property
+    def failure(self) -> str | None:
+        """Why the engine answers nobody any more; None while it works."""
+        return self._failure
+
     async def submit(self, prompt: Prompt, sampling: Sampling) -> DeltaStream:
-        """Queue a request; raises Busy when slots and queue are full, UserError when it can never run.
+        """Queue a request; raises Busy when slots and queue are full, UserError when it can never run,
+        Stopped when nothing runs any more.
 
         Usage: `async for delta in await service.submit(prompt, sampling)`.
         """
@@ -85,7 +105,7 @@ class EngineService:
         try:
             request = await asyncio.to_thread(self.engine.prepare, prompt, sampling)
             box = _Mailbox(asyncio.get_running_loop())
-            self._post(lambda: self._admit(request, box))
+            self._post(request, box)
         except BaseException:
             self._free()
             raise
@@ -100,7 +120,8 @@ class EngineService:
 
     def _reserve(self) -> None:
         with self._wake:
-            if self._closed or self._open >= self.engine.max_seqs + self.max_queue:
+            self._require_open()
+            if self._open >= self.engine.max_seqs + self.max_queue:
                 raise Busy(f"{self._open} requests are open already; try again in a moment")
             self._open += 1
 
@@ -108,45 +129,62 @@ class EngineService:
         with self._wake:
             self._open -= 1
 
-    def _post(self, command: Callable[[], None]) -> None:
+    def _require_open(self) -> None:
+        if self._closed:
+            raise Stopped(self._failure or f"{SHUTTING_DOWN}; ask another")
+
+    def _post(self, request: Request, box: _Mailbox) -> None:
         with self._wake:
-            if self._closed:
-                raise Busy("the server is shutting down; ask another")
-            self._inbox.append(command)
+            self._require_open()
+            self._inbox.append((request, box))
             self._wake.notify()
 
     def _post_drop(self, request: Request) -> None:
         with self._wake:
-            self._inbox.append(lambda: self._drop(request))
+            self._inbox.append((request, None))
             self._wake.notify()
 
-    def _admit(self, request: Request, box: _Mailbox) -> None:
-        self._boxes[request] = box
-        self.engine.enqueue(request)
-
-    def _drop(self, request: Request) -> None:
-        if self._boxes.pop(request, None) is not None:
-            self.engine.cancel(request)
-            self._free()
-
     def _run(self) -> None:
-        while self._run_commands():
-            try:
-                self._deliver(self.engine.step())
-            except Exception as e:  # one bad step must not end the service: everyone in it is told
-                self._end_all("error", f"the engine failed: {type(e).__name__}: {e}")
-        self._end_all("cancelled", "the server is shutting down")
+        try:
+            while self._read_inbox():
+                self._step()
+            self._end_all("cancelled", SHUTTING_DOWN)
+        except Exception as e:
+            self._fail(e)
 
-    def _run_commands(self) -> bool:
-        """Wait for work and run what was posted; False when the service is closed."""
+    def _read_inbox(self) -> bool:
+        """Wait for work and let in and out who asked for it; False when the service is closed."""
         with self._wake:
             while not (self._inbox or self._closed or self.engine.busy):
                 self._wake.wait()
-            commands, self._inbox = self._inbox, deque()
             closed = self._closed
-        for command in commands:
-            command()
+        while self._inbox:
+            request, box = self._inbox.popleft()
+            if box is not None:
+                self._boxes[request] = box
+                self.engine.enqueue(request)
+            elif self._boxes.pop(request, None) is not None:
+                self.engine.cancel(request)
+                self._free()
         return not closed
+
+    def _step(self) -> None:
+        """One step. One that fails is told to all in it; later ones are served if the engine still works."""
+        try:
+            self._deliver(self.engine.step())
+        except Exception as e:
+            _log(e)
+            self._end_all("error", f"the engine failed: {type(e).__name__}: {e}")
+            self.engine.generate([[0]], Sampling(max_tokens=1))
+
+    def _fail(self, e: Exception) -> None:
+        """The engine does not work any more: close, and tell everyone without touching it again."""
+        _log(e)
+        with self._wake:
+            self._failure = f"the engine failed ({type(e).__name__}); restart the server"
+            self._closed = True
+            self._boxes |= {request: box for request, box in self._inbox if box is not None}
+        self._tell_all("error", self._failure)
 
     def _deliver(self, deltas: Iterable[tuple[Request, Delta]]) -> None:
         """Hand a step's deltas over: one wake-up per event loop, however many requests moved."""
@@ -158,14 +196,21 @@ class EngineService:
                 del self._boxes[request]
                 self._free()
         for loop, letters in mail.items():
-            if not loop.is_closed():
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens
                 loop.call_soon_threadsafe(_put_all, letters)
 
     def _end_all(self, reason: FinishReason, error: str) -> None:
-        requests = list(self._boxes)
-        for request in requests:
+        for request in self._boxes:
             self.engine.cancel(request)
-        self._deliver([(r, Delta("", (), reason, error)) for r in requests])
+        self._tell_all(reason, error)
+
+    def _tell_all(self, reason: FinishReason, error: str) -> None:
+        self._deliver([(r, Delta("", (), reason, error)) for r in self._boxes])
+
+
+def _log(e: Exception) -> None:
+    """The place without the values, which may be a prompt's."""
+    LOG.error("%s\n%s", type(e).__name__, "".join(traceback.format_tb(e.__traceback__)))
 
 
 def _put_all(letters: list[tuple[_Mailbox, Delta]]) -> None:

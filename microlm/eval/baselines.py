@@ -12,7 +12,19 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import chain, pairwise
 
 from microlm.core.records import Extraction, Question
-from microlm.eval.wordings import HEAD, TAIL, Match, Tokens, Wording, choose, learn, tokenise, windows
+from microlm.eval.wordings import (
+    HEAD,
+    TAIL,
+    Counts,
+    Match,
+    Tokens,
+    Wording,
+    choose,
+    count,
+    learn,
+    tokenise,
+    windows,
+)
 from microlm.text.extraction import Found
 
 Extractor = Callable[[Extraction], Found]
@@ -23,7 +35,8 @@ _OVERLAP, _FIT, _CANDIDATES = 0.3, 0.5, 3  # set by hand, not fitted
 
 def extractors(train: Sequence[Extraction]) -> dict[str, Extractor]:
     """The two extraction baselines by name."""
-    return {"regex": _regex(train), "nearest_template": _nearest_template(train)}
+    counts = count(train)
+    return {"regex": _regex(counts), "nearest_template": _nearest_template(counts)}
 
 
 def answerers(train: Sequence[Question], names: Iterable[str]) -> dict[str, Answerer]:
@@ -31,11 +44,11 @@ def answerers(train: Sequence[Question], names: Iterable[str]) -> dict[str, Answ
     return {"regex": _by_entity(train, names), "nearest_template": _nearest_question(train)}
 
 
-def _regex(train: Sequence[Extraction]) -> Extractor:
+def _regex(counts: Counts) -> Extractor:
     """Frequent wordings as regular expressions that must match a whole clause; the longest literal wins."""
     patterns = {
         relation: [(w, len(w.literals), _compile(w)) for w in wordings]
-        for relation, wordings in learn(train, at_least=3, most=60).items()
+        for relation, wordings in learn(counts, at_least=3, most=60).items()
     }
 
     def extract(record: Extraction) -> Found:
@@ -55,11 +68,11 @@ def _compile(wording: Wording) -> re.Pattern[str]:
     return re.compile("".join(groups.get(t) or re.escape(t) for t in wording.tokens), re.IGNORECASE)
 
 
-def _nearest_template(train: Sequence[Extraction]) -> Extractor:
+def _nearest_template(counts: Counts) -> Extractor:
     """For each clause the training wordings with most bigrams in common, aligned word by word."""
     index: dict[str, defaultdict[str, list[Wording]]] = {}
     sizes: dict[Wording, int] = {}
-    for relation, wordings in learn(train, at_least=2, most=200).items():
+    for relation, wordings in learn(counts, at_least=2, most=200).items():
         index[relation] = defaultdict(list)
         for wording in wordings:
             grams = _bigrams(wording.tokens)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -66,17 +66,28 @@ def windows(text: str) -> list[tuple[tuple[int, int], str]]:
     return found
 
 
-def learn(records: Iterable[Extraction], at_least: int, most: int) -> dict[str, list[Wording]]:
-    """Relation → its wordings seen `at_least` times, the `most` frequent ones, most frequent first.
+Counts = Mapping[str, Counter[Tokens]]
+"""Relation → how often each wording states it."""
 
-    A wording that more often states other relations is left out: it would guess.
-    """
+
+def count(records: Iterable[Extraction]) -> Counts:
+    """The wordings of the records' triples."""
     counts: defaultdict[str, Counter[Tokens]] = defaultdict(Counter)
     for record in records:
         parts = windows(record.text)
         for t in record.relation:
             counts[t.relation].update(_masked(parts, t.head, t.tail))
-    total: Counter[Tokens] = sum(counts.values(), Counter())
+    return counts
+
+
+def learn(counts: Counts, at_least: int, most: int) -> dict[str, list[Wording]]:
+    """Relation → its wordings seen `at_least` times, the `most` frequent ones, most frequent first.
+
+    A wording that more often states other relations is left out: it would guess.
+    """
+    total: Counter[Tokens] = Counter()
+    for found in counts.values():
+        total.update(found)
 
     def kept(relation: str) -> list[Wording]:
         common = sorted(counts[relation].items(), key=lambda x: (-x[1], x[0]))

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from microlm.core.manifest import Artifact
+from microlm.export import parity
 from microlm.model.config import ModelConfig
 
 
@@ -30,7 +31,8 @@ def render(
         _about(facts, data),
         _data(data, licences),
         _training(history),
-        _scores(scores),
+        _scores(scores, facts.dtype),
+        _parity(facts),
         _use(),
     ]
     return "\n\n".join(parts) + "\n"
@@ -104,7 +106,7 @@ def _training(history: Sequence[Artifact]) -> str:
     return "\n".join(["## Training", "", "| stage | gives | seed | digest |", "|---|---|---|---|", *rows])
 
 
-def _scores(scores: Artifact | None) -> str:
+def _scores(scores: Artifact | None, dtype: str) -> str:
     if scores is None:
         return "## Scores\n\nThis model was exported without scores."
     rows = [
@@ -113,12 +115,35 @@ def _scores(scores: Artifact | None) -> str:
         for r in scores.json("scores.json")["headlines"]
     ]
     head = "| score | items | value | 95 % interval | n | without a model |\n|---|---|---|---|---|---|"
-    return "\n".join(["## Scores", "", "On held-out data, of exactly these weights.", "", head, *rows])
+    which = (
+        "exactly these weights" if dtype == "float32" else f"the weights before they were rounded to {dtype}"
+    )
+    return "\n".join(["## Scores", "", f"On held-out data, of {which}.", "", head, *rows])
 
 
 def _beside(baselines: Mapping[str, float | None]) -> str:
     """What the baselines reached on the same items."""
     return ", ".join(f"{name} {value:.4g}" for name, value in baselines.items() if value is not None) or "–"
+
+
+def _parity(facts: Facts) -> str:
+    """What the export stage compares before it signs; it signs nothing that differs."""
+    config, most = facts.config, parity.longest(facts.config)
+    window = "which fills the context" if most == config.max_position_embeddings else "less than the context"
+    compared = (
+        "MicroLM and plain `transformers` read the files of this folder and agreed: the same token ids and "
+        "chat template ids, and logits that differ by at most "
+        f"{parity.TOLERANCE:g} at every position of all sequences, the longest of {most} tokens, {window}. "
+    )
+    if facts.dtype == "float32":
+        compared += "Weights and computation were float32 on both sides."
+    else:
+        compared += (
+            f"The weights are stored in {facts.dtype} and were widened to float32 for this: both sides "
+            f"computed in float32. Computing in {facts.dtype} was not compared, nor were the rounded weights "
+            "with the float32 weights that they were rounded from."
+        )
+    return f"## Checked against transformers\n\n{compared}"
 
 
 def _use() -> str:

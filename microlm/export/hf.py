@@ -32,7 +32,7 @@ class ExportRecipe(StageRecipe):
     )
 
 
-@stage("export", kind="model", version=1)
+@stage("export", kind="model", version=2)
 def run(recipe: ExportRecipe, work: Workspace) -> None:
     """Check that this model was the one evaluated, write it with its card, compare with transformers."""
     model, scores = work.inputs["model"], work.inputs.get("scores")
@@ -48,7 +48,8 @@ def run(recipe: ExportRecipe, work: Workspace) -> None:
     work.write_text("README.md", card.render(facts, history, scores, sorted(work.licences)))
     del decoder  # the check loads the written files, twice
     texts, conversations = held_out(history, recipe.parity_texts)
-    report = parity.compare(work.path, texts, conversations)
+    dtypes = {"stored_dtype": recipe.dtype, "compared_dtype": "float32"}
+    report = dtypes | parity.compare(work.path, texts, conversations)
     work.write_json("logs/parity.json", report)
     work.metrics |= report
     parity.require(report, work.out)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain, cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,14 @@ from torch import Tensor
 from microlm.core.errors import CheckFailed
 from microlm.core.records import Message
 from microlm.model import directory
+from microlm.model.config import ModelConfig
 from microlm.text.chat import encode_chat
 from microlm.text.tokenizer import SPECIAL, Tokenizer
 
 TOLERANCE = 1e-4  # largest difference of two float32 logits
-PROMPTS, PROMPT_TOKENS = 8, 128
+PROMPT_TOKENS = 128
+HELD_OUT_TEXTS, HELD_OUT_CHATS = 24, 8  # whose logits are compared
+MAX_LOGITS = 2**28  # of one sequence: 1 GiB
 
 TEXTS = (
     "李白是唐代的诗人，生于701年。",
@@ -53,7 +57,7 @@ def compare(path: Path, texts: Sequence[str], conversations: Sequence[Sequence[M
     with _quiet_transformers():
         theirs = _auto_tokenizer(path)
         report = _compare_tokens(theirs, tokenizer, lines) | _compare_chats(theirs, tokenizer, chats)
-        report |= _compare_logits(path, tokenizer.encode_batch(lines))
+        report |= _compare_logits(path, _prompts(path, tokenizer, texts, conversations))
     difference = report["logits_max_abs_difference"]
     small = difference is not None and difference <= TOLERANCE
     report["ok"] = small and report["texts_unequal"] == report["conversations_unequal"] == 0
@@ -101,18 +105,35 @@ def _compare_chats(theirs: Any, tokenizer: Tokenizer, chats: Sequence[Sequence[M
     }
 
 
+def longest(config: ModelConfig) -> int:
+    """Tokens of the longest sequence that is compared: the window, unless memory forbids."""
+    return min(config.max_position_embeddings, MAX_LOGITS // config.vocab_size)
+
+
+def _prompts(
+    path: Path, tokenizer: Tokenizer, texts: Sequence[str], conversations: Sequence[Sequence[Message]]
+) -> list[list[int]]:
+    """The beginnings of fixed lines, held-out texts and chats; then all lines as one long sequence."""
+    most = longest(directory.read_config(path))
+    lines = tokenizer.encode_batch([*TEXTS, *texts[:HELD_OUT_TEXTS]])
+    chats = [encode_chat(tokenizer, c)[0] for c in conversations[:HELD_OUT_CHATS]]
+    filling = cycle(chain.from_iterable([*line, tokenizer.eos_id] for line in lines))
+    short = [ids[: min(PROMPT_TOKENS, most)] for ids in (*lines, *chats) if ids]
+    return [*short, list(islice(filling, most))]
+
+
 def _compare_logits(path: Path, ids: Sequence[Sequence[int]]) -> dict[str, Any]:
-    """The largest difference at any position of the first prompts, both in float32 from the same files.
+    """The largest difference at any position, both computed in float32 from the same files.
 
     It is null when a logit is not finite.
     """
-    limit = min(PROMPT_TOKENS, directory.read_config(path).max_position_embeddings)
-    prompts = [torch.tensor([list(p[:limit])]) for p in ids if p][:PROMPTS]
+    prompts = [torch.tensor([list(p)]) for p in ids]
     ours, theirs = _our_logits(path, prompts), _their_logits(path, prompts)
     difference = float(torch.stack([(a - b).abs().max() for a, b in zip(ours, theirs, strict=True)]).max())
     return {
         "prompts": len(prompts),
         "positions": sum(p.shape[1] for p in prompts),
+        "longest_prompt": max(p.shape[1] for p in prompts),
         "logits_max_abs_difference": difference if math.isfinite(difference) else None,
         "tolerance": TOLERANCE,
     }
@@ -124,12 +145,13 @@ def _our_logits(path: Path, prompts: Sequence[Tensor]) -> list[Tensor]:
         return [decoder(p) for p in prompts]
 
 
-def _their_logits(path: Path, prompts: Sequence[Tensor]) -> list[Tensor]:
+def _their_logits(path: Path, prompts: Sequence[Tensor]) -> Iterator[Tensor]:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True).eval()
-    with torch.inference_mode():
-        return [model(p).logits.float() for p in prompts]
+    for prompt in prompts:
+        with torch.inference_mode():
+            yield model(prompt).logits.float()
 
 
 def _auto_tokenizer(path: Path) -> Any:

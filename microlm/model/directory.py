@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,15 +23,20 @@ _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "
 def read_config(path: Path) -> ModelConfig:
     """The `config.json` of an HF directory."""
     file = path / "config.json"
+    return ModelConfig.from_hf(read_object(file, "a Hugging Face model directory"), str(file))
+
+
+def read_object(file: Path, folder: str) -> dict[str, Any]:
+    """The JSON object in a file of a directory; `folder` says what that directory should be."""
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path}: no config.json there; expected a Hugging Face model directory") from None
+        raise UserError(f"{file.parent}: no {file.name} there; expected {folder}") from None
     except (ValueError, RecursionError):
-        raise UserError(f"{file}: not valid JSON; export the model again") from None
+        raise UserError(f"{file}: not valid JSON; export or make it again") from None
     if not isinstance(data, dict):
         raise UserError(f"{file}: expected a JSON object, found {type(data).__name__}")
-    return ModelConfig.from_hf(data, str(file))
+    return data
 
 
 def load(path: Path, compute_dtype: torch.dtype = torch.float32) -> Decoder:

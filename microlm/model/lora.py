@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from microlm.core import storage
 from microlm.core.errors import UserError
+from microlm.model.directory import read_object
 from microlm.model.transformer import Decoder, Linear
 
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -184,13 +185,8 @@ def load_adapter(decoder: Decoder, path: Path, base_digest: str | None = None) -
 def read_config(path: Path) -> dict[str, Any]:
     """The checked `adapter_config.json` of a plain LoRA adapter."""
     file = path / ADAPTER_CONFIG
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no {ADAPTER_CONFIG} there; expected a LoRA adapter's directory") from None
-    except (ValueError, RecursionError):
-        raise UserError(f"{file}: not valid JSON; make the adapter again") from None
-    if not isinstance(data, dict) or data.get("peft_type") != "LORA":
+    data = read_object(file, "a LoRA adapter's directory")
+    if data.get("peft_type") != "LORA":
         raise UserError(f"{file}: not the configuration of a LoRA adapter; only LoRA is supported")
     for key in ("use_dora", "use_rslora", "modules_to_save", "rank_pattern", "alpha_pattern"):
         if data.get(key):

@@ -17,10 +17,10 @@ from starlette.types import Receive, Scope, Send
 
 from microlm.core.errors import UserError
 from microlm.core.records import Sampling
-from microlm.engine import Busy, Delta, EngineService
+from microlm.engine import Busy, Delta, EngineService, Stopped
 from microlm.engine.service import DeltaStream
 from microlm.serve import shapes
-from microlm.serve.errors import ApiError, busy
+from microlm.serve.errors import ApiError, busy, unavailable
 from microlm.serve.gate import ClientGone
 
 EVENT_STREAM = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
@@ -128,6 +128,8 @@ class Answer(Response):
                 await stream.aclose()
             if isinstance(e, Busy):
                 raise busy() from None
+            if isinstance(e, Stopped):
+                raise unavailable(str(e)) from None
             if isinstance(e, UserError):
                 raise ApiError(400, str(e), "invalid_value") from None
             raise

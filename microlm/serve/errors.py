@@ -67,6 +67,11 @@ def busy(seconds: int = 1) -> ApiError:
     return ApiError(429, message, "queue_full", headers={"Retry-After": str(seconds)})
 
 
+def unavailable(message: str) -> ApiError:
+    """Nothing is generated here any more."""
+    return ApiError(503, message, "unavailable")
+
+
 def install(app: FastAPI) -> None:
     """Give every error of `app` OpenAI's shape: ours, validation, unknown route, wrong method."""
 

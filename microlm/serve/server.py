@@ -48,6 +48,11 @@ class Desk:
             raise ApiError(503, "the server is not ready", "not_ready", headers={"Retry-After": "1"})
         return self._service
 
+    def require_engine(self) -> None:
+        """Refuse at once what nobody would answer."""
+        if failure := self.service.failure:
+            raise errors.unavailable(failure)
+
     @asynccontextmanager
     async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
         """The service runs as long as the application."""
@@ -111,10 +116,11 @@ def create_app(engine: Engine, name: str, api_key: str | None, limits: Limits | 
 
 def _add_models(app: FastAPI, desk: Desk) -> None:
     @app.get("/health")
-    async def health() -> dict[str, str]:
-        """Ready to answer."""
-        _ = desk.service
-        return {"status": "ok"}
+    async def health() -> JSONResponse:
+        """Ready to answer, or why not: a supervisor restarts what has failed."""
+        if failure := desk.service.failure:
+            return JSONResponse({"status": "failed", "error": failure}, 503)
+        return JSONResponse({"status": "ok"})
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -132,6 +138,7 @@ def _add_generation(app: FastAPI, desk: Desk) -> None:
     @app.post("/v1/chat/completions", response_class=JSONResponse)
     async def chat(body: ChatRequest) -> Response:
         """Answer a conversation."""
+        desk.require_engine()
         desk.require_model(body.model)
         ids = await desk.encode(body.turns, "messages")
         return desk.answer(body, desk.jobs(body, [ids], None), chat=True)
@@ -139,6 +146,7 @@ def _add_generation(app: FastAPI, desk: Desk) -> None:
     @app.post("/v1/completions", response_class=JSONResponse)
     async def complete(body: CompletionRequest) -> Response:
         """Continue one prompt or several."""
+        desk.require_engine()
         desk.require_model(body.model)
         if not 0 < len(body.prompts) * body.choices <= desk.limits.max_choices:
             raise ApiError(

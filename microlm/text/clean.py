@@ -161,6 +161,25 @@ def clean(document: Document, steps: dict[str, Rule], effects: Effects) -> tuple
     return document, None
 
 
+def tidied(record: Record) -> tuple[Record, str | None]:
+    """The tidy record, or why to drop it: a text of which nothing visible is left."""
+    after = tidy(record)
+    emptied = any(b.strip() and not a.strip() for b, a in zip(_texts(record), _texts(after), strict=True))
+    return after, "nothing_visible" if emptied else None
+
+
+def _texts(record: Record) -> tuple[str, ...]:
+    """The texts of a record that a model reads or writes."""
+    if isinstance(record, Conversation):
+        return tuple(m.content for m in record.messages)
+    if isinstance(record, Preference):
+        return (*(m.content for m in record.prompt), record.chosen, record.rejected)
+    if isinstance(record, Extraction):
+        names = (name for t in record.relation for name in (t.head, t.relation, t.tail))
+        return (record.text, *names)
+    return (record.text,)
+
+
 def tidy(record: Record) -> Record:
     """A conversation, extraction or preference without invisible characters and in NFC."""
     if isinstance(record, Conversation):

@@ -228,13 +228,13 @@ class _Reporter:
     def __init__(self, ranks: Ranks, job: Job, at: Position) -> None:
         self.job, self.at, self.active = job, at, ranks.rank == 0
         if self.active:
-            self.bar = Progress(job.name, job.loop.steps * job.loop.batch_rows * job.loop.context, "tokens")
+            total = job.loop.steps * job.loop.batch_rows * job.loop.context
+            self.bar = Progress(job.name, total, "tokens", start=at.tokens)
             self.log = _reopen_log(job.logs, at)
 
     def __enter__(self) -> _Reporter:
         if self.active:
             self.bar.__enter__()
-            self.bar.update(self.at.tokens)
         return self
 
     def __exit__(self, *error: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -132,9 +133,9 @@ def make(decoder: Decoder, recipe: OptimRecipe, ranks: Ranks | None = None) -> l
     rates = {"embedding": recipe.embedding_lr, "head": recipe.head_lr, "adapter": recipe.adapter_lr}
     optimizers: list[torch.optim.Optimizer] = []
     if groups["matrix"]:
-        rule = {"momentum": recipe.muon_momentum, "weight_decay": recipe.matrix_decay}
-        shared = {"dtype": decoder.compute_dtype, "ranks": ranks}
-        optimizers.append(Muon(groups["matrix"], recipe.matrix_lr, **rule, **shared))
+        muon = functools.partial(Muon, dtype=decoder.compute_dtype, ranks=ranks)
+        decay = recipe.matrix_decay
+        optimizers.append(muon(groups["matrix"], recipe.matrix_lr, recipe.muon_momentum, decay))
     adam = [{"params": groups[g], "lr": r} for g, r in rates.items() if groups[g]]
     if adam:
         optimizers.append(torch.optim.AdamW(adam, betas=(0.8, 0.95), eps=1e-10, weight_decay=0.0, fused=True))

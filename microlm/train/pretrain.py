@@ -21,29 +21,37 @@ from microlm.train import objectives
 from microlm.train.batches import PackedRows, held_out_rows
 from microlm.train.loop import Job, LoopRecipe, train
 from microlm.train.optim import OptimRecipe
-from microlm.train.ranks import Ranks, launch, warn_idle
+from microlm.train.ranks import Ranks, launch, processes, warn_idle
 
 SUMMARY = "summary.json"
+MAX_WEIGHTS = 8_000_000_000  # each process holds them all, their gradients and two moments
 
 
 class ArchitectureRecipe(Recipe):
     """The shape of the model; Qwen3's by default."""
 
     model_type: Literal["llama", "qwen2", "qwen3"] = Field(default="qwen3", description="stock architecture")
-    hidden_size: int = Field(default=128, ge=8, description="width")
-    layers: int = Field(default=4, ge=1, description="blocks")
-    heads: int = Field(default=4, ge=1, description="query heads")
-    kv_heads: int = Field(default=4, ge=1, description="key-value heads")
-    head_dim: int = Field(default=32, ge=2, description="size of a head, even")
-    intermediate_size: int = Field(default=352, ge=8, description="width of the SwiGLU")
-    max_positions: int = Field(default=384, ge=16, description="longest sequence, in tokens")
-    rope_theta: float = Field(default=10_000.0, gt=0, description="rotary base")
+    hidden_size: int = Field(default=128, ge=8, le=16_384, description="width")
+    layers: int = Field(default=4, ge=1, le=256, description="blocks")
+    heads: int = Field(default=4, ge=1, le=256, description="query heads")
+    kv_heads: int = Field(default=4, ge=1, le=256, description="key-value heads")
+    head_dim: int = Field(default=32, ge=2, le=512, description="size of a head, even")
+    intermediate_size: int = Field(default=352, ge=8, le=65_536, description="width of the SwiGLU")
+    max_positions: int = Field(default=384, ge=16, le=1 << 20, description="longest sequence, in tokens")
+    rope_theta: float = Field(default=10_000.0, ge=1, le=1e9, description="rotary base")
     tied: bool = Field(default=False, description="share embedding and head")
 
     @model_validator(mode="after")
     def _divisible(self) -> ArchitectureRecipe:
         if self.heads % self.kv_heads or self.head_dim % 2:
             raise ValueError("heads must be a multiple of kv_heads, and head_dim even")
+        attention = 2 * (self.heads + self.kv_heads) * self.head_dim
+        weights = self.layers * self.hidden_size * (attention + 3 * self.intermediate_size)
+        if weights > MAX_WEIGHTS:
+            raise ValueError(
+                f"a shape of {weights / 1e9:,.1f} billion weights without the embedding, at most "
+                f"{MAX_WEIGHTS / 1e9:g} billion are trained; lower hidden_size, intermediate_size or layers"
+            )
         return self
 
     def config(self, index: dict[str, Any]) -> ModelConfig:
@@ -78,6 +86,7 @@ class PretrainRecipe(StageRecipe):
 def run(recipe: PretrainRecipe, work: Workspace) -> None:
     """Initialise, train on every rank, save the HF directory."""
     shards = work.inputs["shards"].path
+    work.processes = processes(recipe.parallel)
     warn_idle("pretrain", recipe.parallel, recipe.loop.batch_rows, recipe.loop.micro_rows)
     if launch(recipe.parallel, _rank, recipe, shards, work.path):
         copy_files(shards / "tokenizer", work.path)

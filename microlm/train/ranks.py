@@ -104,11 +104,16 @@ def launch(parallel: Parallel, target: Callable[..., None], *args: Any) -> bool:
         return True
 
 
+def processes(parallel: Parallel) -> int:
+    """How many ranks `launch` has."""
+    group = runtime.torchrun()
+    return group.size if group else parallel.processes
+
+
 def warn_idle(name: str, parallel: Parallel, batch_rows: int, micro_rows: int) -> None:
     """Say so when a step has fewer micro-batches than there are processes to take them."""
-    group = runtime.torchrun()
-    size, pieces = group.size if group else parallel.processes, math.ceil(batch_rows / micro_rows)
-    if size > pieces and not (group and group.rank):
+    size, pieces = processes(parallel), math.ceil(batch_rows / micro_rows)
+    if size > pieces and runtime.rank() == 0:
         warnings.warn(
             f"{name}: {size} processes share {pieces} micro-batches a step ({batch_rows} rows in pieces of "
             f"{micro_rows}), so {size - pieces} wait; lower parallel.processes or loop.micro_rows",

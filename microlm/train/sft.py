@@ -24,7 +24,7 @@ from microlm.train.batches import PackedRows, held_out_rows
 from microlm.train.loop import Job, LoopRecipe, train
 from microlm.train.optim import OptimRecipe
 from microlm.train.pretrain import SUMMARY, write_summary
-from microlm.train.ranks import Ranks, launch, warn_idle
+from microlm.train.ranks import Ranks, launch, processes, warn_idle
 
 TOKENIZER = FILES[0]
 
@@ -65,6 +65,7 @@ def run(recipe: SftRecipe, work: Workspace) -> None:
     """Load the model, train on every rank, save weights or adapter with the model's own tokenizer files."""
     model, shards = work.inputs["model"], work.inputs["shards"]
     _require_same_tokenizer(model, shards)
+    work.processes = processes(recipe.parallel)
     warn_idle("sft", recipe.parallel, recipe.loop.batch_rows, recipe.loop.micro_rows)
     if launch(recipe.parallel, _rank, recipe, model, shards.path, work.path):
         copy_files(model.path, work.path)

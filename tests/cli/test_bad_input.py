@@ -154,6 +154,7 @@ def test_lineage_finds_a_flipped_byte(
     assert "DAMAGED" in out
 
 
+@pytest.mark.slow
 def test_lineage_finds_a_flipped_byte_anywhere_in_a_manifest(
     room: Room, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -172,6 +172,32 @@ def test_an_interrupted_file_of_answers_equals_an_undisturbed_one(
     assert out.read_bytes() == whole and not part.exists()
 
 
+def test_answers_of_another_model_in_the_same_place_are_not_continued(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, moved = tmp_path / "model", tmp_path / "moved"
+    words = ["--prompts", str(write_prompts(tmp_path)), "--max-new-tokens", "2", "--json"]
+    write_model(place, "qwen3", seed=1)
+    with monkeypatch.context() as patch:
+        patch.setattr("microlm.cli.generate.BATCH", 3)
+        steps, real = iter(range(8)), Engine.step
+        patch.setattr(
+            Engine, "step", lambda engine: real(engine) if next(steps, None) is not None else stop()
+        )
+        assert call("generate", str(place), *words) == 130
+    place.rename(moved)
+    write_model(place, "qwen3", seed=2)
+    capsys.readouterr()
+    assert call("generate", str(place), *words) == 2
+    assert "other prompts or settings" in capsys.readouterr().err
+    assert call("generate", str(moved), *words) == 0
+    assert json.loads(capsys.readouterr().out)["resumed_at"] > 0
+
+
+def stop() -> None:
+    raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize(
     ("line", "told"), [("{", "not valid JSON"), ("3", "no 'prompt'"), ('{"prompt":3}', "no 'prompt'")]
 )

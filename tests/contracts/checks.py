@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator, Mapping
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 FLOORS = {
     "core": 0, "text": 1, "model": 1, "train": 2, "engine": 2, "export": 2, "serve": 3,
@@ -66,6 +69,36 @@ def _dotted(node: ast.AST) -> str:
     if isinstance(node, ast.Attribute):
         return f"{_dotted(node.value)}.{node.attr}"
     return node.id if isinstance(node, ast.Name) else ""
+
+
+def undeclared(package: Path, project: Mapping[str, Any]) -> list[str]:
+    """Imports of what pyproject.toml does not declare; what an extra brings may only be imported lazily."""
+    extras = {k: v for k, v in project["optional-dependencies"].items() if k != "dev"}
+    always = _modules(project["dependencies"]) | {*sys.stdlib_module_names, package.name}
+    optional = {name for words in extras.values() for name in _modules(words)}
+    found = []
+    for name, tree, _ in sources(package):
+        functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
+        lazy = {id(inner) for function in functions for inner in ast.walk(function)}
+        for node in ast.walk(tree):
+            modules = {target.partition(".")[0] for target in _imports(node, name.split("/")[:-1])}
+            for module in sorted(modules - always - (optional if id(node) in lazy else set())):
+                why = (
+                    "comes with an extra; import it where it is used" if module in optional else "undeclared"
+                )
+                found.append(f"{name}:{getattr(node, 'lineno', 0)}: {module} {why}")
+    return found
+
+
+def _modules(requirements: Iterable[str]) -> set[str]:
+    """The modules that requirements bring: named as they are, but for PyYAML."""
+    names = (re.split(r"[^\w.-]", word)[0].lower().replace("-", "_") for word in requirements)
+    return {{"pyyaml": "yaml"}.get(name, name) for name in names}
+
+
+def placeholders(text: str) -> list[str]:
+    """Words that stand for what is still to be written or measured."""
+    return re.findall(r"\b(?:TBM|TBD|TODO|FIXME|XXX)\b", text)
 
 
 def sizes(package: Path, allowed: Mapping[str, str]) -> list[str]:

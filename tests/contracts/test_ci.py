@@ -37,6 +37,7 @@ def run_pytest(project: Path, ci: str, *words: str) -> subprocess.CompletedProce
     return subprocess.run(command, cwd=project, env=env, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [(), ("-n", "2")], ids=["alone", "xdist"])
 def test_a_skip_fails_in_ci(project: Path, words: tuple[str, ...]) -> None:
     done = run_pytest(project, "1", *words)
@@ -45,10 +46,12 @@ def test_a_skip_fails_in_ci(project: Path, words: tuple[str, ...]) -> None:
     assert "1 passed, 1 skipped" in done.stdout.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_a_skip_is_fine_elsewhere(project: Path) -> None:
     assert run_pytest(project, "").returncode == 0
 
 
+@pytest.mark.slow
 def test_the_table_of_rooms(project: Path) -> None:
     run_pytest(project, "", "--junitxml=junit-test.xml")
     (project / "core/test_planted.py").write_text("def test_wrong():\n    assert False\n")

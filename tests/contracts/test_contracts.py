@@ -1,11 +1,13 @@
 """The house keeps its contracts, and each contract is shown to fail on a planted violation."""
 
+import tomllib
 from pathlib import Path
 
 import checks
 import pytest
 
 PACKAGE = Path(__file__).parents[2] / "microlm"
+PROJECT = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 # place → reason; a place that is not too large any more must leave the list
 ALLOWED: dict[str, str] = {
@@ -26,6 +28,10 @@ def plant(root: Path, files: dict[str, str]) -> Path:
 
 def test_imports_go_downstairs() -> None:
     assert checks.layers(PACKAGE) == []
+
+
+def test_imports_are_declared() -> None:
+    assert checks.undeclared(PACKAGE, PROJECT) == []
 
 
 def test_sizes_are_kept() -> None:
@@ -67,6 +73,34 @@ def test_a_planted_upward_import_is_found(tmp_path: Path, file: str, text: str) 
 )
 def test_downward_imports_are_fine(tmp_path: Path, file: str, text: str) -> None:
     assert checks.layers(plant(tmp_path, {file: text})) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("import requests", "requests undeclared"),
+        ("def f():\n    from pandas.io import json", "pandas undeclared"),
+        ("import importlib\nimportlib.import_module('scipy.stats')", "scipy undeclared"),
+        ("import pytest", "pytest undeclared"),
+        ("import datasets", "datasets comes with an extra"),
+        ("from datasets import load_dataset", "datasets comes with an extra"),
+    ],
+)
+def test_a_planted_undeclared_import_is_found(tmp_path: Path, text: str, told: str) -> None:
+    (found,) = checks.undeclared(plant(tmp_path, {"core/a.py": text}), PROJECT)
+    assert told in found
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "import json, yaml, torch.nn",
+        "from . import b\nfrom microlm.core import c",
+        "def f():\n    import datasets",
+    ],
+)
+def test_declared_imports_are_fine(tmp_path: Path, text: str) -> None:
+    assert checks.undeclared(plant(tmp_path, {"core/a.py": text}), PROJECT) == []
 
 
 @pytest.mark.parametrize(

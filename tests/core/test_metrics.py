@@ -29,6 +29,17 @@ def test_progress_off_a_terminal_writes_plain_lines(
     ]
 
 
+def test_the_rate_after_a_resume_counts_what_was_done_since(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: clock[0])
+    with Progress("sft", 4000, "tokens", start=3000) as bar:
+        clock[0] += 20
+        bar.update(1000)
+    assert capsys.readouterr().err.splitlines() == ["sft: 4,000/4,000 (100%) tokens, 50 tokens/s"] * 2
+
+
 def test_progress_on_a_terminal_is_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:

@@ -32,8 +32,41 @@ def test_a_machine_without_git_has_no_commit(monkeypatch: pytest.MonkeyPatch) ->
     runtime.code_commit.cache_clear()
 
 
+def test_a_changed_package_is_marked_in_the_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*words: str) -> str:
+        names = ("-c", "user.name=t", "-c", "user.email=t@t")
+        done = subprocess.run(
+            ["git", "-C", str(tmp_path), *names, *words], check=True, capture_output=True, text=True
+        )
+        return done.stdout.strip()
+
+    def told() -> str | None:
+        runtime.code_commit.cache_clear()
+        return runtime.code_commit()
+
+    module = tmp_path / "microlm/core/runtime.py"
+    module.parent.mkdir(parents=True)
+    module.write_text("x = 1\n")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "first")
+    monkeypatch.setattr(runtime, "__file__", str(module))
+    try:
+        head = git("rev-parse", "HEAD")
+        (tmp_path / "notes.txt").write_text("not code")
+        assert told() == head
+        module.write_text("x = 2\n")
+        assert told() == f"{head}+dirty"
+        git("checkout", "-q", "--", ".")
+        (module.parent / "new.py").write_text("")
+        assert told() == f"{head}+dirty"
+    finally:
+        monkeypatch.undo()
+        runtime.code_commit.cache_clear()
+
+
 def test_environment_and_versions() -> None:
-    told = runtime.environment()
-    assert told["world"] == 1 and told["torch"] == runtime.package_version("torch")
+    told = runtime.environment(2)
+    assert told["world"] == 2 and told["torch"] == runtime.package_version("torch")
     assert runtime.package_version("no-such-package") is None
     assert runtime.peak_rss_bytes() > 1_000_000

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -20,6 +20,14 @@ from microlm.core.artifact import open_artifact
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(3600)]
 RECIPE = Path(__file__).parents[2] / "recipes/tiny.yaml"
 KILLS = 10
+
+
+class Undisturbed(NamedTuple):
+    """A run that nobody disturbs: stage → digest, and how long it took after starting up."""
+
+    digests: dict[str, str]
+    startup_s: float
+    work_s: float
 
 
 def command(out: Path) -> list[str]:
@@ -82,30 +90,43 @@ def digests(stages: list[dict[str, Any]]) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, str], float]:
-    """The digests of a run that nobody disturbs, and how long it took."""
-    started = time.monotonic()
-    stages = finish(tmp_path_factory.mktemp("undisturbed") / "out")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
+    times = [time.monotonic()]
+    subprocess.run([*command(out), "--dry-run"], check=True, stdout=subprocess.DEVNULL)
+    times.append(time.monotonic())
+    stages = finish(out)
+    times.append(time.monotonic())
     assert not any(s["skipped"] for s in stages)
-    return digests(stages), time.monotonic() - started
+    startup = times[1] - times[0]
+    return Undisturbed(digests(stages), startup, times[2] - times[1] - startup)
 
 
-def test_two_runs_are_equal_in_every_stage(undisturbed: tuple[dict[str, str], float], tmp_path: Path) -> None:
-    assert digests(finish(tmp_path / "out")) == undisturbed[0]
+def test_two_runs_are_equal_in_every_stage(undisturbed: Undisturbed, tmp_path: Path) -> None:
+    assert digests(finish(tmp_path / "out")) == undisturbed.digests
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a child that its parent died")
-def test_killed_ten_times_equals_undisturbed(
-    undisturbed: tuple[dict[str, str], float], tmp_path: Path
-) -> None:
-    out, rng = tmp_path / "out", random.Random(0)
-    expected, seconds = undisturbed
-    killed = sum(
-        kill_after(out, rng.uniform(0.02, 0.4) * seconds, whole_group=bool(i % 2)) for i in range(KILLS)
-    )
-    assert killed >= KILLS // 2
-    assert digests(finish(out)) == expected
+def test_killed_ten_times_equals_undisturbed(undisturbed: Undisturbed, tmp_path: Path) -> None:
+    """A run that ends before its share of kills is checked, and the kills go on in a new folder."""
+    rng, kills = random.Random(0), 0
+    for chain in range(KILLS):
+        out = tmp_path / f"chain-{chain}"
+        while kills < KILLS:
+            seconds = undisturbed.startup_s + rng.uniform(0.04, 0.3) * undisturbed.work_s
+            if not kill_after(out, seconds, whole_group=bool(kills % 2)):
+                break
+            kills += 1
+        assert_undisturbed(out, undisturbed)
+        if kills == KILLS:
+            break
+    assert kills == KILLS
+
+
+def assert_undisturbed(out: Path, expected: Undisturbed) -> None:
+    """Run to the end what was killed: the same bytes, nothing left to do, nothing left behind."""
+    assert digests(finish(out)) == expected.digests
     assert all(s["skipped"] for s in finish(out))
     assert not list(out.glob("*.tmp"))
-    for name, digest in expected.items():
+    for name, digest in expected.digests.items():
         assert open_artifact(str(out / name)).digest == digest

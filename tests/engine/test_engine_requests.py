@@ -13,7 +13,7 @@ from random_model import WINDOW, write_model
 
 from microlm.core.errors import UserError
 from microlm.core.records import Message, Sampling
-from microlm.engine import Busy, Engine, EngineService
+from microlm.engine import Busy, Engine, EngineService, Stopped
 from microlm.engine.output import TextStream
 
 LONG = Sampling(max_tokens=100, ignore_eos=True)
@@ -37,6 +37,7 @@ def test_more_requests_than_slots_wait_in_order(make_engine: Callable[..., Engin
     assert [sorted(s) for s in seen] == [[0, 1]] * 3 + [[2, 3]] * 3 + [[4]] * 3
 
 
+@pytest.mark.slow
 def test_hundred_cancellations_leave_all_slots_free(engine: Engine) -> None:
     expected = engine.generate(["李白"], LONG)
     for i in range(100):
@@ -192,24 +193,58 @@ def test_the_service_bounds_its_queue_and_frees_what_is_closed(make_engine: Call
         last = await service.submit("a", LONG)
         await asyncio.to_thread(service.close)
         assert (await _drain(last))[-1] == "cancelled"
-        with pytest.raises(Busy):
+        with pytest.raises(Stopped):
             await service.submit("a", LONG)
 
     asyncio.run(scenario())
     assert engine.free_slots == 2 and not engine.busy
 
 
-def test_a_failing_step_is_told_to_everyone_and_the_service_lives(engine: Engine) -> None:
+def test_a_failing_step_is_told_to_everyone_and_the_service_lives(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    works, failures = engine._runner.logits, [ValueError("only once")]
+
+    def logits(hidden: torch.Tensor) -> torch.Tensor:
+        if failures:
+            raise failures.pop()
+        return works(hidden)
+
+    monkeypatch.setattr(engine._runner, "logits", logits)
+
     async def scenario() -> None:
         service = EngineService(engine)
-        works, engine._runner.logits = engine._runner.logits, None  # type: ignore[method-assign, assignment]
         assert (await _drain(await service.submit("a", LONG)))[-1] == "error"
-        engine._runner.logits = works  # type: ignore[method-assign]
         assert (await _drain(await service.submit("a", replace(LONG, max_tokens=3))))[-1] == "length"
+        assert service.failure is None
         await asyncio.to_thread(service.close)
 
     asyncio.run(scenario())
     assert engine.free_slots == engine.max_seqs
+
+
+@pytest.mark.parametrize("broken", ["step", "enqueue"])
+def test_a_broken_engine_ends_every_request_and_takes_no_more(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    def fall_over(*_: object) -> None:
+        raise RuntimeError("the device is gone")
+
+    async def scenario() -> None:
+        service = EngineService(engine)
+        streams = [await service.submit("a", LONG) for _ in range(9)]
+        monkeypatch.setattr(engine, broken, fall_over)
+        if broken == "enqueue":
+            streams.append(await service.submit("a", LONG))
+        ends = await asyncio.wait_for(asyncio.gather(*map(_drain, streams)), 20)
+        assert ends[0][-1] == ends[-1][-1] == "error" and service.open_requests == 0
+        while service.failure is None:
+            await asyncio.sleep(0.01)
+        with pytest.raises(Stopped, match="restart"):
+            await service.submit("a", LONG)
+        await asyncio.to_thread(service.close)
+
+    asyncio.run(scenario())
 
 
 async def _drain(stream: object) -> list[str | None]:

@@ -7,12 +7,61 @@ import itertools
 import json
 import random
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, ClassVar
 
+JUNK: tuple[Any, ...] = (
+    None, True, 0, -1, 1.5, float("nan"), 10**400, "", "x", "\ud800",
+    [], {}, [None], [[]], ["x"], {"x": []}, {"message": 5},
+)  # fmt: skip
 TEXT = "the sea was calm and the old boat went far out to where no bird had been seen before"
+
+
+MALFORMED: dict[str, tuple[tuple[str | int, ...], Any]] = {
+    "choices text": (("choices",), "none"),
+    "choices null": (("choices",), None),
+    "choice text": (("choices", 0), "one"),
+    "choice null": (("choices", 0), None),
+    "delta text": (("choices", 0, "delta"), "hello"),
+    "delta list": (("choices", 0, "delta"), []),
+    "delta content object": (("choices", 0, "delta", "content"), {"text": "hello"}),
+    "delta content number": (("choices", 0, "delta", "content"), 5),
+    "delta content half a character": (("choices", 0, "delta", "content"), "\ud83d"),
+    "delta role list": (("choices", 0, "delta", "role"), ["assistant"]),
+    "message text": (("choices", 0, "message"), "hello"),
+    "message content list": (("choices", 0, "message", "content"), ["hello"]),
+    "message content number": (("choices", 0, "message", "content"), 5),
+    "message content half a character": (("choices", 0, "message", "content"), "\ud83d"),
+    "finish_reason object": (("choices", 0, "finish_reason"), {"why": "stop"}),
+    "usage text": (("usage",), "some"),
+    "usage list": (("usage",), [1, 2, 3]),
+    "usage counts text": (("usage", "prompt_tokens"), "7"),
+    "usage counts true": (("usage", "completion_tokens"), True),
+    "usage counts negative": (("usage", "completion_tokens"), -1),
+    "id null": (("id",), None),
+    "id list": (("id",), []),
+}
+"""Faults by name: where in an answer, or in an event of a stream, another value stands, and which."""
+
+
+def plant(value: Any, path: tuple[str | int, ...], junk: Any) -> Any:
+    """`value` with `junk` at `path`; as it is when it has no such place."""
+    if not path:
+        return junk
+    copy = value.copy()
+    copy[path[0]] = plant(copy[path[0]], path[1:], junk)
+    return copy
+
+
+def places(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
+    """Every place in a JSON value."""
+    yield path
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, part in inner:
+        yield from places(part, (*path, key))
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -20,6 +69,7 @@ class Handler(BaseHTTPRequestHandler):
 
     fault: ClassVar[str] = ""
     counter: ClassVar[Iterator[int]] = itertools.count()
+    dice: ClassVar[random.Random | None] = None
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
 
@@ -49,6 +99,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.refuse(404, "no such model")
         if self.path == "/v1/completions" and self.fault == "no completions":
             return self.refuse(404, "no such route")
+        if "response_format" in body and self.fault == "no schema":
+            return self.refuse(400, "no response_format")
         text, reason, counts = self.generate(body, messages)
         if self.path == "/v1/completions":
             choice = {"index": 0, "text": text, "finish_reason": reason}
@@ -66,11 +118,18 @@ class Handler(BaseHTTPRequestHandler):
     ) -> tuple[str, str, dict[str, int]]:
         if self.fault == "history ignored":
             messages = messages[-1:]
+        if self.fault == "assistant's turns dropped":
+            messages = [m for m in messages if m.get("role") != "assistant"]
         prompt = " ".join(m["content"] for m in messages)
-        warm = body.get("temperature", 1) > 0
-        seed = body.get("seed", 0) if warm else 0
+        asked = len(prompt.split())
+        if self.fault == "history counted only":
+            prompt = messages[-1]["content"]
+        warm = body.get("temperature", 1) > 0 and self.fault != "always greedy"
+        seed = body.get("seed", next(self.counter)) if warm else 0
         if warm and self.fault == "seed ignored":
             seed = next(self.counter)
+        if warm and self.fault == "one seed for all" and "seed" in body:
+            seed = 0
         mixer = random.Random(hashlib.sha256(f"{prompt}{seed}".encode()).digest())
         limit = 40 if self.fault == "max_tokens ignored" else body["max_tokens"]
         tokens = [mixer.choice(TEXT.split()) + " " for _ in range(min(limit, 40))]
@@ -78,13 +137,17 @@ class Handler(BaseHTTPRequestHandler):
         text = "".join(tokens)
         if "response_format" in body and self.fault != "schema ignored":
             text, reason = self.fill(body["response_format"]["json_schema"]["schema"]), "stop"
+        if self.fault == "characters cut":
+            text = text.encode("ascii", "replace").decode().replace("?", "\ufffd")
+        if self.fault == "accents lost":
+            text = text.replace("é", "e")
         for stop in body.get("stop", []):
             if stop in text and self.fault != "stop ignored":
                 text, reason = text[: text.index(stop)], "stop"
                 if self.fault == "stop kept":
                     text += stop
         extra = 3 if self.fault == "usage wrong" else 0
-        asked, made = len(prompt.split()), len(tokens) + extra
+        made = len(tokens) + extra
         total = asked + made + (1 if self.fault == "usage does not add up" else 0)
         return text, reason, {"prompt_tokens": asked, "completion_tokens": made, "total_tokens": total}
 
@@ -115,6 +178,11 @@ class Handler(BaseHTTPRequestHandler):
         ]
         deltas.append(({}, None if self.fault == "no reason" else reason))
         for number, (delta, why) in enumerate(deltas):
+            while self.fault == "stream without end":
+                time.sleep(0.05)
+                self.send_chunk(
+                    number, [{"index": 0, "delta": {**first, "content": "x"}, "finish_reason": None}]
+                )
             self.send_chunk(number, [{"index": 0, "delta": delta, "finish_reason": why}])
         if self.fault != "no usage chunk":
             self.send_chunk(len(deltas), [], usage=counts)
@@ -125,8 +193,19 @@ class Handler(BaseHTTPRequestHandler):
     def send_chunk(self, number: int, choices: list[Any], **more: Any) -> None:
         name = f"chatcmpl-{number}" if self.fault == "ids change" else "chatcmpl-1"
         head = {"id": name, "object": "chat.completion.chunk", "created": 1, "model": "toy"}
-        data = json.dumps(head | {"choices": choices} | more, ensure_ascii=False)
+        if self.fault == "stream not JSON":
+            self.wfile.write(b"data: {nonsense\n\n")
+        if self.fault == "stream not UTF-8":
+            self.wfile.write(b"data: \xff\xfe\n\n")
+        data = json.dumps(self.spoil(head | {"choices": choices} | more))
         self.wfile.write(f"data: {data}\n\n".encode())
+
+    def spoil(self, value: Any) -> Any:
+        """What is sent instead of `value`: with the planted junk, or with junk where the dice fall."""
+        if self.dice is not None and self.dice.random() < 0.3:
+            return plant(value, self.dice.choice(list(places(value))), self.dice.choice(JUNK))
+        path, junk = MALFORMED.get(self.fault, ((), None))
+        return plant(value, path, junk) if path in places(value) and path else value
 
     def refuse(self, status: int, message: str) -> None:
         if self.fault == "error not JSON":
@@ -137,7 +216,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send_json({"error": {"message": message}}, status)
 
     def send_json(self, value: Any, status: int = 200) -> None:
-        self.send_bytes(json.dumps(value, ensure_ascii=False).encode(), status, "application/json")
+        self.send_bytes(json.dumps(self.spoil(value)).encode(), status, "application/json")
 
     def send_bytes(self, content: bytes, status: int, kind: str) -> None:
         self.send_response(status)
@@ -148,9 +227,9 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def broken(fault: str = "") -> Iterator[str]:
-    """The URL of a server with this fault."""
-    kind = type("Broken", (Handler,), {"fault": fault, "counter": itertools.count()})
+def broken(fault: str = "", dice: random.Random | None = None) -> Iterator[str]:
+    """The URL of a server with this fault, or with junk in its answers wherever the dice fall."""
+    kind = type("Broken", (Handler,), {"fault": fault, "counter": itertools.count(), "dice": dice})
     server = ThreadingHTTPServer(("127.0.0.1", 0), kind)
     server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)

@@ -6,7 +6,7 @@ import pytest
 
 from microlm.core.records import Extraction, Question, Triple
 from microlm.eval import baselines
-from microlm.eval.wordings import HEAD, TAIL, learn, tokenise, windows
+from microlm.eval.wordings import HEAD, TAIL, count, learn, tokenise, windows
 
 ALLOWED = ("出生地点", "职业")
 NAMES = ["王一", "李二", "张三", "赵四", "陈五"]
@@ -31,7 +31,7 @@ QUESTIONS += [
 
 
 def test_wordings_are_masked_clauses() -> None:
-    found = learn(TRAIN, at_least=3, most=9)
+    found = learn(count(TRAIN), at_least=3, most=9)
     assert [w.tokens for w in found["出生地点"]] == [(HEAD, "出", "生", "在", TAIL)]
     assert [w.tokens for w in found["职业"]] == [("他", "的", "职", "业", "是", TAIL)]
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
 
 import pytest
-from broken_server import broken
+from broken_server import MALFORMED, broken
 from serving import run_model
 from tiny_model import write_tiny_model
 from typer.testing import CliRunner
@@ -22,6 +23,10 @@ FAULTS = {
     "no models": ("models", "empty"),
     "usage does not add up": ("chat", "total_tokens"),
     "history ignored": ("multi-turn", "ignored"),
+    "history counted only": ("multi-turn", "not read"),
+    "assistant's turns dropped": ("multi-turn", "cut or ignored"),
+    "characters cut": ("unicode", "U+FFFD"),
+    "accents lost": ("unicode", "came back as"),
     "split characters": ("unicode", "U+FFFD"),
     "no DONE": ("streaming", "[DONE]"),
     "ids change": ("streaming", "'id'"),
@@ -34,6 +39,7 @@ FAULTS = {
     "max_tokens ignored": ("max_tokens", "ignored"),
     "usage wrong": ("max_tokens", "usage.completion_tokens is 8, expected 5"),
     "seed ignored": ("seed", "equal seeds gave"),
+    "one seed for all": ("seed", "changes no text"),
     "schema ignored": ("json_schema", "not JSON"),
     "error not JSON": ("errors", "without OpenAI's error object"),
     "error 500": ("errors", "expected 4xx"),
@@ -59,18 +65,51 @@ def test_each_fault_fails_exactly_its_line(fault):
     with broken(fault) as url:
         result = judge(url)
     line, word = FAULTS[fault]
-    assert {c.name: c.detail for c in result.checks if c.status == "fail"}.keys() == {line}
+    others = {"unicode"} if fault == "chunk twice" else set()  # it compares streams too
+    assert {c.name for c in result.checks if c.status == "fail"} == {line} | others
     assert word in next(c.detail for c in result.checks if c.name == line)
     with pytest.raises(CheckFailed, match=line):
         verdict.require_passed(result)
 
 
-def test_what_is_not_offered_is_not_failed():
-    with broken("no completions") as url:
+@pytest.mark.parametrize("fault", [*MALFORMED, "stream not JSON", "stream not UTF-8"])
+def test_malformed_answers_fail_with_a_sentence(fault):
+    with broken(fault) as url:
         result = judge(url)
-    assert [(c.name, c.status) for c in result.checks if c.status != "pass"] == [
-        ("completions", "not offered")
-    ]
+    failed = [c for c in result.checks if c.status == "fail"]
+    assert len(result.checks) == len(SMOKE) and {c.name for c in failed} & {"chat", "streaming"}
+    assert all(c.detail and "Error" not in c.detail for c in failed)
+
+
+def test_junk_anywhere_in_the_answers_never_ends_the_verdict():
+    for seed in range(40):
+        with broken(dice=random.Random(seed)) as url:
+            result = judge(url)
+        assert [c.name for c in result.checks] == list(SMOKE), seed
+
+
+@pytest.mark.parametrize(
+    ("fault", "line", "status"),
+    [
+        ("no completions", "completions", "not_offered"),
+        ("no schema", "json_schema", "not_offered"),
+        ("stream not offered", "streaming", "not_offered"),
+        ("always greedy", "seed", "not_shown"),
+    ],
+)
+def test_what_is_not_offered_or_not_shown_is_neither_passed_nor_failed(fault, line, status):
+    with broken(fault) as url:
+        result = judge(url)
+    assert [(c.name, c.status) for c in result.checks if c.status != "pass"] == [(line, status)]
+    printed = result.to_json()
+    assert (printed["passed"], printed["failed"], printed[status]) == (11, 0, 1)
+    assert status in result.to_html() and f"1 {status.replace('_', ' ')}" in result.summary()
+    verdict.require_passed(result)
+    if status == "not_offered":
+        with pytest.raises(CheckFailed, match=rf"1 of 12 checks .* \({line}: not offered\)"):
+            verdict.require_passed(result, refused=("fail", "not_offered"))
+    else:
+        verdict.require_passed(result, refused=("fail", "not_offered"))
 
 
 def test_verdict_files_and_command(tmp_path):
@@ -85,10 +124,18 @@ def test_verdict_files_and_command(tmp_path):
     printed = json.loads(done.stdout.splitlines()[0])
     assert isinstance(done.exception, CheckFailed) and done.exit_code == 1
     assert printed == json.loads((tmp_path / "verdict.json").read_text())
-    assert (printed["schema"], printed["passed"], printed["failed"], printed["not_offered"]) == (1, 11, 1, 0)
+    assert (printed["schema"], printed["passed"], printed["failed"], printed["not_offered"]) == (2, 11, 1, 0)
     assert set(printed["checks"][0]) == {"name", "status", "detail", "seconds"}
     page = (tmp_path / "verdict.html").read_text()
     assert "streaming" in page and "[DONE]" in page and "http-equiv" in page and "src=" not in page
+
+
+def test_a_stream_without_end_fails_within_the_limit():
+    with broken("stream without end") as url, Client(url, timeout_s=1) as client:
+        result = verdict.judge(client, SMOKE)
+    failed = {c.name: (c.detail, c.seconds) for c in result.checks if c.status == "fail"}
+    assert set(failed) == {"unicode", "streaming"}
+    assert all("did not end within 1 s" in d and s < 5 for d, s in failed.values())
 
 
 def test_nobody_there_is_one_sentence():

@@ -14,7 +14,7 @@ from microlm.core.errors import CheckFailed
 from microlm.core.recipe import StageRecipe
 from microlm.eval.verify import stage as verify_stage
 from microlm.eval.verify.stage import VerifyRecipe, run
-from microlm.eval.verify.verdict import Failed, Target
+from microlm.eval.verify.verdict import Failed, NotOffered, NotShown, Target
 
 
 class ModelRecipe(StageRecipe):
@@ -44,6 +44,24 @@ def test_verdicts_on_a_served_model_are_equal_twice(model, tmp_path):
     assert all(c["seconds"] > 0 for c in json.loads((logs / "verdict.json").read_text())["checks"])
     assert "<!doctype html>" in (logs / "verdict.html").read_text()
     assert "/v1/chat/completions 200" in (logs / "server.log").read_text()
+
+
+@pytest.mark.slow
+def test_our_own_server_must_offer_everything_but_a_small_model_need_not_show_it(
+    model, tmp_path, monkeypatch
+):
+    def check_missing(_: Target) -> str:
+        raise NotOffered("no such route")
+
+    def check_unseen(_: Target) -> str:
+        raise NotShown("the model says nothing")
+
+    monkeypatch.setattr(verify_stage, "SMOKE", {"unseen": check_unseen})
+    made = run(VerifyRecipe(out=str(tmp_path / "a"), model=model)).json("verdict.json")
+    assert (made["passed"], made["failed"], made["not_offered"], made["not_shown"]) == (0, 0, 0, 1)
+    monkeypatch.setattr(verify_stage, "SMOKE", {"missing": check_missing})
+    with pytest.raises(CheckFailed, match=r"\(missing: not offered\)"):
+        run(VerifyRecipe(out=str(tmp_path / "b"), model=model))
 
 
 @pytest.mark.slow

@@ -73,7 +73,9 @@ def test_plain_transformers_computes_the_same(exported: Artifact, model: Artifac
 def test_the_parity_report_says_what_was_compared(exported: Artifact) -> None:
     report = exported.json("logs/parity.json")
     assert report["ok"] and report["logits_max_abs_difference"] <= report["tolerance"] == 1e-4
-    assert report["prompts"] == 8
+    assert report["prompts"] == len(parity.TEXTS) + 5 + 3 + 1
+    assert report["longest_prompt"] == 128 == exported.json("config.json")["max_position_embeddings"]
+    assert (report["stored_dtype"], report["compared_dtype"]) == ("float32", "float32")
     assert report["texts"] == len(parity.TEXTS) + 5 and report["texts_unequal"] == 0
     assert report["conversations"] == len(parity.CONVERSATIONS) + 3 and report["conversations_unequal"] == 0
     assert exported.manifest["metrics"] == report
@@ -102,6 +104,59 @@ def test_bfloat16_is_the_rounded_model(model: Artifact, tmp_path: Path) -> None:
     exact = load_file(model.file("model.safetensors"))
     for name, weight in load_file(made.file("model.safetensors")).items():
         assert torch.equal(weight, exact[name].bfloat16())
+
+
+def test_the_card_claims_no_more_than_was_compared(
+    exported: Artifact, model: Artifact, tmp_path: Path
+) -> None:
+    scores = str(write_scores(tmp_path, model).path)
+    made = run_export(tmp_path / "export", model, dtype="bfloat16", scores=scores)
+    rounded, exact = (a.file("README.md").read_text(encoding="utf-8") for a in (made, exported))
+    assert "Weights and computation were float32 on both sides" in exact
+    assert "of exactly these weights" in exact
+    assert "stored in bfloat16 and were widened to float32" in rounded
+    assert "Computing in bfloat16 was not compared" in rounded
+    assert "of the weights before they were rounded to bfloat16" in rounded
+    assert "exactly these weights" not in rounded and "were float32 on both sides" not in rounded
+    report = made.json("logs/parity.json")
+    assert (report["stored_dtype"], report["compared_dtype"]) == ("bfloat16", "float32")
+
+
+def late_fault(real: Any) -> Any:
+    """A loader whose model is wrong at the last position of the window only."""
+
+    def load(path: Path, *rest: Any) -> Any:
+        decoder = real(path, *rest)
+        decoder.cos[-1] = 0.0
+        return decoder
+
+    return load
+
+
+def test_a_fault_at_the_end_of_the_window_fails_the_check(
+    exported: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(directory, "load", late_fault(directory.load))
+    report = parity.compare(exported.path, [], [])
+    assert not report["ok"] and report["logits_max_abs_difference"] > 1e-4
+
+
+def test_a_fault_that_only_held_out_words_show_fails_the_check(
+    exported: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer, real = Tokenizer.load(exported.path), directory.load
+    text = "@@@"
+    odd = tokenizer.encode(text)[-1]
+    assert odd not in {i for line in tokenizer.encode_batch(list(parity.TEXTS)) for i in line}
+
+    def load(path: Path, *rest: Any) -> Any:
+        decoder = real(path, *rest)
+        with torch.no_grad():
+            decoder.model.embed_tokens.weight[odd] += 0.1
+        return decoder
+
+    monkeypatch.setattr(directory, "load", load)
+    assert not parity.compare(exported.path, [text], [])["ok"]
 
 
 def test_the_model_that_was_evaluated_is_the_one_exported(

@@ -110,8 +110,13 @@ def saying(status: int, kind: str, content: bytes):
     [
         (200, b"<html>hello</html>", "not a JSON object"),
         (200, b"[1]", "not a JSON object"),
-        (200, b"{}", "no choices"),
-        (200, b'{"choices": [{"message": null}]}', "no choices"),
+        (200, b"{}", "'choices' is None"),
+        (200, b'{"choices": []}', "'choices' is empty"),
+        (200, b'{"choices": [{"message": null}]}', "no text"),
+        (200, b'{"choices": [{"message": {"content": 5}}]}', "'content' is 5, expected a text"),
+        (200, b'{"choices": [{"text": "x"}], "usage": "some"}', "'usage' is 'some', expected an object"),
+        (200, b'{"choices": [{"text": "x"}], "usage": {"total_tokens": true}}', "expected a count"),
+        (200, b'{"choices": [{"text": "\\ud83d"}]}', "half a character"),
         (500, b"oops", "HTTP 500: no error message"),
         (400, b'{"error": {"message": "too long"}}', "HTTP 400: too long"),
         (400, b'{"error": "flat"}', "HTTP 400"),
@@ -129,6 +134,11 @@ def test_answers_that_are_not_openai(status, content, said):
     [
         ("application/json", b"{}", "does this server stream"),
         ("text/event-stream", b"data: nonsense\n\n", "not a JSON object"),
+        ("text/event-stream", b'data: {"choices": null}\n\n', "'choices' is None"),
+        ("text/event-stream", b'data: {"choices": [null]}\n\n', "expected a list of objects"),
+        ("text/event-stream", b'data: {"choices": [{"delta": "x"}]}\n\n', "'delta' is 'x'"),
+        ("text/event-stream", b'data: {"choices": [{"delta": {"content": []}}]}\n\n', "expected a text"),
+        ("text/event-stream", b'data: {"choices": [], "usage": [1]}\n\n', "'usage' is"),
         ("text/event-stream", b'data: {"error": {"message": "fell over"}}\n\n', "fell over"),
     ],
 )
@@ -137,9 +147,56 @@ def test_streams_that_are_not_openai(kind, content, said):
         list(client.chat_stream(HELLO, model="m"))
 
 
+def test_what_is_no_text_is_not_sent():
+    with Client("http://127.0.0.1:9") as client, pytest.raises(UserError, match="lone surrogate"):
+        client.chat((Message("user", "a\ud800"),), model="m")
+
+
 def test_nobody_there():
     with (
         Client("http://127.0.0.1:9", timeout_s=2) as client,
         pytest.raises(UserError, match="cannot connect"),
     ):
         client.health()
+
+
+@contextmanager
+def dripping(pieces: int, pause_s: float):
+    """A stream with a pause before each event; it says when the client has left."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(200)
+            self.send_header("Content-Type", "text/event-stream")
+            self.end_headers()
+            event = b'data: {"choices": [{"delta": {"content": "x"}}]}\n\n'
+            try:
+                for _ in range(pieces):
+                    time.sleep(pause_s)
+                    self.wfile.write(event)
+                self.wfile.write(b"data: [DONE]\n\n")
+            except OSError:  # the client has left
+                pass
+
+        def log_message(self, *_):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_stream_may_last_as_long_as_it_moves():
+    with dripping(pieces=8, pause_s=0.2) as url, Client(url, timeout_s=0.8) as client:
+        assert "".join(d.text for d in client.chat_stream(HELLO, model="m")) == "x" * 8
+
+
+def test_a_stream_that_stands_still_is_an_error():
+    with dripping(pieces=1, pause_s=2.0) as url, Client(url, timeout_s=0.3) as client:
+        started = time.monotonic()
+        with pytest.raises(UserError, match=r"nothing came for 0\.3 s"):
+            list(client.chat_stream(HELLO, model="m"))
+        assert time.monotonic() - started < 1.5

@@ -17,6 +17,7 @@ from microlm.serve.launch import ServerProcess
 HELLO = (Message("user", "Hello"),)
 
 
+@pytest.mark.slow
 def test_serves_drains_on_sigterm_and_exits_0(model_dir, tmp_path):
     server = ServerProcess(model_dir, api_key="a-key-of-its-own", log=tmp_path / "log")
     with server:
@@ -31,6 +32,7 @@ def test_serves_drains_on_sigterm_and_exits_0(model_dir, tmp_path):
     assert "a-key-of-its-own" not in (tmp_path / "log").read_text()
 
 
+@pytest.mark.slow
 def test_a_directory_without_a_model_is_the_sentence(tmp_path):
     with pytest.raises(UserError, match="ended with code 2") as e, ServerProcess(tmp_path):
         pass
@@ -45,6 +47,7 @@ def test_a_late_server_is_stopped(model_dir):
         os.kill(server.pid, 0)
 
 
+@pytest.mark.slow
 def test_ctrl_c_is_130_and_the_snippet_is_printed(model_dir):
     command = [sys.executable, "-m", "microlm", "serve", str(model_dir), "--port", "0", "--name", "mine"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

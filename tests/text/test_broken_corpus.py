@@ -244,6 +244,7 @@ print(len(kept), tally.dropped["line_too_long"], resource.getrusage(resource.RUS
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packing", ["plain", "gz", "zst"])
 def test_a_50_megabyte_line_takes_less_than_100_megabytes(tmp_path: Path, packing: str) -> None:
     data = GOOD[0] + b"\n" + b'{"text": "' + b"x" * (50 << 20) + b'"}\n' + GOOD[1] + b"\n"

@@ -173,6 +173,25 @@ def test_a_users_own_kinds_are_split_and_completed(tmp_path: Path) -> None:
     assert len(list(read_records(artifact.file("preferences/train.jsonl"), Preference))) == 1
 
 
+def test_what_tidying_empties_is_dropped_and_counted(tmp_path: Path) -> None:
+    blank = "\u200b\x07"
+    rows = [*documents(5), talk("问题"), fact(1), {"prompt": "问", "chosen": "好", "rejected": "坏"}]
+    rows += [
+        {"messages": [{"role": "user", "content": blank}, {"role": "assistant", "content": "答"}]},
+        {"messages": [{"role": "user", "content": "问"}, {"role": "assistant", "content": f" {blank}\n"}]},
+        {**fact(2), "text": blank},
+        {**fact(3), "relation": [{"head": blank, "relation": "籍贯", "tail": "乙"}]},
+        {"prompt": "问", "chosen": blank, "rejected": "坏"},
+    ]
+    artifact = prepare(tmp_path / "data", source=write(tmp_path / "my.jsonl", rows), fill="none")
+    audit = summary(artifact)
+    clean = audit["steps"]["clean"]
+    assert {r["reason"]: r["records"] for r in clean["reasons"]} == {"nothing_visible": 5}
+    assert clean["read"] == len(rows) == clean["kept"] + clean["dropped"]
+    written = sum(sum(counts.values()) for counts in audit["written"].values())
+    assert audit["steps"]["read"]["read"] == written + 5
+
+
 def test_training_text_that_is_held_out_is_taken_out(tmp_path: Path) -> None:
     facts = [fact(i) for i in range(100)]
     rows = [{"text": f["text"]} for f in facts] + facts + [talk(str(f["text"])) for f in facts]

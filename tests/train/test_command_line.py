@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +16,7 @@ from artifacts import write_data
 from training import STAGES, digests, write_recipe
 
 from microlm.core import runtime
+from microlm.core.artifact import open_artifact
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]  # other work may hold the cores
 COMMAND = [sys.executable, "-m", "microlm", "run"]
@@ -34,6 +37,7 @@ def undisturbed(data: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     subprocess.run([*COMMAND, str(recipe)], check=True, env=ENV)
     found = digests(folder / "out")
     assert tuple(found) == STAGES
+    assert open_artifact(str(folder / "out/sft")).manifest["environment"]["world"] == 2
     return found
 
 
@@ -86,10 +90,20 @@ def test_torchrun_gives_the_same_bytes(data: str, undisturbed: dict[str, str], t
     """Two ranks of torchrun walk through all stages; only rank 0 writes."""
     recipe = write_recipe(tmp_path / "recipe.yaml", data, str(tmp_path / "out"))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    for _ in range(2):  # the second time every stage is skipped
+    for state in ("done", "skipped"):
         done = subprocess.run(
-            [*launcher, "-m", *COMMAND[2:], str(recipe)], env=ENV, stderr=subprocess.PIPE, text=True
+            [*launcher, "-m", *COMMAND[2:], str(recipe)], env=ENV, capture_output=True, text=True
         )
         assert done.returncode == 0, done.stderr
         assert digests(tmp_path / "out") == undisturbed
-    assert "5 skipped" in done.stderr or done.stderr.count("skipped") >= 5
+        worlds = [open_artifact(str(tmp_path / "out" / n)).manifest["environment"]["world"] for n in STAGES]
+        assert worlds == [1, 1, 2, 2, 2]
+        assert re.findall(r"\[\d/5\] \w+ +(\w+)", done.stderr) == [state] * 5  # rank 0 alone speaks
+        assert done.stdout.count("finished, 5 stages") == len(done.stdout.splitlines()) == 1
+    plan = subprocess.run(
+        [*launcher, "-m", *COMMAND[2:], str(recipe), "--dry-run", "--json"],
+        env=ENV,
+        check=True,
+        capture_output=True,
+    )
+    assert len(json.loads(plan.stdout)["plan"]) == 5

@@ -165,6 +165,31 @@ def test_a_shape_that_cannot_be_is_refused() -> None:
             build(ArchitectureRecipe, wrong, "architecture")
 
 
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        (
+            {"hidden_size": 1_000_000},
+            "architecture: hidden_size: .*less than .* 16384 .found 1",
+        ),
+        ({"layers": 100_000}, "layers: .* 256"),
+        ({"heads": 4096, "kv_heads": 4}, "heads: .* 256"),
+        ({"head_dim": 65536}, "head_dim: .* 512"),
+        ({"intermediate_size": 10_000_000}, "intermediate_size: .* 65536"),
+        ({"max_positions": 1 << 40}, "max_positions: .* 1048576"),
+        ({"rope_theta": 1e30}, "rope_theta: .* 1000000000"),
+        ({"rope_theta": 0.1}, "rope_theta: .* greater than or equal to 1"),
+        (
+            {"hidden_size": 16_384, "intermediate_size": 65_536, "layers": 256},
+            "a shape of 826.8 billion weights without the embedding, at most 8 billion are trained; lower",
+        ),
+    ],
+)
+def test_a_shape_beyond_all_bounds_is_refused(wrong: dict[str, float], told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        build(ArchitectureRecipe, wrong, "architecture")
+
+
 def test_labels_of_padding_are_ignored_by_torch_too() -> None:
     loss = torch.nn.functional.cross_entropy(torch.zeros(2, 3), torch.tensor([1, IGNORE]), reduction="sum")
     assert float(loss) == pytest.approx(float(torch.tensor(3.0).log()))

@@ -1,1 +1,1 @@
-"""One verdict on any OpenAI-compatible endpoint. Enters: a URL; leaves: pass, fail or not offered."""
+"""One verdict on any OpenAI-compatible endpoint. Enters: a URL; leave: pass, fail, not offered, not shown."""

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from microlm.core.client import DONE, ChatReply, Client, parse_usage
+from microlm.core import payload
+from microlm.core.client import DONE, ChatReply, Client, Usage
+from microlm.eval.verify.ask import within_limit
 from microlm.eval.verify.verdict import Failed
 
 
 def check_stream(client: Client, body: dict[str, Any], whole: ChatReply) -> str:
     """Ids, roles, finish reason, usage, `[DONE]` and text of a streamed chat against the whole answer."""
     asked = body | {"stream": True, "stream_options": {"include_usage": True}}
-    events = [event.data for event in client.events("/v1/chat/completions", asked)]
+    events = [e.data for e in within_limit(client, client.events("/v1/chat/completions", asked))]
     if not events or events[-1] != DONE:
         raise Failed("the stream does not end with 'data: [DONE]'")
     if DONE in events[:-1]:
@@ -33,14 +35,28 @@ def check_stream(client: Client, body: dict[str, Any], whole: ChatReply) -> str:
 
 
 def _parse(data: str) -> dict[str, Any]:
+    """An event's object with the types that OpenAI gives it; what stands in it is looked at later."""
     try:
         chunk = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise Failed(f"an event is not JSON: {data[:60]!r}") from None
-    if not isinstance(chunk, dict) or not isinstance(chunk.get("choices"), list):
-        raise Failed(f"an event has no choices: {data[:60]!r}")
-    if not all(isinstance(c, dict) and isinstance(c.get("delta"), dict) for c in chunk["choices"]):
-        raise Failed(f"a choice has no delta: {data[:60]!r}")
+    if not isinstance(chunk, dict):
+        raise Failed(f"an event is not an object: {data[:60]!r}")
+    try:
+        for choice in payload.choices(chunk):
+            if not isinstance(choice.get("delta"), dict):
+                raise Failed(f"a choice has no delta: {data[:60]!r}")
+            for holder, name in (
+                (choice, "finish_reason"),
+                (choice["delta"], "role"),
+                (choice["delta"], "content"),
+            ):
+                payload.text(holder, name)
+        for name in ("id", "object", "model"):
+            payload.text(chunk, name)
+        payload.counts(chunk)
+    except payload.Malformed as e:
+        raise Failed(f"an event is malformed: {e}") from None
     return chunk
 
 
@@ -67,6 +83,6 @@ def _check_usage(chunks: list[dict[str, Any]], whole: ChatReply) -> None:
         raise Failed("no usage chunk, although stream_options.include_usage was asked for")
     if told[-1] is not chunks[-1] or told[-1]["choices"]:
         raise Failed("the usage must stand in the last chunk, beside empty choices")
-    usage = parse_usage(told[-1]["usage"])
-    if usage != whole.usage:
+    counts = payload.counts(told[-1])
+    if counts is None or whole.usage is None or Usage(*counts) != whole.usage:
         raise Failed(f"usage {told[-1]['usage']}, without streaming {whole.raw.get('usage')}")

@@ -14,8 +14,8 @@ from microlm.core.client import Client, EndpointError
 from microlm.core.errors import CheckFailed, UserError
 from microlm.core.report import Page
 
-SCHEMA = 1
-Status = Literal["pass", "fail", "not offered"]
+SCHEMA = 2
+Status = Literal["pass", "fail", "not_offered", "not_shown"]
 
 
 class Failed(Exception):
@@ -24,6 +24,10 @@ class Failed(Exception):
 
 class NotOffered(Exception):
     """The endpoint does not have what a check looks at."""
+
+
+class NotShown(Exception):
+    """The model's answers do not let the check see what it looks for."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,7 @@ class Line:
 
 
 Check = Callable[[Target], str]
-"""A check looks at the endpoint and returns what it saw, or raises `Failed` or `NotOffered`."""
+"""A check looks at the endpoint and returns what it saw, or raises `Failed`, `NotOffered`, `NotShown`."""
 
 
 @dataclass(frozen=True)
@@ -83,13 +87,14 @@ class Verdict:
     def summary(self) -> str:
         """The counts as a phrase."""
         counts = self._counts()
-        return f"{counts['passed']} passed, {counts['failed']} failed, {counts['not_offered']} not offered"
+        return ", ".join(f"{count} {_words(name)}" for name, count in counts.items())
 
     def _counts(self) -> dict[str, int]:
         return {
             "passed": self.count("pass"),
             "failed": self.count("fail"),
-            "not_offered": self.count("not offered"),
+            "not_offered": self.count("not_offered"),
+            "not_shown": self.count("not_shown"),
         }
 
 
@@ -120,14 +125,19 @@ def write(verdict: Verdict, folder: Path) -> None:
     storage.write_atomic(folder / "verdict.html", verdict.to_html().encode())
 
 
-def require_passed(verdict: Verdict, where: Path | None = None) -> None:
-    """Raise CheckFailed when a line failed; the sentence names the lines and where to read on."""
-    failed: Sequence[str] = [line.name for line in verdict.checks if line.status == "fail"]
-    if failed:
+def require_passed(
+    verdict: Verdict, where: Path | None = None, refused: Sequence[Status] = ("fail",)
+) -> None:
+    """Raise CheckFailed when a line has a refused status; the sentence names them and where to read on."""
+    bad = [line for line in verdict.checks if line.status in refused]
+    if bad:
+        names = ", ".join(n.name if n.status == "fail" else f"{n.name}: {_words(n.status)}" for n in bad)
         hint = f"; see {where}" if where else ""
-        raise CheckFailed(
-            f"verify: {len(failed)} of {len(verdict.checks)} checks failed ({', '.join(failed)}){hint}"
-        )
+        raise CheckFailed(f"verify: {len(bad)} of {len(verdict.checks)} checks failed ({names}){hint}")
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
 
 
 def _first_model(client: Client) -> str:
@@ -148,7 +158,9 @@ def _run(name: str, check: Check, target: Target) -> Line:
     except Failed as e:
         status, detail = "fail", str(e)
     except NotOffered as e:
-        status, detail = "not offered", str(e)
+        status, detail = "not_offered", str(e)
+    except NotShown as e:
+        status, detail = "not_shown", str(e)
     except UserError as e:  # an error answer, a broken stream, a time-out: the sentence says it
         status, detail = "fail", str(e)
     return Line(name, status, _printable(detail), time.perf_counter() - started)

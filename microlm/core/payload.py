@@ -1,0 +1,56 @@
+"""Typed reading of an endpoint's JSON. Enter: any values; leave: texts and counts, or `Malformed`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+COUNTS = ("prompt_tokens", "completion_tokens", "total_tokens")
+MAX_COUNT = 2**63
+
+
+class Malformed(Exception):
+    """A value is not what OpenAI's protocol puts there; the sentence names it."""
+
+
+def member(holder: dict[str, Any], name: str) -> dict[str, Any]:
+    """An object inside another; empty when it is missing or null."""
+    value = holder.get(name)
+    if value is not None and not isinstance(value, dict):
+        raise Malformed(f"'{name}' is {_shown(value)}, expected an object")
+    return value or {}
+
+
+def text(holder: dict[str, Any], name: str) -> str | None:
+    """A text; None when it is missing or null."""
+    value = holder.get(name)
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        raise Malformed(f"'{name}' is {_shown(value)}, expected a text")
+    if any("\ud800" <= c <= "\udfff" for c in value):
+        raise Malformed(f"'{name}' holds a lone surrogate, which is half a character: {_shown(value)}")
+    return value
+
+
+def choices(data: dict[str, Any]) -> list[dict[str, Any]]:
+    """The choices of an answer, or of an event of a stream; the last event has none."""
+    value = data.get("choices")
+    if not isinstance(value, list) or not all(isinstance(c, dict) for c in value):
+        raise Malformed(f"'choices' is {_shown(value)}, expected a list of objects")
+    return value
+
+
+def counts(data: dict[str, Any]) -> tuple[int, int, int] | None:
+    """Prompt, completion and total tokens of `usage`; None when one of them is missing or null."""
+    usage = member(data, "usage")
+    values = [usage.get(name) for name in COUNTS]
+    for name, value in zip(COUNTS, values, strict=True):
+        whole = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < MAX_COUNT
+        if value is not None and not whole:
+            raise Malformed(f"'usage.{name}' is {_shown(value)}, expected a count")
+    prompt, completion, total = values
+    return None if prompt is None or completion is None or total is None else (prompt, completion, total)
+
+
+def _shown(value: Any) -> str:
+    return ascii(value)[:60]

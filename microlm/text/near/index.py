@@ -1,0 +1,190 @@
+"""The near duplicates of a corpus. Enters: signatures and band keys by block. Leaves: who stays for whom.
+
+Workers write a sorted file each; what has equal band keys is then brought together by ranges of keys. Neither
+memory nor the result depends on the order or the number of the blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from microlm.core import storage
+from microlm.text.near import clusters
+from microlm.text.near.clusters import LOOKED_AT, REJECTED, Documents, Numbers
+from microlm.text.near.kernels import BINS, Hashes, Signatures
+
+Compare = Callable[[Documents], NDArray[np.float64]]
+"""The exact Jaccard of each pair [P, 2] of documents, for example `signature.jaccards` of their texts."""
+MAX_EXAMPLES = 5
+_ROW = np.dtype([("key", "<u8"), ("document", "<u4")])
+_ROW_BYTES = 256  # that a row costs while its range is looked at, if all documents have candidates
+_DIFFER = 1 << 20  # slots; a pair that was forgotten is only compared again
+_PAIRS = 1 << 16  # candidates that are held at the same time
+_DEVIATIONS = 3.5  # of the estimate below the threshold: 2 in 10,000 pairs are lost
+
+
+@dataclass
+class Duplicates:
+    """`keeper[d]` is the best document of d's cluster, d itself if d stays; and how that was found."""
+
+    keeper: Documents
+    clusters: int
+    candidates: int
+    rejected: int
+    """Candidates that their signatures already tell apart."""
+    compared: int
+    """Pairs whose exact Jaccard was computed."""
+    examples: list[tuple[int, int, float]] = field(default_factory=list)
+    """(removed, kept or itself removed, Jaccard) of a few pairs."""
+
+    def removed(self) -> Numbers:
+        """The documents that do not stay."""
+        return np.flatnonzero(self.keeper != np.arange(len(self.keeper), dtype=np.uint32))
+
+
+def write(folder: Path, block: int, signatures: Signatures, bands: Hashes) -> None:
+    """Write what `signature.sign` gave for the documents of one block; any process may, in any order."""
+    document, band = np.nonzero(bands)
+    rows = np.empty(len(document), dtype=_ROW)
+    rows["key"], rows["document"] = bands[document, band], document
+    for kind, array in (("rows", rows[np.argsort(rows["key"])]), ("signatures", signatures)):
+        path = _path(folder, block, kind)
+        part = path.with_suffix(".part.npy")
+        with storage.explain_write(part):
+            np.save(part, array)
+            part.replace(path)
+
+
+class NearIndex:
+    """What `write` left in a folder for blocks 0, 1 …; the documents of all blocks are numbered through."""
+
+    def __init__(self, folder: Path, blocks: int, memory_mb: int = 256) -> None:
+        self.folder, self.blocks = folder, blocks
+        sizes = [len(self._load(n, "signatures")) for n in range(blocks)]
+        self._first = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
+        self.count = int(self._first[-1])
+        rows = sum(len(self._load(n, "rows")) for n in range(blocks))
+        self._ranges = max(1, -(-rows * _ROW_BYTES // (memory_mb << 20)))
+
+    def resolve(self, ranks: Hashes, compare: Compare, threshold: float = 0.8) -> Duplicates:
+        """Join documents with a Jaccard of at least `threshold`; the one of lowest rank of a cluster stays.
+
+        ranks [count] says which of two documents is better; as long as it follows from what they say, so do
+        the clusters, the documents that stay and all counts.
+        """
+        search = _Search(np.asarray(ranks), compare, threshold)
+        for number in range(self._ranges):
+            search.look_at(self._groups(number, search.ranks), self._signatures)
+        return search.outcome()
+
+    def _groups(self, number: int, ranks: Hashes) -> tuple[Numbers, Documents]:
+        """(first row of its group, document) of the rows of a range with a key in common, by key and rank."""
+        low, high = ((n << 64) // self._ranges for n in (number, number + 1))
+        parts = []
+        for block in range(self.blocks):
+            rows = self._load(block, "rows")
+            start = int(np.searchsorted(rows["key"], np.uint64(low)))
+            stop = len(rows) if high >> 64 else int(np.searchsorted(rows["key"], np.uint64(high)))
+            part = np.array(rows[start:stop])
+            part["document"] += np.uint32(self._first[block])
+            parts.append(part)
+        rows = np.concatenate(parts) if parts else np.zeros(0, dtype=_ROW)
+        rows = rows[_not_alone(rows["key"])]
+        rows = rows[np.lexsort((ranks[rows["document"]], rows["key"]))]
+        new = np.ones(len(rows), dtype=np.bool_)
+        new[1:] = rows["key"][1:] != rows["key"][:-1]
+        return np.flatnonzero(new)[np.cumsum(new) - 1], np.ascontiguousarray(rows["document"])
+
+    def _signatures(self, documents: Documents) -> Signatures:
+        """The signatures [D, 128] of documents, which are sorted."""
+        found = np.empty((len(documents), BINS), dtype=np.uint8)
+        bounds = np.searchsorted(documents, self._first)
+        for block in np.flatnonzero(np.diff(bounds)).tolist():
+            here = slice(bounds[block], bounds[block + 1])
+            found[here] = self._load(block, "signatures")[documents[here] - self._first[block]]
+        return found
+
+    def _load(self, block: int, kind: str) -> NDArray[Any]:
+        array: NDArray[Any] = np.load(_path(self.folder, block, kind), mmap_mode="r")
+        return array
+
+
+class _Search:
+    """The clusters found so far."""
+
+    def __init__(self, ranks: Hashes, compare: Compare, threshold: float) -> None:
+        self.ranks, self._compare, self._threshold = ranks, compare, threshold
+        deviation = _DEVIATIONS * float(np.sqrt(threshold * (1 - threshold) * BINS))
+        self._least = int(np.floor(threshold * BINS - deviation))
+        self._parent = np.arange(len(ranks), dtype=np.uint32)
+        self._differ = np.zeros(_DIFFER, dtype=np.uint64)
+        self._counts = np.zeros(4, dtype=np.int64)
+        self._compared = 0
+        self._examples: list[tuple[int, int, float]] = []
+
+    def look_at(
+        self, groups: tuple[Numbers, Documents], signatures: Callable[[Documents], Signatures]
+    ) -> None:
+        """Compare the members of the groups with each other."""
+        first, documents = groups
+        distinct, places = np.unique(documents, return_inverse=True)
+        rows = first, documents, places.astype(np.int64)
+        values = signatures(distinct)
+        out = np.empty((_PAIRS, 2), dtype=np.uint32)
+        self._counts[:LOOKED_AT] = 0  # from the first row on
+        while self._counts[clusters.ROW] < len(first):
+            found = clusters.candidates(
+                rows, values, self.ranks, self._parent, self._differ, self._least, self._counts, out
+            )
+            for pairs in self._rounds(out[:found]):
+                self._verify(pairs)
+
+    def _rounds(self, pairs: Documents) -> Iterator[Documents]:
+        """Pairs none of which follows from the others of its round or from what is known by then."""
+        while len(pairs):
+            roots = clusters.roots(self._parent, pairs.reshape(-1))
+            distinct, inverse = np.unique(roots, return_inverse=True)
+            ends = inverse.reshape(-1, 2).astype(np.int64)
+            chosen = clusters.forest(ends, len(distinct))
+            yield pairs[chosen]
+            pairs = pairs[~chosen & (ends[:, 0] != ends[:, 1])]
+
+    def _verify(self, pairs: Documents) -> None:
+        if not len(pairs):
+            return
+        jaccards = self._compare(pairs)
+        alike = jaccards >= self._threshold
+        clusters.settle(pairs, alike, self.ranks, self._parent, self._differ)
+        self._compared += len(pairs)
+        for i in np.flatnonzero(alike)[: MAX_EXAMPLES - len(self._examples)].tolist():
+            better, worse = pairs[i].tolist()
+            self._examples.append((worse, better, float(jaccards[i])))
+
+    def outcome(self) -> Duplicates:
+        """All documents' keepers."""
+        keeper = clusters.roots(self._parent, np.arange(len(self.ranks), dtype=np.uint32))
+        removed = keeper[keeper != np.arange(len(keeper), dtype=np.uint32)]
+        candidates, rejected = self._counts[LOOKED_AT], self._counts[REJECTED]
+        return Duplicates(
+            keeper, len(np.unique(removed)), int(candidates), int(rejected), self._compared, self._examples
+        )
+
+
+def _not_alone(keys: Hashes) -> NDArray[np.bool_]:
+    """Which keys occur twice or more."""
+    order = np.argsort(keys)
+    same = keys[order][1:] == keys[order][:-1]
+    found = np.zeros(len(keys), dtype=np.bool_)
+    found[order[1:][same]] = True
+    found[order[:-1][same]] = True
+    return found
+
+
+def _path(folder: Path, block: int, kind: str) -> Path:
+    return folder / f"{block:05d}.near-{kind}.npy"

@@ -1,0 +1,165 @@
+"""Compiled loops over code points and hashes. Enters, leaves: arrays."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+Codes = NDArray[np.uint32]
+Hashes = NDArray[np.uint64]
+Signatures = NDArray[np.uint8]
+
+BINS = 128
+"""Values in a signature; a power of two."""
+_TABLE = 0x20000  # above lie Han characters and nothing else that is a letter
+_ALONE = 1 << 31  # marks a character that is a token by itself
+_ALONE_RANGES = (
+    (0x1100, 0x1200), (0x3005, 0x3008), (0x3041, 0x3190), (0x31A0, 0x3200), (0x3400, 0x4DC0),
+    (0x4E00, 0xA000), (0xA960, 0xA980), (0xAC00, 0xD800), (0xF900, 0xFB00), (0xFF66, 0xFFDD),
+    (0x16FE0, 0x19000), (0x1AFF0, 0x1B300),
+)  # fmt: skip
+"""Han, kana, bopomofo, hangul and other scripts of East Asia that are written without spaces."""
+_BASE = np.uint64(0x9E3779B97F4A7C15)
+_PRIME = np.uint64(0x100000001B3)
+_MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
+_MIX_2 = np.uint64(0x94D049BB133111EB)
+
+
+@functools.cache
+def fold_table() -> Codes:
+    """code point → 0 for what separates, else its small, narrow form, marked if it is a token."""
+    table = np.zeros(_TABLE, dtype=np.uint32)
+    for code in range(_TABLE):
+        narrow = chr(code - 0xFEE0 if 0xFF01 <= code <= 0xFF5E else code)
+        if narrow.isalnum():
+            small = next((s for s in (narrow.casefold(), narrow.lower()) if len(s) == 1), narrow)
+            table[code] = ord(small)
+    for low, high in _ALONE_RANGES:
+        table[low:high] |= np.where(table[low:high] > 0, np.uint32(_ALONE), np.uint32(0))
+    return table
+
+
+@njit(cache=True, nogil=True)
+def mix(value: np.uint64) -> np.uint64:
+    """Spread 64 bits (the end of splitmix64)."""
+    value = (value ^ (value >> np.uint64(30))) * _MIX_1
+    value = (value ^ (value >> np.uint64(27))) * _MIX_2
+    return value ^ (value >> np.uint64(31))
+
+
+@njit(cache=True, nogil=True)
+def tokens(codes: Codes, fold: Codes, out: Hashes) -> int:
+    """Hash the tokens of a text into `out` (as long as `codes`); returns how many there are."""
+    count = 0
+    word = np.uint64(0)  # 0 between words
+    for code in codes:
+        if code < _TABLE:
+            folded = fold[code]
+        else:
+            folded = np.uint32(code | _ALONE) if code < 0x40000 else np.uint32(0)
+        if folded == 0 or folded >= _ALONE:
+            if word:
+                out[count] = mix(word)
+                count += 1
+                word = np.uint64(0)
+            if folded:
+                out[count] = mix(np.uint64(folded) * _BASE)
+                count += 1
+        else:
+            word = ((word ^ np.uint64(folded)) * _PRIME + _BASE) | np.uint64(1)
+    if word:
+        out[count] = mix(word)
+        count += 1
+    return count
+
+
+@njit(cache=True, nogil=True)
+def join(hashes: Hashes, count: int, size: int) -> int:
+    """Put hashes of `size` tokens in a row in the place of `count` hashes of tokens; returns how many."""
+    found = max(0, count - size + 1)
+    for i in range(found):
+        value = hashes[i]
+        for k in range(1, size):
+            value = value * _BASE + hashes[i + k]
+        hashes[i] = mix(value)
+    return found
+
+
+@njit(cache=True, nogil=True)
+def shingle(codes: Codes, fold: Codes, size: int, out: Hashes) -> int:
+    """Hash the shingles of a text into `out`; fewer than `size` tokens make one shingle, no token none."""
+    count = tokens(codes, fold, out)
+    return join(out, count, min(size, count)) if count else 0
+
+
+@njit(cache=True, nogil=True)
+def fill(shingles: Hashes, bins: Hashes) -> None:
+    """Fast similarity sketch: P(two texts have the same value in a bin) is the Jaccard of their shingles.
+
+    One pass for a long text. The bins that are left empty are filled by further passes with other hashes, so
+    short texts have an unbiased estimate too (Dahlgaard, Knudsen, Thorup: Fast Similarity Sketching, 2017).
+    """
+    bins[:] = 0
+    mask = np.uint64(BINS - 1)
+    filled = 0
+    done = np.zeros(BINS, dtype=np.bool_)
+    for turn in range(2 * BINS):
+        for shingle_hash in shingles:
+            value = mix(shingle_hash + np.uint64(turn) * _BASE) if turn else shingle_hash
+            at = value & mask if turn < BINS else np.uint64(turn - BINS)
+            if done[at]:
+                continue
+            value |= np.uint64(1) << np.uint64(63)  # never 0, which is an empty bin
+            if bins[at] == 0:
+                filled += 1
+                bins[at] = value
+            elif value < bins[at]:
+                bins[at] = value
+        if filled == BINS:
+            return
+        done[:] = bins != 0
+
+
+@njit(cache=True, nogil=True)
+def sign(
+    codes: Codes, ends: NDArray[np.int64], fold: Codes, size: int, rows: int
+) -> tuple[Signatures, Hashes]:
+    """Signatures [N, BINS] and band keys [N, BINS // rows] of the texts codes[ends[i - 1] : ends[i]]."""
+    signatures = np.zeros((len(ends), BINS), dtype=np.uint8)
+    bands = np.zeros((len(ends), BINS // rows), dtype=np.uint64)
+    bins = np.zeros(BINS, dtype=np.uint64)
+    longest = start = 0
+    for end in ends:
+        longest = max(longest, end - start)
+        start = end
+    scratch = np.empty(longest, dtype=np.uint64)
+    start = 0
+    for d in range(len(ends)):
+        count = shingle(codes[start : ends[d]], fold, size, scratch)
+        start = ends[d]
+        if count == 0:
+            continue
+        fill(scratch[:count], bins)
+        for k in range(BINS):
+            signatures[d, k] = (bins[k] >> np.uint64(8)) & np.uint64(255)  # the lowest bits name the bin
+        for b in range(bands.shape[1]):
+            key = np.uint64(b)
+            for k in range(b * rows, (b + 1) * rows):
+                key = mix(key * _BASE + bins[k])
+            bands[d, b] = max(key, np.uint64(1))
+    return signatures, bands
+
+
+@njit(cache=True, nogil=True)
+def overlap(a: Hashes, b: Hashes) -> int:
+    """How many values two sorted sets share."""
+    i = j = shared = 0
+    while i < len(a) and j < len(b):
+        shared += a[i] == b[j]
+        step = a[i] <= b[j]
+        j += b[j] <= a[i]
+        i += step
+    return shared
