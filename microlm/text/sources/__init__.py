@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -28,6 +29,7 @@ __all__ = [
     "Format",
     "Source",
     "Tally",
+    "announce",
     "blocks",
     "detect",
     "hash_folder",
@@ -191,6 +193,11 @@ def _file_blocks(kind: str, path: Path, label: str) -> Iterator[Block]:
 def detect(source: Source) -> Format:
     """What the first 200 records of a user's source are."""
     return format_of(itertools.chain.from_iterable(block.objects() for block in blocks(source)))
+
+
+def announce(source: Source) -> None:
+    """Say on stderr what was found in a user's source."""
+    sys.stderr.write(f"data {source.word}: {detect(source)}\n")
 
 
 def read(
