@@ -49,11 +49,8 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 def payload(artifact: Artifact) -> dict[str, bytes]:
     """The bytes of every payload file."""
-    return {
-        f["path"]: (artifact.path / f["path"]).read_bytes()
-        for f in artifact.manifest["files"]
-        if f["payload"]
-    }
+    names = [f["path"] for f in artifact.manifest["files"] if f["payload"]]
+    return {name: (artifact.path / name).read_bytes() for name in names}
 
 
 def command(**fields: Any) -> list[str]:
@@ -76,12 +73,15 @@ class Watched:
     answered: int = 0
     asked: list[dict[str, Any]] = field(default_factory=list)
     faults: list[tuple[int, dict[str, str]]] = field(default_factory=list)
+    gone_after: int | None = None  # answers, after which it is busy for ever
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http" or scope["path"] != CHAT:
             return await self.app(scope, receive, send)
         message = await receive()
         self.asked.append(json.loads(message["body"]))
+        if self.answered == self.gone_after:
+            return await self._refuse(send, 503, {})
         if self.faults:
             return await self._refuse(send, *self.faults.pop(0))
 

@@ -1,18 +1,20 @@
-"""Synthesis from templates alone: asked = accepted + dropped, nothing twice, equal recipes give equal bytes."""
+"""Synthesis from templates alone: asked = accepted + dropped, nothing twice, equal recipes, equal bytes."""
 
 from __future__ import annotations
 
+import gzip
 from pathlib import Path
 from typing import Any
 
 import pytest
+import zstandard
 from artifacts import write_data
 from synth_runs import PEOPLE, lines, payload, recipe, seeds, synth
 
 from microlm.core.errors import UserError
 from microlm.core.records import Conversation, Message
-from microlm.text.read import Drop, read_records
-from microlm.text.sources.files import read_jsonl
+from microlm.text import sources
+from microlm.text.read import read_records
 
 ASK = {"name": "ask", "task": "question", "prompt": "{{ name }}生于哪一年？", "answer": "{{ born }}年。"}
 TELL = {
@@ -79,8 +81,10 @@ def test_equal_recipes_give_equal_bytes_and_the_seed_matters(tmp_path: Path) -> 
 
 def test_data_prepare_reads_what_is_written(tmp_path: Path, seed_file: str) -> None:
     made = synth(tmp_path / "out", seeds=seed_file, templates=[ASK, TELL])
-    read = list(read_jsonl(made.file("conversations/train.jsonl")))
-    assert not any(isinstance(r, Drop) for r in read)
+    tally = sources.Tally()
+    word = f"jsonl:{made.file('conversations/train.jsonl')}"
+    read = list(sources.read(sources.parse(word), tally, strict=True))
+    assert len(read) == 4 == tally.kept
     assert read == list(read_records(made.file("conversations/train.jsonl"), Conversation))
 
 
@@ -130,13 +134,27 @@ def test_a_renamed_field_is_a_sentence(tmp_path: Path) -> None:
         ({"count": 1, "templates": [{"prompt": "x", "json_schema": {"type": "a"}}]}, "not a JSON schema"),
         ({"count": 1, "templates": [ASK | {"json_schema": {}}]}, "belong to an endpoint's answer"),
         ({"count": 1, "endpoint": {"url": "nowhere"}}, "not an address"),
-        ({"count": 1, "endpoint": {"url": "http://me:secret@h/v1"}}, "password would be recorded"),
+        ({"count": 1, "endpoint": {"url": "http://me:secret@h/v1"}}, "holds a password"),
     ],
 )
 def test_a_mistake_in_the_recipe_is_a_sentence(tmp_path: Path, fields: dict[str, Any], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence) as caught:
         recipe(tmp_path / "out", **fields)
     assert "secret" not in str(caught.value)
+
+
+def test_seeds_of_all_forms_are_equal(tmp_path: Path) -> None:
+    jsonl = "".join(f'{{"name": "{n}", "born": "{i}"}}\n' for i, n in enumerate(PEOPLE)).encode()
+    (tmp_path / "a.jsonl").write_bytes(jsonl)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "1.jsonl.zst").write_bytes(zstandard.compress(jsonl))
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(jsonl))
+    found = []
+    for number, word in enumerate((f"{tmp_path}/a.jsonl", f"jsonl:{tmp_path}/a.jsonl.gz", f"{tmp_path}/b")):
+        made = synth(tmp_path / str(number), seeds=word, templates=[ASK])
+        chats = read_records(made.file("conversations/train.jsonl"), Conversation)
+        found.append([c.messages for c in chats])
+    assert len(found[0]) == 8 and found[0] == found[1] == found[2]
 
 
 def test_missing_seeds_are_a_sentence(tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from microlm.core import runtime
@@ -19,7 +18,7 @@ from microlm.text.clean import normalised
 from microlm.text.dedup import DigestSet, digest
 from microlm.text.read import Drop, Fault
 from microlm.text.synth.recipe import SynthRecipe, Template
-from microlm.text.synth.seeds import Seed, numbered, read_seeds
+from microlm.text.synth.seeds import read_seeds, source_of
 from microlm.text.synth.templates import Renderer
 
 _IN_NUMBER = re.compile(r"(?<=\d)\s*[^\w]\s*(?=\d)|(?<!\w)-(?=\d)")
@@ -54,10 +53,10 @@ class Skipped:
 class Plan:
     """Seeds × templates × samples. Iterating walks the seeds anew."""
 
-    def __init__(self, recipe: SynthRecipe, seeds: Path | None) -> None:
+    def __init__(self, recipe: SynthRecipe) -> None:
         self.recipe = recipe
-        self.renderer = Renderer(recipe.syntax)
-        self._seeds = seeds
+        self._renderer = Renderer(recipe.syntax)
+        self._source = source_of(recipe)
 
     def __iter__(self) -> Iterator[Item | Skipped]:
         return itertools.islice(self._walk(), self.recipe.limit)
@@ -65,12 +64,12 @@ class Plan:
     def _walk(self) -> Iterator[Item | Skipped]:
         numbers = itertools.count()
         asked = DigestSet()
-        for seed in numbered(self.recipe.count or 0) if self._seeds is None else read_seeds(self._seeds):
-            if isinstance(seed, Drop):
-                yield Skipped(next(numbers), seed.place, UNREAD, seed.reason, seed.detail)
+        for place, fields in read_seeds(self._source, self.recipe.count):
+            if isinstance(fields, Drop):
+                yield Skipped(next(numbers), place, UNREAD, fields.reason, fields.detail)
                 continue
-            for template in self._chosen(seed[0]):
-                yield from self._items(seed, template, asked, numbers)
+            for template in self._chosen(place):
+                yield from self._items(place, fields, template, asked, numbers)
 
     def _chosen(self, place: str) -> Sequence[Template]:
         templates = self.recipe.templates
@@ -79,9 +78,13 @@ class Plan:
         return [runtime.rng(self.recipe.seed, "template", place).choice(templates)]
 
     def _items(
-        self, seed: Seed, template: Template, asked: DigestSet, numbers: Iterator[int]
+        self,
+        place: str,
+        fields: Mapping[str, Any],
+        template: Template,
+        asked: DigestSet,
+        numbers: Iterator[int],
     ) -> Iterator[Item | Skipped]:
-        place, fields = seed
         name = f"{place}/{template.name}"
         try:
             messages = self.turns(name, fields, template.system, template.prompt)
@@ -105,7 +108,7 @@ class Plan:
 
     def text(self, name: str, fields: Mapping[str, Any], template: str) -> str:
         """A template's text for an item; equal names draw equal dice."""
-        return self.renderer.render(template, fields, runtime.rng(self.recipe.seed, "synth", name, template))
+        return self._renderer.render(template, fields, runtime.rng(self.recipe.seed, "synth", name, template))
 
 
 def said_digest(text: str) -> bytes:

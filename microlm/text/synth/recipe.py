@@ -13,7 +13,7 @@ from microlm.core.recipe import Recipe, StageRecipe, artifact_input, unkeyed
 from microlm.text.synth.check import check_schema
 from microlm.text.synth.templates import Syntax, check_template
 
-NAME = r"^(?!documents$)[A-Za-z0-9_-]{1,64}$"  # a task becomes a token set's name
+NAME = "^[A-Za-z0-9_-]{1,64}$"  # a task becomes a token set's name
 
 
 class Result(Recipe):
@@ -50,6 +50,13 @@ class Template(Recipe):
         if schema is not None:
             check_schema(schema)
         return schema
+
+    @field_validator("task")
+    @classmethod
+    def _not_documents(cls, task: str) -> str:
+        if task == "documents":
+            raise ValueError("a task cannot be named like the token set of the documents")
+        return task
 
     @model_validator(mode="after")
     def _answered_once(self) -> Self:
@@ -88,7 +95,8 @@ class Endpoint(Recipe):
         except UserError as e:
             raise ValueError(str(e)) from None
         if "@" in urlsplit(url).netloc:
-            raise ValueError("an address with a password would be recorded; give the key by api_key_file")
+            # not a ValueError: that would be told with the value
+            raise UserError("endpoint.url: holds a password, which would be recorded; use api_key_file")
         return url
 
 
@@ -108,7 +116,8 @@ class SynthRecipe(StageRecipe):
     """Seeds × templates → conversations, by the templates alone or by an endpoint's answers."""
 
     seeds: str | None = unkeyed(
-        None, description="JSONL (also .gz, .zst) whose fields fill the templates; with 'data' a file in it"
+        None,
+        description="JSONL whose fields fill the templates (also .gz, .zst); with 'data' a file in it",
     )
     data: str | None = artifact_input(None, kinds=("data",), description="artifact that holds the seeds")
     count: int | None = Field(None, ge=1, description="without seeds: so many, each with a 'number' from 0")

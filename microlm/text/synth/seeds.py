@@ -1,59 +1,34 @@
-"""Seeds: JSON objects, one a line. Enters: a JSONL file (plain, gzip, zstd); leaves: objects and drops."""
+"""What fills the templates. Enters: a JSONL file or a count; leaves: objects with places, and drops."""
 
 from __future__ import annotations
 
-import gzip
-import io
-import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import closing
-from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-import zstandard
+from microlm.core.artifact import open_artifact
+from microlm.text import sources
+from microlm.text.read import Drop
+from microlm.text.sources import Source
+from microlm.text.synth.recipe import SynthRecipe
 
-from microlm.core.errors import UserError
-from microlm.text.read import Drop, Fault, parse_json
-
-MAX_LINE_BYTES = 32 << 20
-Seed = tuple[str, Mapping[str, Any]]
-"""Its place (`file:line`) and its fields."""
+Seed = tuple[str, Mapping[str, Any] | Drop]
+"""Its place (`file:line`) and its fields, or why it has none."""
 
 
-def read_seeds(path: Path) -> Iterator[Seed | Drop]:
-    """The objects of a file in order, each fault a Drop; a file that cannot be read on is a UserError."""
-    number = 0
-    try:
-        with closing(_open(path)) as lines:
-            while line := lines.readline(MAX_LINE_BYTES + 1):
-                number += 1
-                place = f"{path.name}:{number}"
-                if len(line) > MAX_LINE_BYTES:
-                    while line and not line.endswith(b"\n"):
-                        line = lines.readline(MAX_LINE_BYTES)
-                    yield Drop("line_too_long", place, f"the line is longer than {MAX_LINE_BYTES >> 20} MiB")
-                    continue
-                try:
-                    yield place, parse_json(line)
-                except Fault as fault:
-                    yield Drop(fault.reason, place, fault.detail)
-    except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as e:
-        raise UserError(f"{path}:{number + 1}: the packed file is damaged ({e}); fetch it again") from None
-    except OSError as e:
-        raise UserError(f"{path}: cannot be read ({e.strerror or e}); check the path") from None
+def source_of(recipe: SynthRecipe) -> Source | None:
+    """The seeds' source, None when they are numbers; what cannot be read is a UserError."""
+    if recipe.seeds is None:
+        return None
+    if recipe.data is not None:
+        return sources.parse(f"jsonl:{open_artifact(recipe.data).file(recipe.seeds)}")
+    return sources.parse(f"jsonl:{recipe.seeds.removeprefix('jsonl:')}")
 
 
-def numbered(count: int) -> Iterator[Seed | Drop]:
-    """Seeds out of nothing: each has its number."""
-    for number in range(count):
-        yield str(number), {"number": number}
-
-
-def _open(path: Path) -> IO[bytes]:
-    file = path.open("rb")
-    if path.suffix == ".gz":
-        return io.BufferedReader(gzip.GzipFile(fileobj=file))
-    if path.suffix == ".zst":
-        reader = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
-        return io.BufferedReader(reader, 1 << 20)
-    return file
+def read_seeds(source: Source | None, count: int | None) -> Iterator[Seed]:
+    """The objects of a source in order, each fault a Drop; without a source, so many numbers."""
+    if source is None:
+        for number in range(count or 0):
+            yield str(number), {"number": number}
+        return
+    for block in sources.blocks(source):
+        yield from block.objects()

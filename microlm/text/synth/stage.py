@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from microlm.core.artifact import Workspace, hash_file, open_artifact, stage
+from microlm.core.artifact import Workspace, stage
 from microlm.core.endpoint import read_key
 from microlm.core.errors import UserError
 from microlm.core.metrics import Progress
@@ -20,6 +20,7 @@ from microlm.text.synth.journal import Answer, Journal
 from microlm.text.synth.output import Writer
 from microlm.text.synth.plan import Item, Plan
 from microlm.text.synth.recipe import Endpoint, SynthRecipe
+from microlm.text.synth.seeds import source_of
 
 __all__ = ["SynthRecipe", "run"]
 
@@ -28,26 +29,14 @@ def fingerprint(recipe: SynthRecipe) -> dict[str, Any]:
     """The seeds' bytes; inside an artifact its key stands for them, and the name is left."""
     if recipe.data is not None:
         return {"seeds": recipe.seeds}
-    path = seeds_path(recipe)
-    return {"seeds": [path.name, hash_file(path)] if path else None}
-
-
-def seeds_path(recipe: SynthRecipe) -> Path | None:
-    """The file with the seeds, or None when they are numbers; a missing one is a UserError."""
-    if recipe.seeds is None:
-        return None
-    if recipe.data is not None:
-        return open_artifact(recipe.data).file(recipe.seeds)
-    path = Path(recipe.seeds.removeprefix("jsonl:"))
-    if not path.is_file():
-        raise UserError(f"synth.seeds: {path}: no such file; check the path")
-    return path
+    source = source_of(recipe)
+    return {"seeds": source.fingerprint() if source else None}
 
 
 @stage("synth", "data", version=1, fingerprint=fingerprint)
 def run(recipe: SynthRecipe, work: Workspace) -> None:
     """Ask what is not answered yet, then write everything in the order of the plan."""
-    plan = Plan(recipe, seeds_path(recipe))
+    plan = Plan(recipe)
     with Journal(work.resume / "journal.jsonl") as journal:
         refused = ask_all(plan, recipe.endpoint, journal) if recipe.endpoint else {}
         with Writer(work, plan) as writer:
