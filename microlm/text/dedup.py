@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import unicodedata
 
 from microlm.core.records import Conversation, Document, Extraction
 from microlm.text.clean import normalised
@@ -16,12 +17,14 @@ DIGEST_BYTES = 16
 _EMPTY = bytes(DIGEST_BYTES)
 _BETWEEN = "\ue000"  # private use: cleaning leaves none in a text, normalisation leaves it alone
 # after NFKC: whitespace, ASCII punctuation without operators ($ + < = > ^ | ~), general and CJK punctuation
+_WIDE = re.compile("[！-＃％-＊，-／：；？＠［-］＿｛｝　…]+")
 _SKIPPED = re.compile(r"[\s!-#%-*,-/:;?@\[-\]_`{}¡§«¶·»¿‐-‧‰-⁞、-〃〈-】〔-〟・]+")
 
 
 def digest(text: str) -> bytes:
     """16 bytes of sha256 over the normalised text (NFKC, casefold, without whitespace and punctuation)."""
-    folded = normalised("NFKC", text).casefold()
+    bare = _WIDE.sub("", text)  # what NFKC makes ASCII punctuation of; most texts are in normal form without it
+    folded = (bare if unicodedata.is_normalized("NFKC", bare) else normalised("NFKC", bare)).casefold()
     return hashlib.sha256(_SKIPPED.sub("", folded).encode("utf-8")).digest()[:DIGEST_BYTES]
 
 

@@ -66,7 +66,7 @@ class PrepareRecipe(StageRecipe):
     strict: bool = Field(
         False, description="stop at the first faulty record instead of dropping and counting it"
     )
-    clean: CleanRecipe = Field(CleanRecipe(), description="what is edited, what is dropped")
+    clean: CleanRecipe = Field(CleanRecipe.model_validate({}), description="what is edited, what is dropped")
     dedup: DedupRecipe = Field(DedupRecipe(), description="exact and near duplicates, repeated lines")
     decontaminate: DecontaminateRecipe = Field(
         DecontaminateRecipe(), description="held-out texts inside training documents"

@@ -1,1 +1,1 @@
-"""The data engine: records refined block by block in several processes, deduplicated on disk, written by digest."""
+"""The data engine: records refined block by block, deduplicated on disk, written by digest."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -113,7 +113,7 @@ def _lines(
     if kind == "documents":
         found: Any = document(body, meta)
     else:
-        found = builder(TYPES[kind])(parse_json(body))
+        found = _reader(kind)(parse_json(body))
     if split == "train" and (reason := _contamination(plan, kind, key, found)):
         outcome.contaminated.drop(reason, found.source)
         return
@@ -141,6 +141,10 @@ def _contamination(plan: Plan, kind: Kind, key: bytes, record: Any) -> str | Non
     if held_out and isinstance(record, Conversation):
         said = [digest(m.content) for m in record.messages]
     return f"held_out_{kind}" if any(one in held_out for one in said) else None
+
+
+def _reader(kind: Kind) -> Callable[[Any], Any]:
+    return builder(TYPES[kind])
 
 
 @functools.lru_cache(maxsize=1)

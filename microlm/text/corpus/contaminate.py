@@ -1,4 +1,4 @@
-"""Held-out texts inside training documents. Enters: held-out texts. Leaves: for a document, the text it holds.
+"""Held-out texts inside training documents. Enters: held-out texts. Leaves: which of them a document holds.
 
 A text is known by its 64 smallest hashes of 13 tokens in a row (a fair sample of them, so memory is bounded);
 a document that holds at least half of a text's sample is contaminated by it.
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -83,5 +84,9 @@ def save(held_out: HeldOut, folder: Path) -> None:
 
 def load(folder: Path, overlap: float) -> HeldOut:
     """What `save` wrote, mapped."""
-    names = ("grams", "items", "sizes", "filter")
-    return HeldOut(*(np.load(folder / f"held_out.{n}.npy", mmap_mode="r") for n in names), overlap)
+
+    def column(name: str) -> NDArray[Any]:
+        found: NDArray[Any] = np.load(folder / f"held_out.{name}.npy", mmap_mode="r")
+        return found
+
+    return HeldOut(column("grams"), column("items"), column("sizes"), column("filter"), overlap)

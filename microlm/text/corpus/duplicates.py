@@ -59,7 +59,9 @@ def near(pool: Pool, store: Store, threshold: float, memory_mb: int) -> Iterator
 
         def texts(documents: Sequence[int]) -> list[str]:
             found = []
-            for number, at in zip(documents, np.searchsorted(first, documents, side="right") - 1, strict=True):
+            for number, at in zip(
+                documents, np.searchsorted(first, documents, side="right") - 1, strict=True
+            ):
                 row = rows[at][number - first[at]]
                 found.append(reader.body(int(at), store.entries(int(at))[row]).decode("utf-8"))
             return found

@@ -1,4 +1,4 @@
-"""The passes over a corpus, in order. Enters: blocks of raw records. Leaves: `root/kind/split.jsonl`, an audit.
+"""The passes over a corpus, in order. Enters: blocks of raw records. Leaves: `root/kind/split.jsonl`, audit.
 
 refine → exact duplicates → repeated lines → near duplicates → held-out texts → assemble.
 """
@@ -6,7 +6,7 @@ refine → exact duplicates → repeated lines → near duplicates → held-out 
 from __future__ import annotations
 
 import json
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,11 @@ from microlm.core import storage
 from microlm.core.metrics import Progress
 from microlm.text.audit import Audit
 from microlm.text.corpus import assemble, contaminate, duplicates, shared
+from microlm.text.corpus.assemble import Plan
 from microlm.text.corpus.pool import Pool
 from microlm.text.corpus.refine import Report, Task, refine
 from microlm.text.corpus.store import CONTAMINATED, EXACT, KEPT, LINES, NEAR, Reader, Store, join_digest
-from microlm.text.dedup import digest
+from microlm.text.dedup import DigestSet, digest
 from microlm.text.split import KINDS
 
 PART_BYTES = 16 << 20
@@ -74,7 +75,7 @@ class Engine:
             for block, row in duplicates.near(self.pool, self.store, threshold, memory_mb):
                 self._drop(NEAR, block, row)
 
-    def note_held_out(self, plan: assemble.Plan, texts: Iterable[str], said: Iterable[str]) -> None:
+    def note_held_out(self, plan: Plan, texts: Iterable[str], said: Iterable[str]) -> None:
         """Write down what no training record may hold: `texts` by 13-grams, `said` word for word."""
         keys = {digest(text) for text in said}
         held_out, short = contaminate.gather([*texts, *self._held_out_documents(plan, keys)], plan.overlap)
@@ -84,7 +85,7 @@ class Engine:
         with storage.explain_write(path):
             path.write_text(json.dumps(sorted(key.hex() for key in keys)), encoding="utf-8")
 
-    def _held_out_documents(self, plan: assemble.Plan, keys: set[bytes]) -> Iterator[str]:
+    def _held_out_documents(self, plan: Plan, keys: set[bytes]) -> Iterator[str]:
         """The texts of held-out documents; what held-out extraction says goes into `keys`."""
         with Reader(self.blocks) as reader:
             for number in range(self.store.count):
@@ -101,13 +102,13 @@ class Engine:
                     else:
                         keys.add(join_digest(entry["hi"], entry["lo"]))
 
-    def plan(self, shares: dict[Any, tuple[float, float]], overlap: float, cut_chars: int) -> assemble.Plan:
+    def plan(self, shares: dict[Any, tuple[float, float]], overlap: float, cut_chars: int) -> Plan:
         """How the last pass is cut up."""
         size = sum(int(self.store.entries(n)["size"].sum()) for n in range(self.store.count))
         pieces = max(2, -(-size // PART_BYTES))
-        return assemble.Plan(self.blocks, self.parts, self.store.count, pieces, shares, overlap, cut_chars)
+        return Plan(self.blocks, self.parts, self.store.count, pieces, shares, overlap, cut_chars)
 
-    def assemble(self, plan: assemble.Plan, root: Path) -> None:
+    def assemble(self, plan: Plan, root: Path) -> None:
         """Write the files."""
         with Progress("data writing", plan.pieces, "parts") as bar:
             for outcome in self.pool.map(assemble.assemble, ((plan, i) for i in range(plan.pieces))):
@@ -117,7 +118,7 @@ class Engine:
                 bar.update(1)
         assemble.join(plan, root)
 
-    def leaks(self, plan: assemble.Plan, held_out: Container[bytes]) -> int:
+    def leaks(self, plan: Plan, held_out: DigestSet) -> int:
         """Training documents whose digest is held out."""
         found = 0
         documents = KINDS.index("documents")

@@ -1,8 +1,8 @@
-"""What is held out of training, after the corpus is written: tests, prompts, and the proof that none leaked."""
+"""What is held out of training, once the corpus is written: tests, prompts, the proof that none leaked."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from microlm.text import sources
 from microlm.text.audit import Audit
 from microlm.text.clean import tidy
 from microlm.text.corpus.refine import Schema
-from microlm.text.dedup import record_digest
+from microlm.text.dedup import DigestSet, record_digest
 from microlm.text.read import Drop
 from microlm.text.sources.factbook import Factbook
 from microlm.text.split import SPLITS, Kind, held_out_digests, move_one, records_of, rewrite
@@ -101,7 +101,7 @@ def complete_extraction(work: Workspace, schema: Schema) -> None:
             rewrite(work.path, "extraction", split, complete)
 
 
-def leakage(root: Path, leaks: Callable[[Container[bytes]], int]) -> dict[str, int]:
+def leakage(root: Path, leaks: Callable[[DigestSet], int]) -> dict[str, int]:
     """Training records of each kind whose digest is held out: tested, not trusted.
 
     Held-out digests are taken from the files; `leaks` counts those of training documents, which are many.

@@ -45,7 +45,7 @@ def refine_factbook(engine: Engine, book: Factbook, kinds: list[Kind], own: froz
                 chunk = tuple(itertools.islice(records, COMPOSED_BLOCK))
                 if not chunk:
                     return
-                yield Task(engine.blocks, number, chunk, CleanRecipe())
+                yield Task(engine.blocks, number, chunk, CleanRecipe.model_validate({}))
                 bar.update(len(chunk))
 
         return engine.refine(tasks())
@@ -64,4 +64,3 @@ def _refine_source(engine: Engine, source: Source, clean: CleanRecipe, strict: b
     report.read.check()
     sources.require_usable(source, report.read)
     return report
-
