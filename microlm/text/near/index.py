@@ -22,8 +22,7 @@ from microlm.text.near.kernels import BINS, Hashes, Signatures
 Compare = Callable[[Documents], NDArray[np.float64]]
 """The exact Jaccard of each pair [P, 2] of documents, for example `signature.jaccards` of their texts."""
 MAX_EXAMPLES = 5
-_ROW = np.dtype([("key", "<u8"), ("document", "<u4")])
-_ROW_BYTES = 256  # that a row costs while its range is looked at, if all documents have candidates
+_ROW_BYTES = 384  # that a row costs while its range is looked at, if all documents have candidates
 _DIFFER = 1 << 20  # slots; a pair that was forgotten is only compared again
 _PAIRS = 1 << 16  # candidates that are held at the same time
 _DEVIATIONS = 3.5  # of the estimate below the threshold: 2 in 10,000 pairs are lost
@@ -51,9 +50,14 @@ class Duplicates:
 def write(folder: Path, block: int, signatures: Signatures, bands: Hashes) -> None:
     """Write what `signature.sign` gave for the documents of one block; any process may, in any order."""
     document, band = np.nonzero(bands)
-    rows = np.empty(len(document), dtype=_ROW)
-    rows["key"], rows["document"] = bands[document, band], document
-    for kind, array in (("rows", rows[np.argsort(rows["key"])]), ("signatures", signatures)):
+    keys = bands[document, band]
+    order = np.argsort(keys, kind="stable")
+    files: dict[str, NDArray[Any]] = {
+        "keys": keys[order],
+        "documents": document[order].astype(np.uint32),
+        "signatures": signatures,
+    }
+    for kind, array in files.items():
         path = _path(folder, block, kind)
         part = path.with_suffix(".part.npy")
         with storage.explain_write(part):
@@ -69,7 +73,7 @@ class NearIndex:
         sizes = [len(self._load(n, "signatures")) for n in range(blocks)]
         self._first = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
         self.count = int(self._first[-1])
-        rows = sum(len(self._load(n, "rows")) for n in range(blocks))
+        rows = sum(len(self._load(n, "keys")) for n in range(blocks))
         self._ranges = max(1, -(-rows * _ROW_BYTES // (memory_mb << 20)))
 
     def resolve(self, ranks: Hashes, compare: Compare, threshold: float = 0.8) -> Duplicates:
@@ -84,22 +88,16 @@ class NearIndex:
         return search.outcome()
 
     def _groups(self, number: int, ranks: Hashes) -> tuple[Numbers, Documents]:
-        """(first row of its group, document) of the rows of a range with a key in common, by key and rank."""
+        """(group, document) of the rows of a range with a key in common, by key and rank."""
         low, high = ((n << 64) // self._ranges for n in (number, number + 1))
-        parts = []
+        keys, documents = [np.zeros(0, dtype=np.uint64)], [np.zeros(0, dtype=np.uint32)]
         for block in range(self.blocks):
-            rows = self._load(block, "rows")
-            start = int(np.searchsorted(rows["key"], np.uint64(low)))
-            stop = len(rows) if high >> 64 else int(np.searchsorted(rows["key"], np.uint64(high)))
-            part = np.array(rows[start:stop])
-            part["document"] += np.uint32(self._first[block])
-            parts.append(part)
-        rows = np.concatenate(parts) if parts else np.zeros(0, dtype=_ROW)
-        rows = rows[_not_alone(rows["key"])]
-        rows = rows[np.lexsort((ranks[rows["document"]], rows["key"]))]
-        new = np.ones(len(rows), dtype=np.bool_)
-        new[1:] = rows["key"][1:] != rows["key"][:-1]
-        return np.flatnonzero(new)[np.cumsum(new) - 1], np.ascontiguousarray(rows["document"])
+            sorted_keys = self._load(block, "keys")
+            start = int(np.searchsorted(sorted_keys, np.uint64(low)))
+            stop = len(sorted_keys) if high >> 64 else int(np.searchsorted(sorted_keys, np.uint64(high)))
+            keys.append(np.array(sorted_keys[start:stop]))
+            documents.append(self._load(block, "documents")[start:stop] + np.uint32(self._first[block]))
+        return _grouped(np.concatenate(keys), np.concatenate(documents), ranks)
 
     def _signatures(self, documents: Documents) -> Signatures:
         """The signatures [D, 128] of documents, which are sorted."""
@@ -132,7 +130,7 @@ class _Search:
         self, groups: tuple[Numbers, Documents], signatures: Callable[[Documents], Signatures]
     ) -> None:
         """Compare the members of the groups with each other."""
-        first, documents = groups
+        first, documents = self._open(*groups)
         distinct, places = np.unique(documents, return_inverse=True)
         rows = first, documents, places.astype(np.int64)
         values = signatures(distinct)
@@ -142,8 +140,19 @@ class _Search:
             found = clusters.candidates(
                 rows, values, self.ranks, self._parent, self._differ, self._least, self._counts, out
             )
-            for pairs in self._rounds(out[:found]):
+            for pairs in self._rounds(_once(out[:found])):
                 self._verify(pairs)
+
+    def _open(self, group: Numbers, documents: Documents) -> tuple[Numbers, Documents]:
+        """(first row of its group, document) of the groups that are not one cluster already."""
+        if not len(group):
+            return group, documents
+        starts = np.searchsorted(group, np.unique(group))
+        roots = clusters.roots(self._parent, documents)
+        apart = np.minimum.reduceat(roots, starts) != np.maximum.reduceat(roots, starts)
+        rows = np.repeat(apart, np.diff(starts, append=len(group)))
+        group = group[rows]
+        return np.searchsorted(group, group), documents[rows]
 
     def _rounds(self, pairs: Documents) -> Iterator[Documents]:
         """Pairs none of which follows from the others of its round or from what is known by then."""
@@ -176,14 +185,24 @@ class _Search:
         )
 
 
-def _not_alone(keys: Hashes) -> NDArray[np.bool_]:
-    """Which keys occur twice or more."""
-    order = np.argsort(keys)
-    same = keys[order][1:] == keys[order][:-1]
-    found = np.zeros(len(keys), dtype=np.bool_)
-    found[order[1:][same]] = True
-    found[order[:-1][same]] = True
-    return found
+def _grouped(keys: Hashes, documents: Documents, ranks: Hashes) -> tuple[Numbers, Documents]:
+    """The documents with a key in common, by key and rank, and the number of each one's group."""
+    ordered = np.sort(keys)
+    common = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
+    if not len(common):
+        return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.uint32)
+    group = np.minimum(np.searchsorted(common, keys), len(common) - 1)
+    shared = common[group] == keys
+    group, documents = group[shared], documents[shared]
+    order = np.lexsort((ranks[documents], group))
+    return group[order], documents[order]
+
+
+def _once(pairs: Documents) -> Documents:
+    """The pairs without repetition, in order; bands repeat them."""
+    code = pairs[:, 0].astype(np.uint64) << np.uint64(32) | pairs[:, 1]
+    _, first = np.unique(code, return_index=True)
+    return pairs[np.sort(first)]
 
 
 def _path(folder: Path, block: int, kind: str) -> Path:
