@@ -10,9 +10,11 @@ from microlm.core.records import Document
 from microlm.text.rules import edited
 from microlm.text.rules.profile import profile
 
-MAX_BROKEN_SHARE = 0.01  # of characters that no text holds: U+FFFD, C1 controls, private use
-MAX_LOST_SHARE = 0.2  # of characters, in a line of which the rest is read anew
+MAX_LOST = 0.01  # share of U+FFFD, by which a text misses characters
+MAX_BROKEN = 0.05  # share of U+FFFD, C1 controls and private use, which no text holds
+MAX_UNREAD = 0.2  # share of U+FFFD in a line of which the rest is read anew
 SHORT_CHARS = 200  # shorter texts may lack the characters that tell of mojibake
+PROBE_CHARS = 40
 MAX_MARKS = 30
 
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -41,9 +43,9 @@ def repair_mojibake(document: Document) -> tuple[Document, str | None]:
     """Read anew, line by line, what was UTF-8 and was read as Latin-1, Windows-1252 or GBK."""
     text = document.text
     found = profile(text)
-    if found.mojibake > 1:
+    if found.mojibake:
         text = "\n".join(map(_from_latin, text.split("\n")))
-    if found.han and (found.garbled or len(text) < SHORT_CHARS):
+    if found.garbled or (found.han and len(text) < SHORT_CHARS and _begins_as_utf8(text)):
         text = "\n".join(map(_from_gbk, text.split("\n")))
     return edited(document, text), None
 
@@ -52,6 +54,16 @@ def _from_latin(line: str) -> str:
     import ftfy
 
     return str(ftfy.fix_encoding(line))
+
+
+def _begins_as_utf8(text: str) -> bool:
+    """Whether the GBK bytes of the first characters are UTF-8, but for what is cut off."""
+    raw = text[:PROBE_CHARS].partition("\ufffd")[0].encode("gb18030", "replace")
+    try:
+        raw.decode("utf-8")
+    except UnicodeDecodeError as e:
+        return e.start > max(0, len(raw) - 4)
+    return True
 
 
 def _from_gbk(line: str) -> str:
@@ -64,19 +76,20 @@ def _from_gbk(line: str) -> str:
     raw = b"\xff".join(part.encode("gb18030", "replace") for part in line.split("\ufffd"))
     found = _LOST.sub("\ufffd", raw.decode("utf-8", "replace"))
     lost = found.count("\ufffd")
+    if lost > MAX_UNREAD * len(found):
+        return line
     meant = sum("\u2e80" <= c <= "\uffef" for c in found) - lost
     foreign = sum("\x80" <= c < "\u2000" for c in found)
-    is_read = lost <= MAX_LOST_SHARE * len(found) and meant > max(3 * lost, 2 * foreign, 3)
-    return found if is_read else line
+    return found if meant > max(3 * lost, 2 * foreign, 3) else line
 
 
 def drop_broken(document: Document) -> tuple[Document, str | None]:
     """Drop a text of the wrong encoding: rich in U+FFFD, C1 controls, private use or 锟斤拷."""
     found = profile(document.text)
-    broken = found.lost + found.private + (3 * document.text.count("锟斤拷") if found.han else 0)
-    if broken > 3 and broken > MAX_BROKEN_SHARE * len(document.text):
-        return document, "broken_encoding"
-    return document, None
+    lost = found.lost + (3 * document.text.count("锟斤拷") if found.han else 0)
+    broken, size = lost + found.private, len(document.text)
+    is_broken = (lost > 3 and lost > MAX_LOST * size) or (broken > 3 and broken > MAX_BROKEN * size)
+    return document, "broken_encoding" if is_broken else None
 
 
 def remove_control(document: Document) -> tuple[Document, str | None]:

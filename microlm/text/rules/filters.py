@@ -1,7 +1,7 @@
 """Rules that drop a text for what it is as a whole: too long or short, an advert, repetition, not language.
 
 The shares are those of Gopher (Rae et al. 2021, arXiv:2112.11446, A.1), set anew for Chinese: of 57,897
-documents of prose, statutes, verse and manuals the defaults drop 12.
+documents of prose, statutes, verse and manuals the defaults drop one, a table of contents.
 """
 
 from __future__ import annotations
@@ -19,8 +19,11 @@ from microlm.text.rules.repetition import repetition
 
 MIN_PHRASES = 3  # of advertising, or fewer in a short text
 CHARS_PER_PHRASE = 40
+AD_CHARS = 500  # at the beginning, which spare most texts the rest
 MIN_LINES = 10  # for a share of lines to say something
 MIN_SYMBOLS = 3
+MIN_SEEN = 40  # characters, for a share of letters
+MIN_TOKENS, MIN_TOKENS_TOP = 20, 50  # for runs of 10, and of 4, to say something
 
 
 def drop_long(document: Document, max_chars: int) -> tuple[Document, str | None]:
@@ -43,9 +46,13 @@ def drop_short(document: Document, min_chars: int) -> tuple[Document, str | None
 def drop_ads(document: Document) -> tuple[Document, str | None]:
     """Drop a text that is little but the phrases of advertising."""
     text = document.text
-    phrases = _ads().findall(text)
-    is_ad = len(phrases) >= MIN_PHRASES and len(phrases) * CHARS_PER_PHRASE >= len(text)
+    is_ad = _is_ad(text[:AD_CHARS]) and (len(text) <= AD_CHARS or _is_ad(text))
     return document, "ad_spam" if is_ad else None
+
+
+def _is_ad(text: str) -> bool:
+    phrases = len(_ads().findall(text))
+    return phrases >= MIN_PHRASES and phrases * CHARS_PER_PHRASE >= len(text)
 
 
 @functools.cache
@@ -61,7 +68,10 @@ def drop_repetition(document: Document, max_repeated: float, max_top: float) -> 
     run of 4 that is the most frequent.
     """
     found = repetition(document.text)
-    return document, "repetition" if found.repeated > max_repeated or found.top > max_top else None
+    is_repetition = (found.repeated > max_repeated and found.tokens >= MIN_TOKENS) or (
+        found.top > max_top and found.tokens >= MIN_TOKENS_TOP
+    )
+    return document, "repetition" if is_repetition else None
 
 
 def drop_symbols(
@@ -80,6 +90,7 @@ def drop_symbols(
         found.bullets > max_bullets * found.lines or found.ellipses > max_ellipses * found.lines
     )
     is_symbols = symbols > max(MIN_SYMBOLS, max_symbols * (letters - found.latin + found.words))
-    if letters < min_letters * seen or is_symbols or is_list:
+    is_code = seen >= MIN_SEEN and letters < min_letters * seen
+    if is_code or is_symbols or is_list:
         return document, "symbols"
     return document, None

@@ -28,20 +28,18 @@ _LINK = re.compile(
 _DATA = re.compile("[!-~]+")
 _BOILERPLATE = re.compile(
     r"^[ \t]*(?:"
-    r"(?:via|来源|原文链接?|作者|译者|校对|选题|责任编辑)[ \t]*[:：].{0,80}"
+    r"(?:via|原文链接?|译者|校对|选题|责任编辑)[ \t]*[:：].{0,80}"
+    r"|(?:作者|来源)[ \t]*[:：][ \t]*(?:\[|http|.{0,60}(?:选题|译者|校对|责任?编辑?)[ \t]*[:：]).{0,120}"
     r"|本文由.{0,200}(?:编译|翻译|发布|推出|授权).{0,80}"
     r"|(?:上一[篇页章]|下一[篇页章])(?:[ \t]*[:：|].{0,60})?"
     r"|.{0,20}(?:扫描二维码|扫码|关注).{0,12}公众号.{0,40}"
     r"|版权(?:声明|所有)(?![者人权]).{0,120}|copyright[ \t]*(?:©|\(c\)|\d).{0,80}"
     r"|.{0,6}(?:本站|本文|文章|图片|内容|素材).{0,12}(?:来自|来源于?|转载自)(?:互联网|网络).{0,40}"
-    r"|(?:(?:点赞|收藏|评论|分享到?[:：]?|举报|打赏|转发|登录|注册|首页|返回顶部|阅读原文)[ \t|]*){1,12}"
+    r"|(?:(?:点赞|收藏|评论|分享到?[:：]?|举报|打赏|转发|登录|注册|首页|返回顶部|阅读原文)[ \t|]*){2,12}"
+    r"|(?:点赞|分享到?[:：]|举报|打赏|首页|返回顶部|阅读原文)[ \t]*"
     r"|(?:转载请注明出处|点击查看更多|阅读全文|相关阅读).{0,20}"
     r")$",
     re.MULTILINE | re.IGNORECASE,
-)
-_BOILERPLATE_HINT = re.compile(
-    r"via|来源|原文|作者|译者|校对|选题|编辑|本文|[上下]一[篇页章]|公众号|版权|copyright|互联网|网络|点赞|收藏|评论|分享|举报|打赏|转发|登录|注册|首页|顶部|转载|更多|全文|相关阅读",
-    re.IGNORECASE,
 )
 
 
@@ -55,10 +53,7 @@ def remove_links(document: Document) -> tuple[Document, str | None]:
 
 def remove_boilerplate(document: Document) -> tuple[Document, str | None]:
     """Remove lines of navigation, copyright and sharing."""
-    text = document.text
-    if not _BOILERPLATE_HINT.search(text):
-        return document, None
-    return edited(document, _BOILERPLATE.sub("", text)), None
+    return edited(document, _BOILERPLATE.sub("", document.text)), None
 
 
 def normalise_whitespace(document: Document) -> tuple[Document, str | None]:

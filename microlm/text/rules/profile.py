@@ -34,9 +34,10 @@ RANGES = {
 # marks on a class: what tells of mojibake, of lists and of texts that trail off
 GARBLED, LEAD, TRAIL, BULLET, ELLIPSIS, HASH = 16, 32, 64, 128, 256, 512
 MARKS = {
-    GARBLED: "锛銆鐨鏄",  # "，。的是" in UTF-8, read as GBK
+    # the characters that Chinese in UTF-8 makes most often when it is read as GBK, and no text else holds
+    GARBLED: "锛紝銆鐨殑鍙鏈屽鍒鍏鐢鍚鍦敤勫鎴鏄屾鏂傛竴鏉鍗勬佸鏃鍔",
     LEAD: "".join(map(chr, range(0xC2, 0xF5))),
-    TRAIL: "".join(map(chr, range(0x80, 0xC0))) + "€‚ƒ„…†‡ˆ‰Š‹ŒŽ‘’“”•–—˜™š›œžŸ",
+    TRAIL: "".join(map(chr, range(0x80, 0xC0))) + "€‚ƒ„†‡ˆ‰Š‹ŒŽ˜™š›œžŸ",
     BULLET: "•‣▪●○■□◆◇★☆▶►▸·-*+",
     ELLIPSIS: "…",
     HASH: "#",
@@ -106,9 +107,10 @@ def _count(points: NDArray[np.uint32], table: NDArray[np.uint16]) -> NDArray[np.
     garbled = mojibake = spaced = adjacent = untidy = 0
     word = line = blank = 0
     before, kind, in_word, last = 0, BREAK, False, 0
-    for point in points:
+    for i in range(len(points)):
+        point = int(points[i])
         if point < 65536:
-            entry = np.int64(table[point])
+            entry = int(table[point])
         elif 0x20000 <= point < 0x32400:
             entry = HAN
         else:

@@ -78,7 +78,7 @@ def _slot(keys: NDArray[np.uint64], value: np.uint64) -> int:
     at = (value >> np.uint64(17)) & mask
     while keys[at] != 0 and keys[at] != value:
         at = (at + np.uint64(1)) & mask
-    return at
+    return int(at)
 
 
 @njit(cache=True, nogil=True)
