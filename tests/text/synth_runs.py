@@ -21,7 +21,7 @@ from microlm.text.synth.stage import SynthRecipe, run
 CHAT = "/v1/chat/completions"
 PEOPLE = ["李白", "杜甫", "王维", "Ada", "Grace", "Alan", "Emmy", "苏轼"]
 TEMPLATE = {"name": "who", "prompt": "Who was {{ name }}?"}
-DRAW = {"max_tokens": 200, "temperature": 1.0, "stop": ["e"]}  # the tiny model never ends by itself
+DRAW = {"max_tokens": 200, "temperature": 1.0, "stop": ["a", "e", "i", "o", "u"]}  # the tiny model never ends by itself
 SCHEMA = {
     "type": "object",
     "properties": {"kind": {"enum": ["poet", "physicist"]}, "alive": {"type": "boolean"}},
@@ -78,15 +78,20 @@ class Watched:
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http" or scope["path"] != CHAT:
             return await self.app(scope, receive, send)
-        message = await receive()
-        self.asked.append(json.loads(message["body"]))
+        body, more = b"", True
+        while more:
+            message = await receive()
+            body, more = body + message["body"], message["more_body"]
+        self.asked.append(json.loads(body))
         if self.answered == self.gone_after:
             return await self._refuse(send, 503, {})
         if self.faults:
             return await self._refuse(send, *self.faults.pop(0))
 
+        first = [{"type": "http.request", "body": body, "more_body": False}]
+
         async def again() -> Any:
-            return message
+            return first.pop() if first else await receive()
 
         await self.app(scope, again, send)
         self.answered += 1
