@@ -82,7 +82,8 @@ class Room:
         """`microlm run` on a data recipe whose source is this file."""
         kind = "text" if name.endswith(".txt") else "jsonl"
         source = f"{kind}:{self.write(name, data)}"
-        return self.stage("data", **({"source": source, "fill": "none", "min_chars": 1} | fields))
+        clean = {"min_chars": fields.pop("min_chars", 1)}
+        return self.stage("data", **({"source": source, "fill": "none", "clean": clean} | fields))
 
     def pipeline(self, *words: str) -> list[str]:
         """`microlm run` on a pipeline of two stages."""

@@ -108,7 +108,7 @@ def fingerprint(recipe: PrepareRecipe) -> dict[str, Any]:
     """The bytes that the result depends on: every file of the user, and the factbook's tables if used."""
     words = [sources.parse(word) for word in recipe.words()]
     found: dict[str, Any] = {
-        "sources": sorted([w.kind, w.split, w.fingerprint()] for w in words),
+        "sources": sorted(([w.kind, w.fingerprint()] for w in words), key=repr),
         "benchmarks": sorted(hash_file(holdout.require(name)) for name in recipe.decontaminate.benchmarks),
     }
     if recipe.entities:

@@ -33,8 +33,8 @@ RECIPES: dict[str, tuple[Prepare, str]] = {
     "duplicate key": (lambda r: r.recipe(DATA + "out: x\n"), r"recipe\.yaml:4:1: .*key 'out' stands twice"),
     "alias": (lambda r: r.recipe("stage: &a data\nout: *a\n"), r"recipe\.yaml:2:6: .*aliases"),
     "unknown key": (
-        lambda r: r.recipe(DATA + "min_char: 3\n"),
-        r"unknown key 'min_char'; did you mean 'min_chars'",
+        lambda r: r.recipe(DATA + "cut_char: 3\n"),
+        r"unknown key 'cut_char'; did you mean 'cut_chars'",
     ),
     "unknown key in a block": (
         lambda r: r.recipe(DATA + "factbook: {docs: 3}\n"),

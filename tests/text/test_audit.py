@@ -12,7 +12,7 @@ def audit_of(documents: list[Document]) -> Audit:
     audit = Audit()
     for document in documents:
         audit.tallies["read"].keep()
-        audit.observe("documents", "train", document)
+        audit.survey.observe("documents", "train", document)
     audit.leakage["documents"] = 0
     return audit
 
@@ -46,7 +46,7 @@ def test_a_record_that_is_lost_uncounted_is_found() -> None:
 def test_conversations_count_without_lengths() -> None:
     audit = audit_of([])
     audit.tallies["read"].keep()
-    audit.observe("conversations", "validation", Conversation((Message("user", "问"),), source="s"))
+    audit.survey.observe("conversations", "validation", Conversation((Message("user", "问"),), source="s"))
     audit.leakage["conversations"] = 0
     audit.check()
     assert audit.to_json()["length_histogram"] == []
@@ -78,4 +78,4 @@ def test_rows_and_page_show_every_reason_and_run_no_markup() -> None:
 
 def test_ten_thousand_sources_stay_a_short_list() -> None:
     audit = audit_of([Document("文", f"s{i}") for i in range(1000)])
-    assert len(audit.sources) <= 201 and audit.sources.total() == 1000
+    assert len(audit.survey.sources) <= 201 and audit.survey.sources.total() == 1000

@@ -52,6 +52,7 @@ def refine_factbook(engine: Engine, book: Factbook, kinds: list[Kind], own: froz
 
 
 def _refine_source(engine: Engine, source: Source, clean: CleanRecipe, strict: bool) -> Report:
+    sources.announce(source)
     first = engine.numbered()
     with Progress(f"data {source.word}", source.size_bytes(), "bytes") as bar:
 
