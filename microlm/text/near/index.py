@@ -147,12 +147,12 @@ class _Search:
         """(first row of its group, document) of the groups that are not one cluster already."""
         if not len(group):
             return group, documents
-        starts = np.searchsorted(group, np.unique(group))
+        starts = np.flatnonzero(np.diff(group, prepend=-1))
+        sizes = np.diff(starts, append=len(group))
         roots = clusters.roots(self._parent, documents)
         apart = np.minimum.reduceat(roots, starts) != np.maximum.reduceat(roots, starts)
-        rows = np.repeat(apart, np.diff(starts, append=len(group)))
-        group = group[rows]
-        return np.searchsorted(group, group), documents[rows]
+        first = np.cumsum(sizes[apart]) - sizes[apart]
+        return np.repeat(first, sizes[apart]), documents[np.repeat(apart, sizes)]
 
     def _rounds(self, pairs: Documents) -> Iterator[Documents]:
         """Pairs none of which follows from the others of its round or from what is known by then."""
@@ -177,18 +177,19 @@ class _Search:
 
     def outcome(self) -> Duplicates:
         """All documents' keepers."""
-        keeper = clusters.roots(self._parent, np.arange(len(self.ranks), dtype=np.uint32))
-        removed = keeper[keeper != np.arange(len(keeper), dtype=np.uint32)]
-        candidates, rejected = self._counts[LOOKED_AT], self._counts[REJECTED]
-        return Duplicates(
-            keeper, len(np.unique(removed)), int(candidates), int(rejected), self._compared, self._examples
-        )
+        documents = np.arange(len(self.ranks), dtype=np.uint32)
+        keeper = clusters.roots(self._parent, documents)
+        kept_for = np.zeros(len(documents), dtype=np.bool_)
+        kept_for[keeper[keeper != documents]] = True
+        candidates, rejected = (int(self._counts[n]) for n in (LOOKED_AT, REJECTED))
+        return Duplicates(keeper, int(kept_for.sum()), candidates, rejected, self._compared, self._examples)
 
 
 def _grouped(keys: Hashes, documents: Documents, ranks: Hashes) -> tuple[Numbers, Documents]:
     """The documents with a key in common, by key and rank, and the number of each one's group."""
     ordered = np.sort(keys)
-    common = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
+    common = ordered[1:][ordered[1:] == ordered[:-1]]
+    common = common[np.diff(common, prepend=~common[:1]) != 0]  # sorted already; np.unique is slow
     if not len(common):
         return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.uint32)
     group = np.minimum(np.searchsorted(common, keys), len(common) - 1)
