@@ -50,6 +50,7 @@ class Outcome:
     contaminated: Tally = field(default_factory=Tally)
     survey: Survey = field(default_factory=Survey)
     cut: int = 0
+    pieces: int = 0
 
 
 def assemble(task: tuple[Plan, int]) -> Outcome:
@@ -122,7 +123,9 @@ def _lines(
         yield body.decode("utf-8"), found
         return
     pieces = cut(found.text, plan.cut_chars)
-    outcome.cut += len(pieces) > 1
+    if len(pieces) > 1:
+        outcome.cut += 1
+        outcome.pieces += len(pieces)
     for number, text in enumerate(pieces, 1):
         source = f"{found.source}#{number}" if len(pieces) > 1 else found.source
         shorter: Document = replace(found, text=text, source=source)

@@ -115,6 +115,7 @@ class Engine:
                 self.audit.tallies["decontaminate"].add(outcome.contaminated)
                 self.audit.survey.add(outcome.survey)
                 self.audit.cut += outcome.cut
+                self.audit.pieces += outcome.pieces
                 bar.update(1)
         assemble.join(plan, root)
 
