@@ -21,7 +21,11 @@ from microlm.text.synth.stage import SynthRecipe, run
 CHAT = "/v1/chat/completions"
 PEOPLE = ["李白", "杜甫", "王维", "Ada", "Grace", "Alan", "Emmy", "苏轼"]
 TEMPLATE = {"name": "who", "prompt": "Who was {{ name }}?"}
-DRAW = {"max_tokens": 200, "temperature": 1.0, "stop": ["a", "e", "i", "o", "u"]}  # the tiny model never ends by itself
+DRAW = {
+    "max_tokens": 200,
+    "temperature": 1.0,
+    "stop": ["a", "e", "i", "o", "u"],
+}  # the tiny model never ends by itself
 SCHEMA = {
     "type": "object",
     "properties": {"kind": {"enum": ["poet", "physicist"]}, "alive": {"type": "boolean"}},
