@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -52,16 +53,16 @@ def write(folder: Path, block: int, signatures: Signatures, bands: Hashes) -> No
     document, band = np.nonzero(bands)
     keys = bands[document, band]
     order = np.argsort(keys, kind="stable")
-    files: dict[str, NDArray[Any]] = {
+    found: dict[str, NDArray[Any]] = {
         "keys": keys[order],
         "documents": document[order].astype(np.uint32),
         "signatures": signatures,
     }
-    for kind, array in files.items():
+    for kind, array in found.items():
         path = _path(folder, block, kind)
-        part = path.with_suffix(".part.npy")
+        part = path.with_suffix(".part")
         with storage.explain_write(part):
-            np.save(part, array)
+            part.write_bytes(np.ascontiguousarray(array).data)  # tofile hides why it cannot write
             part.replace(path)
 
 
@@ -70,11 +71,14 @@ class NearIndex:
 
     def __init__(self, folder: Path, blocks: int, memory_mb: int = 256) -> None:
         self.folder, self.blocks = folder, blocks
-        sizes = [len(self._load(n, "signatures")) for n in range(blocks)]
+        sizes = [_path(folder, n, "signatures").stat().st_size // BINS for n in range(blocks)]
         self._first = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
         self.count = int(self._first[-1])
-        rows = sum(len(self._load(n, "keys")) for n in range(blocks))
-        self._ranges = max(1, -(-rows * _ROW_BYTES // (memory_mb << 20)))
+        rows = sum(_path(folder, n, "keys").stat().st_size // 8 for n in range(blocks))
+        ranges = max(1, -(-rows * _ROW_BYTES // (memory_mb << 20)))
+        inner = np.array([(n << 64) // ranges for n in range(1, ranges)], dtype=np.uint64)
+        self._bounds = np.array([_bounds(_path(folder, n, "keys"), inner) for n in range(blocks)]).T
+        """Where in the files of each block the ranges begin and end, [ranges + 1, blocks]."""
 
     def resolve(self, ranks: Hashes, compare: Compare, threshold: float = 0.8) -> Duplicates:
         """Join documents with a Jaccard of at least `threshold`; the one of lowest rank of a cluster stays.
@@ -83,20 +87,19 @@ class NearIndex:
         the clusters, the documents that stay and all counts.
         """
         search = _Search(np.asarray(ranks), compare, threshold)
-        for number in range(self._ranges):
-            search.look_at(self._groups(number, search.ranks), self._signatures)
+        for start, stop in pairwise(self._bounds):
+            search.look_at(self._groups(start, stop, search.ranks), self._signatures)
         return search.outcome()
 
-    def _groups(self, number: int, ranks: Hashes) -> tuple[Numbers, Documents]:
-        """(group, document) of the rows of a range with a key in common, by key and rank."""
-        low, high = ((n << 64) // self._ranges for n in (number, number + 1))
+    def _groups(self, start: Numbers, stop: Numbers, ranks: Hashes) -> tuple[Numbers, Documents]:
+        """(group, document) of each block's rows start : stop with a key in common, by key and rank."""
         keys, documents = [np.zeros(0, dtype=np.uint64)], [np.zeros(0, dtype=np.uint32)]
-        for block in range(self.blocks):
-            sorted_keys = self._load(block, "keys")
-            start = int(np.searchsorted(sorted_keys, np.uint64(low)))
-            stop = len(sorted_keys) if high >> 64 else int(np.searchsorted(sorted_keys, np.uint64(high)))
-            keys.append(np.array(sorted_keys[start:stop]))
-            documents.append(self._load(block, "documents")[start:stop] + np.uint32(self._first[block]))
+        for block in np.flatnonzero(stop > start).tolist():
+            count = stop[block] - start[block]
+            for kind, parts in (("keys", keys), ("documents", documents)):
+                dtype, path = parts[0].dtype, _path(self.folder, block, kind)
+                parts.append(np.fromfile(path, dtype, count, offset=start[block] * dtype.itemsize))
+            documents[-1] += np.uint32(self._first[block])
         return _grouped(np.concatenate(keys), np.concatenate(documents), ranks)
 
     def _signatures(self, documents: Documents) -> Signatures:
@@ -105,12 +108,10 @@ class NearIndex:
         bounds = np.searchsorted(documents, self._first)
         for block in np.flatnonzero(np.diff(bounds)).tolist():
             here = slice(bounds[block], bounds[block + 1])
-            found[here] = self._load(block, "signatures")[documents[here] - self._first[block]]
+            path = _path(self.folder, block, "signatures")
+            mapped = np.memmap(path, np.uint8, "r").reshape(-1, BINS)
+            found[here] = mapped[documents[here] - self._first[block]]
         return found
-
-    def _load(self, block: int, kind: str) -> NDArray[Any]:
-        array: NDArray[Any] = np.load(_path(self.folder, block, kind), mmap_mode="r")
-        return array
 
 
 class _Search:
@@ -207,4 +208,10 @@ def _once(pairs: Documents) -> Documents:
 
 
 def _path(folder: Path, block: int, kind: str) -> Path:
-    return folder / f"{block:05d}.near-{kind}.npy"
+    return folder / f"{block:05d}.near-{kind}"
+
+
+def _bounds(path: Path, inner: Hashes) -> Numbers:
+    """Where the ranges of a sorted file begin, and its end."""
+    keys = np.fromfile(path, np.uint64)
+    return np.concatenate([[0], np.searchsorted(keys, inner), [len(keys)]])
