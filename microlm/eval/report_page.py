@@ -87,9 +87,9 @@ def _summary(page: Page, rows: Rows, history: Sequence[Artifact]) -> None:
     page.table([*columns, *(["before"] if has_before else [])], table)
     page.paragraph(
         "Intervals resample entities (of bits per byte, documents), not items: items about one entity stand "
-        "or fall together. Shares have Wilson's where each item has its own entity, or all agree. The regex "
-        "and the nearest-template answerers learn from the training split alone and use no model: they say "
-        "how far one gets without one."
+        "or fall together, and entities told of in one text are one. Shares have Wilson's where each item "
+        "has its own entity, or all agree. The regex and the nearest-template answerers learn from the "
+        "training split alone and use no model: they say how far one gets without one."
         + (" The column 'before' is an earlier checkpoint on the same items." if has_before else ""),
         note=True,
     )

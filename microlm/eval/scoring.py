@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from microlm.core.records import Extraction
 from microlm.text import extraction
 
-SCORER_VERSION = 2
+SCORER_VERSION = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +80,21 @@ def score_extraction(
 def stopped(finish_reason: str) -> bool:
     """Whether an answer ended at EOS, before its token cap."""
     return finish_reason == "stop"
+
+
+def groups(named: Sequence[Sequence[str]]) -> list[str]:
+    """One name for each item, equal for items that share a name, directly or through other items."""
+    parents: dict[str, str] = {}
+
+    def root(name: str) -> str:
+        while (above := parents.setdefault(name, name)) != name:
+            parents[name] = name = parents[above]
+        return name
+
+    for names in named:
+        for other in names[1:]:
+            parents[root(other)] = root(names[0])
+    return [root(names[0]) for names in named]
 
 
 def conforms(value: Any, schema: Mapping[str, Any]) -> bool:
