@@ -131,6 +131,9 @@ class Handler(BaseHTTPRequestHandler):
         if warm and self.fault == "one seed for all" and "seed" in body:
             seed = 0
         mixer = random.Random(hashlib.sha256(f"{prompt}{seed}".encode()).digest())
+        rare = {"confident model": 0.03 * body.get("temperature", 1) ** 3, "stubborn model": 0.03}
+        if mixer.random() >= rare.get(self.fault, 1):
+            mixer = random.Random(hashlib.sha256(prompt.encode()).digest())
         limit = 40 if self.fault == "max_tokens ignored" else body["max_tokens"]
         tokens = [mixer.choice(TEXT.split()) + " " for _ in range(min(limit, 40))]
         reason = "length" if len(tokens) == limit or self.fault == "max_tokens ignored" else "stop"
@@ -227,9 +230,12 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def broken(fault: str = "", dice: random.Random | None = None) -> Iterator[str]:
-    """The URL of a server with this fault, or with junk in its answers wherever the dice fall."""
-    kind = type("Broken", (Handler,), {"fault": fault, "counter": itertools.count(), "dice": dice})
+def broken(fault: str = "", dice: random.Random | None = None, unseeded: int = 0) -> Iterator[str]:
+    """The URL of a server with this fault, or with junk in its answers wherever the dice fall.
+
+    `unseeded` is the first of the seeds that requests without one get, in turn.
+    """
+    kind = type("Broken", (Handler,), {"fault": fault, "counter": itertools.count(unseeded), "dice": dice})
     server = ThreadingHTTPServer(("127.0.0.1", 0), kind)
     server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
