@@ -126,6 +126,12 @@ def _scores(page: Page, scores: Mapping[str, Any]) -> None:
         [_words(r["name"]), r["kind"], r["lang"], r["value"], _interval(r), r["n"], r["entities"]]
         for r in rows
     ]
+    if beyond := scores["gold_beyond_schema"]:
+        asked = next(r["n"] for r in rows if r["name"] == "extraction_f1_constrained")
+        page.paragraph(
+            f"{beyond} of the {asked} gold answers do not fit the JSON schema, whose bounds come from the "
+            "training split: constrained decoding cannot give them."
+        )
     inner = Page("")
     inner.table(["score", "kind", "language", "value", "95 % interval", "items", "entities"], table)
     others = [

@@ -127,7 +127,7 @@ def run(recipe: ScoreRecipe, work: Workspace) -> None:
     gates = check_gates(recipe.gates, headlines)
     head = {"schema": SCHEMA, "scorer": scoring.SCORER_VERSION, "headlines": headlines, "gates": gates}
     tables = {"rows": [asdict(r) for r in found], "baselines": [asdict(r) for r in beside]}
-    work.write_json("scores.json", head | tables)
+    work.write_json("scores.json", head | {"gold_beyond_schema": beyond_schema(rows, gold)} | tables)
     chosen = samples(rows, gold.questions, gold.extraction)
     work.write_json("samples.json", {"schema": SCHEMA, "samples": chosen})
     missed = [_missed(g) for g in gates if not g["ok"]]
@@ -173,6 +173,12 @@ def score_predictions(predictions: Sequence[Prediction], gold: Gold) -> list[Row
         ended = [Scored(ALL, ALL, (p.id,), _one(scoring.stopped(p.finish_reason))) for p in asked]
         rows += _grouped("eos", ended, _share)
     return rows
+
+
+def beyond_schema(predictions: Iterable[Prediction], gold: Gold) -> int:
+    """Constrained answers that could not be right, because the gold is wider than the schema."""
+    asked = (gold.extraction[p.id] for p in predictions if p.task == "extraction_constrained")
+    return sum(not scoring.fits(record, gold.bounds) for record in asked)
 
 
 def _scored(record: Question | Extraction, outcome: Any) -> Scored:

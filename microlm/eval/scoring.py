@@ -77,6 +77,12 @@ def score_extraction(
     )
 
 
+def fits(record: Extraction, bounds: extraction.Bounds) -> bool:
+    """Whether the gold answer can be given under the schema at all."""
+    gold = json.loads(extraction.answer(record.relation, record.allowed))
+    return conforms(gold, extraction.json_schema(record.allowed, bounds))
+
+
 def stopped(finish_reason: str) -> bool:
     """Whether an answer ended at EOS, before its token cap."""
     return finish_reason == "stop"
@@ -139,8 +145,13 @@ def _object_conforms(value: Mapping[str, Any], schema: Mapping[str, Any]) -> boo
     patterns = schema.get("patternProperties", {})
     for key, item in value.items():
         rules = [schema["properties"][key]] if key in schema.get("properties", {}) else []
-        rules += [rule for pattern, rule in patterns.items() if re.search(pattern, key)]
+        rules += [rule for pattern, rule in patterns.items() if _matches(pattern, key)]
         rules = rules or [schema.get("additionalProperties", True)]
         if not all(rule is True or (rule is not False and conforms(item, rule)) for rule in rules):
             return False
     return True
+
+
+def _matches(pattern: str, text: str) -> bool:
+    """As JSON Schema reads a pattern: its `$` is the end, and not also before a last line break."""
+    return re.search(re.sub(r"\$$", r"\\Z", pattern), text) is not None
