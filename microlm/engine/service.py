@@ -174,7 +174,8 @@ class EngineService:
             self._deliver(self.engine.step())
         except Exception as e:
             _log(e)
-            self._end_all("error", f"the engine failed: {type(e).__name__}: {e}")
+            # Its words may hold a prompt, and everyone in the step is told: the type is enough.
+            self._end_all("error", f"the engine failed ({type(e).__name__})")
             self.engine.generate([[0]], Sampling(max_tokens=1))
             if self.engine.busy:
                 raise RuntimeError("requests of a failed step still hold slots") from None

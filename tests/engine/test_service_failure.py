@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from dataclasses import replace
 
@@ -100,3 +101,20 @@ def test_an_engine_that_does_not_let_go_of_failed_requests_is_not_used_again(
         assert service.failure and "restart" in service.failure and service.open_requests == 0
 
     asyncio.run(scenario())
+
+
+def test_what_an_exception_says_reaches_neither_the_answers_nor_the_log(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    both = fail_half_way(engine, monkeypatch)
+
+    async def scenario() -> list[str]:
+        service = EngineService(engine)
+        errors = [d.error for d in await ask_two(service, both)]
+        await asyncio.to_thread(service.close)
+        return errors
+
+    with caplog.at_level(logging.DEBUG):
+        errors = asyncio.run(scenario())
+    assert errors == ["the engine failed (ValueError)"] * 2
+    assert "ValueError" in caplog.text and "password" not in caplog.text
