@@ -27,7 +27,6 @@ from microlm.text.extraction import Bounds
 from microlm.text.read import read_records
 from microlm.text.sources import factbook
 
-SCHEMA = 1
 ALL = "all"
 _DIGITS = 6  # so that the last bits of another machine's sums do not show
 
@@ -125,11 +124,16 @@ def run(recipe: ScoreRecipe, work: Workspace) -> None:
     beside = score_baselines(recipe, rows, gold, data) if recipe.baselines else []
     headlines = headline_rows(found, beside)
     gates = check_gates(recipe.gates, headlines)
-    head = {"schema": SCHEMA, "scorer": scoring.SCORER_VERSION, "headlines": headlines, "gates": gates}
+    head = {
+        "schema": scoring.SCHEMA,
+        "scorer": scoring.SCORER_VERSION,
+        "headlines": headlines,
+        "gates": gates,
+    }
     tables = {"rows": [asdict(r) for r in found], "baselines": [asdict(r) for r in beside]}
     work.write_json("scores.json", head | {"gold_beyond_schema": beyond_schema(rows, gold)} | tables)
     chosen = samples(rows, gold.questions, gold.extraction)
-    work.write_json("samples.json", {"schema": SCHEMA, "samples": chosen})
+    work.write_json("samples.json", {"schema": scoring.SCHEMA, "samples": chosen})
     missed = [_missed(g) for g in gates if not g["ok"]]
     work.metrics |= {h["name"]: h["value"] for h in headlines} | {"gates_missed": missed}
     if missed and recipe.fail_on_gate:

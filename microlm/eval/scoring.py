@@ -14,7 +14,8 @@ from typing import Any
 from microlm.core.records import Extraction
 from microlm.text import extraction
 
-SCORER_VERSION = 3
+SCORER_VERSION = 4
+SCHEMA = 2  # of scores.json and samples.json
 
 
 @dataclass(frozen=True, slots=True)
