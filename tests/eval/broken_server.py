@@ -109,6 +109,11 @@ class Handler(BaseHTTPRequestHandler):
             )
         if body.get("stream"):
             return self.send_stream(text, reason, counts)
+        if self.fault == "spaces without end":
+            self.send_response(200)
+            self.send_header("Connection", "close")
+            self.end_headers()
+            return self.drip(b" ")
         choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": reason}
         head = {"id": "chatcmpl-1", "object": "chat.completion", "created": 1, "model": "toy"}
         return self.send_json(head | {"choices": [choice], "usage": counts})
@@ -181,6 +186,8 @@ class Handler(BaseHTTPRequestHandler):
         ]
         deltas.append(({}, None if self.fault == "no reason" else reason))
         for number, (delta, why) in enumerate(deltas):
+            if self.fault == "pings without end":
+                self.drip(b": ping\n\n")
             while self.fault == "stream without end":
                 time.sleep(0.05)
                 self.send_chunk(
@@ -209,6 +216,12 @@ class Handler(BaseHTTPRequestHandler):
             return plant(value, self.dice.choice(list(places(value))), self.dice.choice(JUNK))
         path, junk = MALFORMED.get(self.fault, ((), None))
         return plant(value, path, junk) if path in places(value) and path else value
+
+    def drip(self, piece: bytes) -> None:
+        """The piece again and again; for so long that a client without a deadline is seen to wait."""
+        for _ in range(100):
+            time.sleep(0.05)
+            self.wfile.write(piece)
 
     def refuse(self, status: int, message: str) -> None:
         if self.fault == "error not JSON":

@@ -6,7 +6,7 @@ import json
 
 from microlm.core.client import EndpointError
 from microlm.core.records import Message, Sampling
-from microlm.eval.verify.ask import PROMPTS, REFUSED, TOKENS, ask, expect, offered, within_limit
+from microlm.eval.verify.ask import PROMPTS, REFUSED, TOKENS, ask, expect, offered
 from microlm.eval.verify.verdict import Failed, NotShown, Target
 
 CONVERSATION = (
@@ -122,7 +122,7 @@ def _both_ways(target: Target, sampling: Sampling) -> str:
     whole = target.client.chat(messages, sampling, target.model).text
     try:
         stream = target.client.chat_stream(messages, sampling, target.model)
-        joined = "".join(d.text for d in within_limit(target.client, stream))
+        joined = "".join(d.text for d in stream)
     except EndpointError as e:
         if e.status in REFUSED:
             return whole
