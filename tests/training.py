@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from artifacts import tiny_config
-from torch import Tensor
+from torch import Tensor, nn
 
 from microlm.core.artifact import open_artifact
 from microlm.core.errors import UserError
@@ -23,7 +23,7 @@ from microlm.text.shards import TokenSet
 from microlm.train import objectives
 from microlm.train.batches import Batch, PackedRows
 from microlm.train.loop import Job, LoopRecipe, train
-from microlm.train.optim import OptimRecipe
+from microlm.train.optim import Muon, OptimRecipe
 from microlm.train.ranks import Ranks
 
 VOCAB = 64
@@ -107,6 +107,20 @@ def train_on_rank(ranks: Ranks, folder: Path, loop: LoopRecipe) -> None:
     train(ranks, decoder, make_job(folder, loop))
     if ranks.rank == 0:
         directory.save(decoder, folder)
+
+
+def muon_on_rank(ranks: Ranks, folder: Path, dtype: torch.dtype) -> None:
+    """Three steps of Muon on two matrices of one shape and one of another, the same gradients everywhere."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((8, 16), (8, 16), (24, 8))
+    matrices = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+    optimizer = Muon(matrices, 0.1, 0.9, 0.1, dtype, ranks)
+    for _ in range(3):
+        for matrix in matrices:
+            matrix.grad = torch.randn(matrix.shape, generator=generator)
+        optimizer.step()
+    flat = torch.cat([m.detach().flatten() for m in matrices])
+    np.save(folder / f"{ranks.size}-{ranks.rank}.npy", flat.numpy())
 
 
 def die_on_rank(ranks: Ranks, folder: Path, rank: int, number: int) -> None:

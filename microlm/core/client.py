@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -22,7 +22,6 @@ from microlm.core.errors import UserError
 from microlm.core.records import Message, Sampling
 
 DONE = "[DONE]"
-MAX_EVENT_BYTES = 8 << 20  # an endpoint that never ends a line is not worth our memory
 
 
 class EndpointError(UserError):
@@ -66,23 +65,23 @@ class ChatDelta:
     raw: Mapping[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
-    """One server-sent event's data, `[DONE]` included."""
-
-    data: str
-    received_s: float
-
-
 class Client:
     """An OpenAI-compatible endpoint. `base_url` with or without `/v1`; a context manager.
 
-    `timeout_s` bounds the silence while connecting and between bytes: a stream may last as long as it moves.
+    `timeout_s` bounds the silence while connecting and between bytes: a stream may last as long as it moves,
+    unless `deadline_s` bounds the whole exchange, seen whenever bytes of the answer's body come.
     """
 
-    def __init__(self, base_url: str, api_key: str | None = None, timeout_s: float = 60.0) -> None:
+    def __init__(
+        self,
+        base_url: str,
+        api_key: str | None = None,
+        timeout_s: float = 60.0,
+        deadline_s: float | None = None,
+    ) -> None:
         self.url = root_url(base_url)
         self.timeout_s = timeout_s
+        self.deadline_s = deadline_s
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         proxies = not is_loopback(urlsplit(self.url).hostname or "")  # a proxy cannot reach our loopback
         self._http = httpx.Client(base_url=self.url, headers=headers, timeout=timeout_s, trust_env=proxies)
@@ -171,9 +170,9 @@ class Client:
 
     def request(self, method: str, path: str, content: bytes | None = None) -> httpx.Response:
         """One exchange, whatever its status; only an unreachable or silent endpoint is an error."""
-        headers = {"Content-Type": "application/json"} if content is not None else {}
-        with self._explained(path):
-            return self._http.request(method, path, content=content, headers=headers)
+        with self._exchange(method, path, content) as response:
+            response.read()
+        return response
 
     def call(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """One exchange of JSON objects; an error status or another content is an `EndpointError`."""
@@ -189,21 +188,31 @@ class Client:
             raise EndpointError(sentence, response.status_code)
         return data
 
-    def events(self, path: str, body: Mapping[str, Any]) -> Iterator[Event]:
+    def events(self, path: str, body: Mapping[str, Any]) -> Iterator[payload.Event]:
         """The server-sent events of a streaming request, `[DONE]` included, until the server ends."""
-        content = _encode(body)
-        json_header = {"Content-Type": "application/json"}
-        with (
-            self._explained(path),
-            self._http.stream("POST", path, content=content, headers=json_header) as response,
-        ):
+        with self._exchange("POST", path, _encode(body)) as response:
             if response.status_code >= 400:
                 raise self._error(path, response.status_code, _json(response.read()))
             kind = response.headers.get("content-type", "")
             if not kind.startswith("text/event-stream"):
                 sentence = f"{self.url}{path}: asked for a stream, got '{kind}'; does this server stream?"
                 raise EndpointError(sentence, response.status_code)
-            yield from split_events(response.iter_bytes())
+            yield from payload.split_events(response.iter_bytes())
+
+    @contextmanager
+    def _exchange(self, method: str, path: str, content: bytes | None) -> Iterator[httpx.Response]:
+        """A response whose body is still to be read, within the deadline."""
+        headers = {"Content-Type": "application/json"} if content is not None else {}
+        started = time.perf_counter()
+        with (
+            self._explained(path),
+            self._http.stream(method, path, content=content, headers=headers) as response,
+        ):
+            if self.deadline_s is not None:
+                sentence = f"{self.url}{path}: the answer did not end within {self.deadline_s:g} s"
+                assert isinstance(response.stream, httpx.SyncByteStream)
+                response.stream = _Timed(response.stream, started + self.deadline_s, sentence)
+            yield response
 
     @contextmanager
     def _explained(self, path: str) -> Iterator[None]:
@@ -247,7 +256,7 @@ class Client:
                 raw=data,
             )
 
-    def _delta(self, path: str, event: Event) -> ChatDelta:
+    def _delta(self, path: str, event: payload.Event) -> ChatDelta:
         data = _json(event.data.encode("utf-8", "surrogatepass"))
         with self._well_formed(path, data):
             if not isinstance(data, dict):
@@ -273,6 +282,24 @@ class Client:
             raise EndpointError(f"{self.url}{path}: {e}; is this OpenAI-compatible?", 200, data) from None
 
 
+class _Timed(httpx.SyncByteStream):
+    """A body's raw bytes until a deadline; before decoding, for what decodes to nothing takes time too."""
+
+    def __init__(self, inner: httpx.SyncByteStream, deadline: float, sentence: str) -> None:
+        self._inner = inner
+        self._deadline = deadline
+        self._sentence = sentence
+
+    def __iter__(self) -> Iterator[bytes]:
+        for chunk in self._inner:
+            if time.perf_counter() > self._deadline:
+                raise UserError(self._sentence)
+            yield chunk
+
+    def close(self) -> None:
+        self._inner.close()
+
+
 def wire(sampling: Sampling) -> dict[str, Any]:
     """`Sampling` as fields of an OpenAI request; what stands at its neutral value is not sent."""
     body: dict[str, Any] = {"max_tokens": sampling.max_tokens, "temperature": sampling.temperature}
@@ -295,29 +322,6 @@ def wire(sampling: Sampling) -> dict[str, Any]:
 def _usage(data: dict[str, Any]) -> Usage | None:
     found = payload.counts(data)
     return Usage(*found) if found else None
-
-
-def split_events(chunks: Iterable[bytes]) -> Iterator[Event]:
-    """Bytes → server-sent events (LF or CRLF lines), each with the time at which its last bytes came."""
-    buffer = b""
-    data: list[str] = []
-    now = 0.0
-    for chunk in chunks:
-        now = time.perf_counter()
-        buffer += chunk
-        if len(buffer) > MAX_EVENT_BYTES:
-            raise UserError(
-                f"an event of the stream is longer than {MAX_EVENT_BYTES} bytes; this server misbehaves"
-            )
-        *lines, buffer = buffer.replace(b"\r\n", b"\n").split(b"\n")
-        for line in lines:
-            if line.startswith(b"data:"):
-                data.append(line[5:].removeprefix(b" ").decode("utf-8", "replace"))
-            elif not line and data:
-                yield Event("\n".join(data), now)
-                data = []
-    if data:
-        yield Event("\n".join(data), now)
 
 
 def _encode(body: Mapping[str, Any]) -> bytes:

@@ -1,15 +1,29 @@
-"""Typed reading of an endpoint's JSON. Enter: any values; leave: texts and counts, or `Malformed`."""
+"""Reading of what an endpoint sends. Enter: bytes, JSON; leave: events, texts and counts, or `Malformed`."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
+
+from microlm.core.errors import UserError
 
 COUNTS = ("prompt_tokens", "completion_tokens", "total_tokens")
 MAX_COUNT = 2**63
+MAX_EVENT_BYTES = 8 << 20  # an endpoint that never ends an event is not worth our memory
 
 
 class Malformed(Exception):
     """A value is not what OpenAI's protocol puts there; the sentence names it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One server-sent event's data, `[DONE]` included."""
+
+    data: str
+    received_s: float
 
 
 def member(holder: dict[str, Any], name: str) -> dict[str, Any]:
@@ -50,6 +64,31 @@ def counts(data: dict[str, Any]) -> tuple[int, int, int] | None:
             raise Malformed(f"'usage.{name}' is {_shown(value)}, expected a count")
     prompt, completion, total = values
     return None if prompt is None or completion is None or total is None else (prompt, completion, total)
+
+
+def split_events(chunks: Iterable[bytes]) -> Iterator[Event]:
+    """Bytes → server-sent events (LF or CRLF lines), each with the time at which its last bytes came."""
+    buffer = b""
+    data: list[str] = []
+    held = 0  # bytes of the lines in `data`
+    now = 0.0
+    for chunk in chunks:
+        now = time.perf_counter()
+        buffer += chunk
+        if len(buffer) + held > MAX_EVENT_BYTES:
+            raise UserError(
+                f"an event of the stream is longer than {MAX_EVENT_BYTES} bytes; this server misbehaves"
+            )
+        *lines, buffer = buffer.replace(b"\r\n", b"\n").split(b"\n")
+        for line in lines:
+            if line.startswith(b"data:"):
+                data.append(line[5:].removeprefix(b" ").decode("utf-8", "replace"))
+                held += len(line)
+            elif not line and data:
+                yield Event("\n".join(data), now)
+                data, held = [], 0
+    if data:
+        yield Event("\n".join(data), now)
 
 
 def _shown(value: Any) -> str:

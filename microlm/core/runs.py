@@ -27,7 +27,7 @@ class Run:
     digest: str
     bytes: int
     finished: float | None
-    seconds: float | None
+    seconds: float | None  # None too where an earlier attempt was cut off: nobody counted its time
 
 
 @dataclass(frozen=True)
@@ -118,9 +118,15 @@ def _finished(root: Path, path: Path) -> Run:
         done = manifest.open_artifact(str(path))
     except UserError:
         return Run(name, "?", "damaged", "", size(path), None, None)
-    times = done.manifest.get("times", {})
+    finished = done.manifest.get("times", {}).get("finished")
     total = sum(f["bytes"] for f in done.manifest["files"])
-    return Run(name, done.kind, "finished", done.digest, total, times.get("finished"), times.get("seconds"))
+    return Run(name, done.kind, "finished", done.digest, total, finished, seconds_of(done))
+
+
+def seconds_of(done: manifest.Artifact) -> float | None:
+    """What a stage took; None where it was resumed, as a manifest knows the last attempt only."""
+    times = done.manifest.get("times", {})
+    return None if times.get("resumed") else times.get("seconds")
 
 
 def _unfinished(root: Path, path: Path) -> Run:

@@ -147,12 +147,11 @@ class Engine:
 
     def cancel(self, request: Request) -> None:
         """End a request wherever it is; its slot is free at once. A finished one stays as it is."""
-        if request.finish_reason is None:
-            request.finish_reason = "cancelled"
-            if request.slot is not None:
-                self._release([request])
-            elif request in self._scheduler.waiting:
-                self._scheduler.waiting.remove(request)
+        if request.slot is not None:  # a finished one holds it still when its last step failed half-way
+            self._release([request])
+        elif request.finish_reason is None and request in self._scheduler.waiting:
+            self._scheduler.waiting.remove(request)
+        request.finish_reason = request.finish_reason or "cancelled"
 
     @torch.inference_mode()
     def step(self) -> Step:

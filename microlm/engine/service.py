@@ -174,8 +174,11 @@ class EngineService:
             self._deliver(self.engine.step())
         except Exception as e:
             _log(e)
-            self._end_all("error", f"the engine failed: {type(e).__name__}: {e}")
+            # Its words may hold a prompt, and everyone in the step is told: the type is enough.
+            self._end_all("error", f"the engine failed ({type(e).__name__})")
             self.engine.generate([[0]], Sampling(max_tokens=1))
+            if self.engine.busy:
+                raise RuntimeError("requests of a failed step still hold slots") from None
 
     def _fail(self, e: Exception) -> None:
         """The engine does not work any more: close, and tell everyone without touching it again."""
@@ -190,7 +193,9 @@ class EngineService:
         """Hand a step's deltas over: one wake-up per event loop, however many requests moved."""
         mail: dict[asyncio.AbstractEventLoop, list[tuple[_Mailbox, Delta]]] = {}
         for request, delta in deltas:
-            box = self._boxes[request]
+            box = self._boxes.get(request)
+            if box is None:  # nobody listens any more
+                continue
             mail.setdefault(box.loop, []).append((box, delta))
             if delta.finish_reason:
                 del self._boxes[request]

@@ -13,7 +13,7 @@ from microlm.core import lineage, storage
 from microlm.core.artifact import Artifact, Workspace, open_artifact, stage
 from microlm.core.errors import UserError
 from microlm.core.recipe import StageRecipe, artifact_input
-from microlm.eval import report_page
+from microlm.eval import report_page, scoring
 from microlm.eval.baselines import NAMES
 
 SCHEMA = 1
@@ -38,7 +38,7 @@ class ReportRecipe(StageRecipe):
     merge: str | None = artifact_input(None, kinds=("model",), description="merged model")
 
 
-@stage("report", kind="report", version=1)
+@stage("report", kind="report", version=2)
 def run(recipe: ReportRecipe, work: Workspace) -> None:
     """Collect, summarise, write the page."""
     if not work.inputs:
@@ -70,7 +70,7 @@ def summarise(inputs: Mapping[str, Artifact]) -> list[dict[str, Any]]:
     """One row for each headline score, then one for the verdict."""
     rows: list[dict[str, Any]] = []
     if scores := inputs.get("scores"):
-        rows += _score_rows(scores.json("scores.json"), inputs.get("scores_before"))
+        rows += _score_rows(_read_scores(scores), inputs.get("scores_before"))
     if verdict := inputs.get("verify"):
         found = verdict.json("verdict.json")
         judged = found["passed"] + found["failed"]
@@ -88,9 +88,16 @@ def summarise(inputs: Mapping[str, Artifact]) -> list[dict[str, Any]]:
     return rows
 
 
+def _read_scores(artifact: Artifact) -> Mapping[str, Any]:
+    scores: Mapping[str, Any] = artifact.json("scores.json")
+    if scores["schema"] != scoring.SCHEMA:
+        raise UserError(f"{artifact.url}: these scores were made by another version of MicroLM; score again")
+    return scores
+
+
 def _score_rows(scores: Mapping[str, Any], before: Artifact | None) -> list[dict[str, Any]]:
     gates = {g["gate"]: g for g in scores["gates"]}
-    earlier = {h["name"]: h["value"] for h in before.json("scores.json")["headlines"]} if before else {}
+    earlier = {h["name"]: h["value"] for h in _read_scores(before)["headlines"]} if before else {}
     rows = []
     for h in scores["headlines"]:
         row = {key: h[key] for key in ("name", "kind", "value", "low", "high", "n", "unit")}

@@ -13,6 +13,7 @@ from microlm.core import lineage
 from microlm.core.artifact import Artifact
 from microlm.core.metrics import read_metrics
 from microlm.core.report import Page
+from microlm.core.runs import seconds_of
 from microlm.eval.baselines import NAMES
 
 Rows = Sequence[Mapping[str, Any]]
@@ -87,9 +88,9 @@ def _summary(page: Page, rows: Rows, history: Sequence[Artifact]) -> None:
     page.table([*columns, *(["before"] if has_before else [])], table)
     page.paragraph(
         "Intervals resample entities (of bits per byte, documents), not items: items about one entity stand "
-        "or fall together. Shares have Wilson's where each item has its own entity, or all agree. The regex "
-        "and the nearest-template answerers learn from the training split alone and use no model: they say "
-        "how far one gets without one."
+        "or fall together, and entities told of in one text are one. Shares have Wilson's where each item "
+        "has its own entity, or all agree. The regex and the nearest-template answerers learn from the "
+        "training split alone and use no model: they say how far one gets without one."
         + (" The column 'before' is an earlier checkpoint on the same items." if has_before else ""),
         note=True,
     )
@@ -126,6 +127,12 @@ def _scores(page: Page, scores: Mapping[str, Any]) -> None:
         [_words(r["name"]), r["kind"], r["lang"], r["value"], _interval(r), r["n"], r["entities"]]
         for r in rows
     ]
+    if beyond := scores["gold_beyond_schema"]:
+        asked = next(r["n"] for r in rows if r["name"] == "extraction_f1_constrained")
+        page.paragraph(
+            f"{beyond} of the {asked} gold answers do not fit the JSON schema, whose bounds come from the "
+            "training split: constrained decoding cannot give them."
+        )
     inner = Page("")
     inner.table(["score", "kind", "language", "value", "95 % interval", "items", "entities"], table)
     others = [
@@ -281,19 +288,27 @@ def _cost(page: Page, history: Sequence[Artifact]) -> None:
     rows = []
     for a in history:
         peak = a.manifest["metrics"].get("peak_rss_bytes")
-        times = a.manifest["times"]
-        rows.append([_name(a), a.manifest.get("stage"), round(times["seconds"], 1), _mebibytes(peak)])
-    total = round(sum(a.manifest["times"]["seconds"] for a in history), 1)
+        rows.append([_name(a), a.manifest.get("stage"), _tenths(seconds_of(a)), _mebibytes(peak)])
+    known = [s for a in history if (s := seconds_of(a)) is not None]
+    total = _tenths(sum(known)) if len(known) == len(history) else None
     page.table(
         ["artifact", "stage", "seconds", "peak memory of the process so far, MiB"],
         [*rows, ["total", "", total, None]],
     )
-    page.paragraph("A stage states its peak memory where it measured it; a dash is not zero.", note=True)
+    page.paragraph(
+        "A stage states its peak memory where it measured it, and its time where it ran in one piece; "
+        "a dash is not zero.",
+        note=True,
+    )
     last = history[-1].manifest
     environment = [[k, str(v)] for k, v in {**last["environment"], **last["code"]}.items() if v is not None]
     page.table(["environment", ""], environment)
     licences = sorted({word for a in history for word in a.manifest["licences"]})
     page.paragraph(f"Licences of the data that went in: {', '.join(licences) or 'none stated'}.")
+
+
+def _tenths(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds, 1)
 
 
 def _mebibytes(size: float | None) -> int | None:

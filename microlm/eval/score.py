@@ -1,6 +1,7 @@
 """Stage `score`: predictions + gold → scores.json (95 % intervals, gates, baselines), samples.json.
 
-Items about one entity stand or fall together: intervals resample entities, not items.
+Items about one entity stand or fall together: intervals resample entities, not items. Entities that are
+told of together are one.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ from microlm.text.extraction import Bounds
 from microlm.text.read import read_records
 from microlm.text.sources import factbook
 
-SCHEMA = 1
 ALL = "all"
 _DIGITS = 6  # so that the last bits of another machine's sums do not show
 
@@ -59,9 +59,9 @@ class ScoreRecipe(StageRecipe):
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One score of `n` items about `entities` entities, with its 95 % interval over the entities.
+    """One score of `n` items, with its 95 % interval over `entities`: groups that share no entity.
 
-    `by` is the model, or a baseline's name. An item that names no entity is one of its own.
+    `by` is the model, or a baseline's name. An item that names no entity is a group of its own.
     """
 
     name: str
@@ -83,11 +83,11 @@ Estimate = Callable[[Sequence[Counted]], stats.Interval]
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """One item's outcome with the groups that it counts in, and whom it is about."""
+    """One item's outcome with the groups that it counts in, and whom it is about (one name at least)."""
 
     kind: str
     lang: str
-    entity: str
+    entities: tuple[str, ...]
     outcome: Any
     source: str = ""
 
@@ -124,11 +124,16 @@ def run(recipe: ScoreRecipe, work: Workspace) -> None:
     beside = score_baselines(recipe, rows, gold, data) if recipe.baselines else []
     headlines = headline_rows(found, beside)
     gates = check_gates(recipe.gates, headlines)
-    head = {"schema": SCHEMA, "scorer": scoring.SCORER_VERSION, "headlines": headlines, "gates": gates}
+    head = {
+        "schema": scoring.SCHEMA,
+        "scorer": scoring.SCORER_VERSION,
+        "headlines": headlines,
+        "gates": gates,
+    }
     tables = {"rows": [asdict(r) for r in found], "baselines": [asdict(r) for r in beside]}
-    work.write_json("scores.json", head | tables)
+    work.write_json("scores.json", head | {"gold_beyond_schema": beyond_schema(rows, gold)} | tables)
     chosen = samples(rows, gold.questions, gold.extraction)
-    work.write_json("samples.json", {"schema": SCHEMA, "samples": chosen})
+    work.write_json("samples.json", {"schema": scoring.SCHEMA, "samples": chosen})
     missed = [_missed(g) for g in gates if not g["ok"]]
     work.metrics |= {h["name"]: h["value"] for h in headlines} | {"gates_missed": missed}
     if missed and recipe.fail_on_gate:
@@ -169,17 +174,24 @@ def score_predictions(predictions: Sequence[Prediction], gold: Gold) -> list[Row
             outcomes = [_judged(gold.extraction[p.id], p, gold.bounds) for p in asked]
             rows += extraction_rows(outcomes, suffix)
     if asked := tasks.get("chat"):
-        ended = [Scored(ALL, ALL, p.id, _one(scoring.stopped(p.finish_reason))) for p in asked]
+        ended = [Scored(ALL, ALL, (p.id,), _one(scoring.stopped(p.finish_reason))) for p in asked]
         rows += _grouped("eos", ended, _share)
     return rows
 
 
+def beyond_schema(predictions: Iterable[Prediction], gold: Gold) -> int:
+    """Constrained answers that could not be right, because the gold is wider than the schema."""
+    asked = (gold.extraction[p.id] for p in predictions if p.task == "extraction_constrained")
+    return sum(not scoring.fits(record, gold.bounds) for record in asked)
+
+
 def _scored(record: Question | Extraction, outcome: Any) -> Scored:
-    """An extraction record is about the entity that its gold names first; without a name, about itself."""
+    """An extraction record is about all heads of its gold; a record without a name is about itself."""
+    alone = (f"\0{record.id}",)
     if isinstance(record, Question):
-        return Scored(record.kind, record.lang, record.entity or f"\0{record.id}", outcome)
-    entity = record.relation[0].head if record.relation else f"\0{record.id}"
-    return Scored(record.kind, record.lang, entity, outcome, record.source)
+        return Scored(record.kind, record.lang, (record.entity,) if record.entity else alone, outcome)
+    heads = tuple(dict.fromkeys(t.head for t in record.relation))
+    return Scored(record.kind, record.lang, heads or alone, outcome, record.source)
 
 
 def _judged(record: Extraction, p: Prediction, bounds: Bounds) -> Scored:
@@ -242,12 +254,12 @@ def _grouped(name: str, items: Sequence[Scored], estimate: Estimate) -> list[Row
     return rows
 
 
-def by_entity(items: Iterable[Scored]) -> list[Counted]:
-    """The counts of each entity's items, summed: what the intervals resample."""
+def by_entity(items: Sequence[Scored]) -> list[Counted]:
+    """The counts of the items of each group that shares no entity with another: what intervals resample."""
     sums: dict[str, Counted] = {}
-    for s in items:
-        a, b, c = sums.get(s.entity, (0, 0, 0))
-        sums[s.entity] = (a + s.outcome[0], b + s.outcome[1], c + s.outcome[2])
+    for group, s in zip(scoring.groups([s.entities for s in items]), items, strict=True):
+        a, b, c = sums.get(group, (0, 0, 0))
+        sums[group] = (a + s.outcome[0], b + s.outcome[1], c + s.outcome[2])
     return list(sums.values())
 
 

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from microlm.core.records import Extraction
 from microlm.text import extraction
 
-SCORER_VERSION = 2
+SCORER_VERSION = 4
+SCHEMA = 2  # of scores.json and samples.json
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +78,30 @@ def score_extraction(
     )
 
 
+def fits(record: Extraction, bounds: extraction.Bounds) -> bool:
+    """Whether the gold answer can be given under the schema at all."""
+    gold = json.loads(extraction.answer(record.relation, record.allowed))
+    return conforms(gold, extraction.json_schema(record.allowed, bounds))
+
+
 def stopped(finish_reason: str) -> bool:
     """Whether an answer ended at EOS, before its token cap."""
     return finish_reason == "stop"
+
+
+def groups(named: Sequence[Sequence[str]]) -> list[str]:
+    """One name for each item, equal for items that share a name, directly or through other items."""
+    parents: dict[str, str] = {}
+
+    def root(name: str) -> str:
+        while (above := parents.setdefault(name, name)) != name:
+            parents[name] = name = parents[above]
+        return name
+
+    for names in named:
+        for other in names[1:]:
+            parents[root(other)] = root(names[0])
+    return [root(names[0]) for names in named]
 
 
 def conforms(value: Any, schema: Mapping[str, Any]) -> bool:
@@ -124,8 +146,13 @@ def _object_conforms(value: Mapping[str, Any], schema: Mapping[str, Any]) -> boo
     patterns = schema.get("patternProperties", {})
     for key, item in value.items():
         rules = [schema["properties"][key]] if key in schema.get("properties", {}) else []
-        rules += [rule for pattern, rule in patterns.items() if re.search(pattern, key)]
+        rules += [rule for pattern, rule in patterns.items() if _matches(pattern, key)]
         rules = rules or [schema.get("additionalProperties", True)]
         if not all(rule is True or (rule is not False and conforms(item, rule)) for rule in rules):
             return False
     return True
+
+
+def _matches(pattern: str, text: str) -> bool:
+    """As JSON Schema reads a pattern: its `$` is the end, and not also before a last line break."""
+    return re.search(re.sub(r"\$$", r"\\Z", pattern), text) is not None

@@ -19,13 +19,14 @@ from microlm.core.errors import CheckFailed
 from microlm.core.records import Message
 from microlm.model import directory
 from microlm.model.config import ModelConfig
+from microlm.model.transformer import Decoder
 from microlm.text.chat import encode_chat
 from microlm.text.tokenizer import SPECIAL, Tokenizer
 
 TOLERANCE = 1e-4  # largest difference of two float32 logits
 PROMPT_TOKENS = 128
 HELD_OUT_TEXTS, HELD_OUT_CHATS = 24, 8  # whose logits are compared
-MAX_LOGITS = 2**28  # of one sequence: 1 GiB
+MAX_LOGITS = 2**28  # of one sequence: 1 GiB on each side, and as much for their difference
 
 TEXTS = (
     "李白是唐代的诗人，生于701年。",
@@ -125,11 +126,11 @@ def _prompts(
 def _compare_logits(path: Path, ids: Sequence[Sequence[int]]) -> dict[str, Any]:
     """The largest difference at any position, both computed in float32 from the same files.
 
-    It is null when a logit is not finite.
+    It is null when a logit is not finite. Both models are loaded, and the logits of one prompt at a time.
     """
     prompts = [torch.tensor([list(p)]) for p in ids]
-    ours, theirs = _our_logits(path, prompts), _their_logits(path, prompts)
-    difference = float(torch.stack([(a - b).abs().max() for a, b in zip(ours, theirs, strict=True)]).max())
+    ours, theirs = directory.load(path).eval(), _auto_model(path)
+    difference = float(torch.stack([_difference(ours, theirs, p) for p in prompts]).max())
     return {
         "prompts": len(prompts),
         "positions": sum(p.shape[1] for p in prompts),
@@ -139,19 +140,15 @@ def _compare_logits(path: Path, ids: Sequence[Sequence[int]]) -> dict[str, Any]:
     }
 
 
-def _our_logits(path: Path, prompts: Sequence[Tensor]) -> list[Tensor]:
-    decoder = directory.load(path).eval()
-    with torch.inference_mode():
-        return [decoder(p) for p in prompts]
+@torch.inference_mode()
+def _difference(ours: Decoder, theirs: Any, prompt: Tensor) -> Tensor:
+    return (ours(prompt) - theirs(prompt).logits.float()).abs_().max()
 
 
-def _their_logits(path: Path, prompts: Sequence[Tensor]) -> Iterator[Tensor]:
+def _auto_model(path: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True).eval()
-    for prompt in prompts:
-        with torch.inference_mode():
-            yield model(prompt).logits.float()
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True).eval()
 
 
 def _auto_tokenizer(path: Path) -> Any:

@@ -64,7 +64,7 @@ class Bounds:
     chars: int = 30
 
     def widened(self, records: Iterable[Extraction]) -> Bounds:
-        """Bounds that the gold answer of every record fits too."""
+        """Bounds that the gold answer of every record fits too, as far as `LARGEST` allows."""
         heads, tails, chars = self.heads, self.tails, self.chars
         for record in records:
             gold = {(t.head, t.relation, t.tail) for t in record.relation if t.relation in record.allowed}
@@ -72,7 +72,12 @@ class Bounds:
             heads = max(heads, len({head for head, _ in pairs}))
             tails = max(tails, *pairs.values(), 0)
             chars = max(chars, *(len(text) for head, _, tail in gold for text in (head, tail)), 0)
-        return Bounds(heads, tails, chars)
+        most = LARGEST
+        return Bounds(min(heads, most.heads), min(tails, most.tails), min(chars, most.chars))
+
+
+LARGEST = Bounds(heads=32, tails=32, chars=256)
+"""However long the answers of somebody's data are: a schema without bounds lets a model run to its cap."""
 
 
 def json_schema(allowed: Sequence[str], bounds: Bounds) -> dict[str, Any]:
@@ -82,7 +87,7 @@ def json_schema(allowed: Sequence[str], bounds: Bounds) -> dict[str, Any]:
     relations = {"type": "object", "properties": dict.fromkeys(allowed, tails), "additionalProperties": False}
     return {
         "type": "object",
-        "patternProperties": {f"^.{{1,{bounds.chars}}}$": relations},
+        "patternProperties": {rf"^[\s\S]{{1,{bounds.chars}}}$": relations},
         "additionalProperties": False,
         "maxProperties": bounds.heads,
     }

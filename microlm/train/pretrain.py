@@ -82,7 +82,7 @@ class PretrainRecipe(StageRecipe):
     optim: OptimRecipe = Field(default=OptimRecipe(stable_share=1.0), description="rates and schedule")
 
 
-@stage("pretrain", "model", version=1)
+@stage("pretrain", "model", version=2)
 def run(recipe: PretrainRecipe, work: Workspace) -> None:
     """Initialise, train on every rank, save the HF directory."""
     shards = work.inputs["shards"].path

@@ -60,7 +60,7 @@ def _kind(recipe: SftRecipe) -> Kind:
     return "adapter" if recipe.lora else "model"
 
 
-@stage("sft", _kind, version=1)
+@stage("sft", _kind, version=2)
 def run(recipe: SftRecipe, work: Workspace) -> None:
     """Load the model, train on every rank, save weights or adapter with the model's own tokenizer files."""
     model, shards = work.inputs["model"], work.inputs["shards"]

@@ -35,6 +35,13 @@ def test_list(root: Path) -> None:
         runs.list_runs(root / "no")
 
 
+def test_the_time_of_a_resumed_stage_is_not_known(root: Path) -> None:
+    write_text(TextRecipe(out=str(root / "two/data")))  # its first attempt was cut off
+    seconds = {r.name: r.seconds for r in runs.list_runs(root)}
+    assert seconds["two/data"] is None
+    assert seconds["one/data"] == artifact.open_artifact(str(root / "one/data")).manifest["times"]["seconds"]
+
+
 def test_remove_respects_lineage(root: Path) -> None:
     with pytest.raises(UserError, match=r"one/data: '.*/one/model' was made from it"):
         runs.remove("one/data", root)

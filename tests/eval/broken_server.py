@@ -109,6 +109,11 @@ class Handler(BaseHTTPRequestHandler):
             )
         if body.get("stream"):
             return self.send_stream(text, reason, counts)
+        if self.fault == "spaces without end":
+            self.send_response(200)
+            self.send_header("Connection", "close")
+            self.end_headers()
+            return self.drip(b" ")
         choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": reason}
         head = {"id": "chatcmpl-1", "object": "chat.completion", "created": 1, "model": "toy"}
         return self.send_json(head | {"choices": [choice], "usage": counts})
@@ -131,6 +136,9 @@ class Handler(BaseHTTPRequestHandler):
         if warm and self.fault == "one seed for all" and "seed" in body:
             seed = 0
         mixer = random.Random(hashlib.sha256(f"{prompt}{seed}".encode()).digest())
+        rare = {"confident model": 0.03 * body.get("temperature", 1) ** 3, "stubborn model": 0.03}
+        if mixer.random() >= rare.get(self.fault, 1):
+            mixer = random.Random(hashlib.sha256(prompt.encode()).digest())
         limit = 40 if self.fault == "max_tokens ignored" else body["max_tokens"]
         tokens = [mixer.choice(TEXT.split()) + " " for _ in range(min(limit, 40))]
         reason = "length" if len(tokens) == limit or self.fault == "max_tokens ignored" else "stop"
@@ -178,6 +186,8 @@ class Handler(BaseHTTPRequestHandler):
         ]
         deltas.append(({}, None if self.fault == "no reason" else reason))
         for number, (delta, why) in enumerate(deltas):
+            if self.fault == "pings without end":
+                self.drip(b": ping\n\n")
             while self.fault == "stream without end":
                 time.sleep(0.05)
                 self.send_chunk(
@@ -207,6 +217,12 @@ class Handler(BaseHTTPRequestHandler):
         path, junk = MALFORMED.get(self.fault, ((), None))
         return plant(value, path, junk) if path in places(value) and path else value
 
+    def drip(self, piece: bytes) -> None:
+        """The piece again and again; for so long that a client without a deadline is seen to wait."""
+        for _ in range(100):
+            time.sleep(0.05)
+            self.wfile.write(piece)
+
     def refuse(self, status: int, message: str) -> None:
         if self.fault == "error not JSON":
             self.send_bytes(b"<h1>Bad Request</h1>", status, "text/html")
@@ -227,9 +243,12 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def broken(fault: str = "", dice: random.Random | None = None) -> Iterator[str]:
-    """The URL of a server with this fault, or with junk in its answers wherever the dice fall."""
-    kind = type("Broken", (Handler,), {"fault": fault, "counter": itertools.count(), "dice": dice})
+def broken(fault: str = "", dice: random.Random | None = None, unseeded: int = 0) -> Iterator[str]:
+    """The URL of a server with this fault, or with junk in its answers wherever the dice fall.
+
+    `unseeded` is the first of the seeds that requests without one get, in turn.
+    """
+    kind = type("Broken", (Handler,), {"fault": fault, "counter": itertools.count(unseeded), "dice": dice})
     server = ThreadingHTTPServer(("127.0.0.1", 0), kind)
     server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)

@@ -15,8 +15,8 @@ from serving import run_model
 from small_data import DOCUMENTS, extraction
 
 from microlm.core.artifact import Artifact, Workspace
-from microlm.core.records import Extraction, Message, Prediction, Question, Sampling
-from microlm.eval import predict
+from microlm.core.records import Extraction, Message, Prediction, Question, Sampling, to_json
+from microlm.eval import predict, report, score
 from microlm.eval.predictor import EndpointPredictor, EnginePredictor, Item, cut
 from microlm.eval.scoring import conforms
 from microlm.model import directory
@@ -121,22 +121,50 @@ def test_endpoint_and_engine_give_the_same_texts(model: Artifact) -> None:
     assert found[-1].error
 
 
-def test_every_gold_answer_can_be_given_under_the_schema_of_its_item(
-    predict_recipe: predict.PredictRecipe, tmp_path: Path
-) -> None:
+@pytest.fixture
+def wide(tmp_path: Path) -> Artifact:
+    """The training split has a long name and many triples; the test one answer that is longer still."""
     long = extraction(0, "长" * 80, "明朝", "", "mixed")
     many = extraction(1, "李白", "唐朝", "", "mixed")
     many["relation"] = [
         many["relation"][0] | {"head": f"人{i}", "tail": f"朝{j}"} for i in range(5) for j in range(6)
     ]
+    longer = extraction(2, "长" * 81, "明朝", "", "mixed")
 
     def body(work: Workspace) -> None:
-        work.write_jsonl("extraction/train.jsonl", [])
-        work.write_jsonl("extraction/test.jsonl", [long, many])
+        work.write_jsonl("extraction/train.jsonl", [long, many])
+        work.write_jsonl("extraction/test.jsonl", [long, many, longer])
+        work.write_jsonl("questions/test.jsonl", [])
 
-    data = sign(tmp_path / "data", "data", body)
-    items = predict.items_of(predict_recipe, data, "extraction_constrained")
-    records = list(read_records(data.file("extraction/test.jsonl"), Extraction))
-    for item, record in zip(items, records, strict=True):
-        gold = json.loads(form.answer(record.relation, record.allowed))
-        assert conforms(gold, json.loads(item.sampling.json_schema or "")), item.id
+    return sign(tmp_path / "data", "data", body)
+
+
+def test_a_schema_is_as_wide_as_the_training_answers(
+    predict_recipe: predict.PredictRecipe, wide: Artifact
+) -> None:
+    items = predict.items_of(predict_recipe, wide, "extraction_constrained")
+    records = list(read_records(wide.file("extraction/test.jsonl"), Extraction))
+    fits = [
+        conforms(json.loads(form.answer(r.relation, r.allowed)), json.loads(i.sampling.json_schema or ""))
+        for i, r in zip(items, records, strict=True)
+    ]
+    assert fits == [True, True, False]
+
+
+def test_answers_that_no_schema_admits_are_counted(wide: Artifact, tmp_path: Path) -> None:
+    names = [f"x-mixed-{i}" for i in range(3)]
+    made = [Prediction(n, "extraction_constrained", "", "{}", "stop") for n in names]
+    made.append(Prediction(names[2], "extraction", "", "{}", "stop"))
+
+    def body(work: Workspace) -> None:
+        work.write_jsonl("predictions.jsonl", [to_json(p) for p in made])
+
+    answers = sign(tmp_path / "predictions", "predictions", body, data=str(wide.path))
+    recipe = score.ScoreRecipe(
+        out=str(tmp_path / "s"), predictions=str(answers.path), data=str(wide.path), baselines=False
+    )
+    scores = score.run(recipe)
+    assert scores.json("scores.json")["gold_beyond_schema"] == 1
+    made_of = report.ReportRecipe(out=str(tmp_path / "report"), scores=str(scores.path))
+    page = report.run(made_of).file("logs/report.html").read_text(encoding="utf-8")
+    assert "1 of the 3 gold answers" in page

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -92,3 +93,63 @@ def test_a_report_on_one_artifact_leaves_the_other_sections_out(data: Artifact, 
 def test_a_report_on_nothing_is_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="set at least 'scores'"):
         report.run(report.ReportRecipe(out=str(tmp_path / "report")))
+
+
+@pytest.fixture
+def rewritten(scores: Artifact, tmp_path: Path) -> Callable[..., Artifact]:
+    """The scores as a scorer of another schema wrote them."""
+
+    def write(schema: int) -> Artifact:
+        told = scores.json("scores.json") | {"schema": schema}
+        for row in told["rows"]:
+            del row["entities"]
+
+        def body(work: Workspace) -> None:
+            work.write_json("scores.json", told)
+            work.write_json("samples.json", scores.json("samples.json"))
+
+        return sign(tmp_path / "old", "scores", body)
+
+    return write
+
+
+@pytest.mark.parametrize("schema", [1, 99])
+@pytest.mark.parametrize("field", ["scores", "scores_before"])
+def test_scores_of_another_version_are_a_sentence(
+    rewritten: Callable[..., Artifact], scores: Artifact, tmp_path: Path, schema: int, field: str
+) -> None:
+    inputs = {"scores": str(scores.path), field: str(rewritten(schema).path)}
+    with pytest.raises(UserError, match=r"old: .*another version.*score again"):
+        report.run(report.ReportRecipe(out=str(tmp_path / "report"), **inputs))
+
+
+def costs(page: str) -> dict[str, str]:
+    """The seconds of the report's table of costs, by artifact."""
+    table = page[page.index("Time, memory, environment</h2>") :]
+    rows = re.findall(r"<tr>(.*?)</tr>", table[: table.index("</table>")], re.S)
+    cells = [[re.sub("<.*?>", "", c) for c in re.findall(r"<td.*?>.*?</td>", r, re.S)] for r in rows]
+    return {c[0]: c[2] for c in cells if c}
+
+
+def test_the_time_of_a_resumed_stage_is_a_dash_and_so_is_the_sum(tmp_path: Path) -> None:
+    crash = [True, False]
+
+    def body(work: Workspace) -> None:
+        (work.resume / "progress").touch()
+        if crash.pop(0):
+            raise KeyboardInterrupt
+
+    whole = sign(tmp_path / "data", "data", lambda work: None)
+    with pytest.raises(KeyboardInterrupt):
+        sign(tmp_path / "sft", "model", body, data=str(whole.path))
+    sign(tmp_path / "sft", "model", body, data=str(whole.path))
+
+    def told(**inputs: Path) -> dict[str, str]:
+        recipe = report.ReportRecipe(
+            out=str(tmp_path / "-".join(inputs)), **{k: str(p) for k, p in inputs.items()}
+        )
+        return costs(report.run(recipe).file("logs/report.html").read_text(encoding="utf-8"))
+
+    alone = told(data=tmp_path / "data")
+    assert alone["total"] == alone["data"] != "–"
+    assert told(sft=tmp_path / "sft") == {"data": alone["data"], "sft": "–", "total": "–"}

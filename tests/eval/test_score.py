@@ -11,7 +11,7 @@ from small_data import PEOPLE, write_small_data
 from microlm.core import stats
 from microlm.core.artifact import Artifact, Workspace
 from microlm.core.errors import CheckFailed, UserError
-from microlm.core.records import Prediction, Question, to_json
+from microlm.core.records import Extraction, Prediction, Question, Triple, to_json
 from microlm.eval import score
 from microlm.text.extraction import Bounds
 from microlm.text.sources import factbook
@@ -91,7 +91,7 @@ def test_intervals_hold_their_values_and_baselines_stand_beside(scores: Artifact
 
 
 def scored(entity: str, outcome: tuple[int, int, int], kind: str = "mixed", source: str = "") -> score.Scored:
-    return score.Scored(kind, "zh", entity, outcome, source)
+    return score.Scored(kind, "zh", tuple(entity.split()), outcome, source)
 
 
 OUTCOMES = {"李白": (1, 2, 2), "苏轼": (3, 3, 3), "张衡": (0, 1, 2), "关汉卿": (2, 3, 2)}
@@ -106,6 +106,31 @@ def test_the_same_item_asked_again_of_the_same_entity_adds_no_certainty() -> Non
     wide, narrow = score.f1_rows(once * 25)[0], score.f1_rows(apart)[0]
     assert narrow.high - narrow.low < (wide.high - wide.low) / 2
     assert score.by_entity(once * 2) == [(2 * a, 2 * b, 2 * c) for a, b, c in OUTCOMES.values()]
+
+
+def test_items_that_share_an_entity_through_others_stand_together() -> None:
+    chain = ["李白 杜甫", "王维", "苏轼 杜甫", "苏轼", "张衡 苏轼", "王维"]
+    for order in (chain, chain[::-1], sorted(chain)):
+        assert sorted(score.by_entity([scored(names, (1, 1, 2)) for names in order])) == [
+            (2, 2, 4),
+            (4, 4, 8),
+        ]
+
+
+def test_a_record_is_about_every_head_of_its_gold() -> None:
+    def record(name: str, *heads: str) -> Extraction:
+        triples = tuple(Triple(h, "朝代", "唐朝") for h in heads)
+        return Extraction(name, "", "", triples, ("朝代",), kind="mixed")
+
+    records = {
+        "a": record("a", "李白", "杜甫"),
+        "b": record("b", "王维", "杜甫"),
+        "c": record("c"),
+        "d": record("d"),
+    }
+    made = [Prediction(k, "extraction", "", "{}", "stop") for k in records]
+    row = score.score_predictions(made, score.Gold({}, records, Bounds()))[0]
+    assert (row.name, row.n, row.entities) == ("extraction_f1", 4, 3)
 
 
 def ask(right: int, times: int) -> score.Row:

@@ -129,6 +129,12 @@ def test_schema_check_refuses_a_rule_that_it_does_not_know() -> None:
         scoring.conforms([], {"uniqueItems": True})
 
 
+def test_schema_check_reads_the_end_of_a_pattern_as_the_end() -> None:
+    schema = extraction.json_schema(["a"], Bounds(chars=3))
+    assert scoring.conforms({"x\ny": {"a": "b"}}, schema)
+    assert not scoring.conforms({"xyz\n": {"a": "b"}}, schema)
+
+
 def test_schema_check_by_keyword() -> None:
     schema = {"type": "object", "required": ["a"], "properties": {"a": {"enum": ["x"]}}}
     assert scoring.conforms({"a": "x", "b": 1}, schema)

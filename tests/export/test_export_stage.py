@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,24 @@ def run_export(out: Path, model: Artifact, **fields: Any) -> Artifact:
 def exported(model: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     folder = tmp_path_factory.mktemp("run")
     return run_export(folder / "export", model, scores=str(write_scores(folder, model).path))
+
+
+def test_the_logits_of_one_prompt_are_held_at_a_time(exported: Artifact) -> None:
+    vocabulary, seen, most = directory.read_config(exported.path).vocab_size, [], 0
+
+    def watch(_module: torch.nn.Module, _args: Any, output: Any) -> None:
+        nonlocal most
+        if isinstance(output, torch.Tensor) and output.shape[-1] == vocabulary:
+            seen.append(weakref.ref(output))
+            most = max(most, len({t.data_ptr() for r in seen if (t := r()) is not None}))
+
+    hook = torch.nn.modules.module.register_module_forward_hook(watch)
+    try:
+        parity.compare(exported.path, [], [])
+    finally:
+        hook.remove()
+    assert len(seen) > 2 * len(parity.TEXTS)
+    assert most == 2  # ours and theirs
 
 
 def test_plain_transformers_computes_the_same(exported: Artifact, model: Artifact) -> None:

@@ -12,12 +12,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from microlm.core.client import Client, EndpointError, split_events, wire
+from microlm.core.client import Client, EndpointError, wire
 from microlm.core.endpoint import root_url
 from microlm.core.errors import UserError
+from microlm.core.payload import split_events
 from microlm.core.records import Message, Sampling
 
 HELLO = (Message("user", "Hello"),)
+EVENT = b'data: {"choices": [{"delta": {"content": "x"}}]}\n\n'
 
 
 def test_stream_equals_whole_and_times_rise(server):
@@ -70,8 +72,9 @@ def test_events_do_not_depend_on_the_cuts(texts, data):
 def test_event_lines_follow_the_rules():
     raw = [b": comment\r\nevent: x\r\ndata: a\r", b"\ndata:b\r\n\r\n", b"data: c\n\ndata: tail\n"]
     assert [e.data for e in split_events(raw)] == ["a\nb", "c", "tail"]
-    with pytest.raises(UserError, match="longer than"):
-        list(split_events([b"data: " + b"x" * (9 << 20)]))
+    for endless in ([b"data: " + b"x" * (9 << 20)], [b"data: " + b"x" * (1 << 20) + b"\n"] * 9):
+        with pytest.raises(UserError, match="longer than"):
+            list(split_events(endless))
 
 
 @pytest.mark.parametrize("url", ["", "localhost:8000", "ftp://x", "http://", "http://h:99999", "http://h:x"])
@@ -161,20 +164,19 @@ def test_nobody_there():
 
 
 @contextmanager
-def dripping(pieces: int, pause_s: float):
-    """A stream with a pause before each event; it says when the client has left."""
+def dripping(pieces: int, pause_s: float, kind: str = "text/event-stream", piece: bytes = EVENT):
+    """An answer with a pause before each piece, a stream of events unless told otherwise."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
             self.rfile.read(int(self.headers["Content-Length"]))
             self.send_response(200)
-            self.send_header("Content-Type", "text/event-stream")
+            self.send_header("Content-Type", kind)
             self.end_headers()
-            event = b'data: {"choices": [{"delta": {"content": "x"}}]}\n\n'
             try:
                 for _ in range(pieces):
                     time.sleep(pause_s)
-                    self.wfile.write(event)
+                    self.wfile.write(piece)
                 self.wfile.write(b"data: [DONE]\n\n")
             except OSError:  # the client has left
                 pass
@@ -200,3 +202,28 @@ def test_a_stream_that_stands_still_is_an_error():
         with pytest.raises(UserError, match=r"nothing came for 0\.3 s"):
             list(client.chat_stream(HELLO, model="m"))
         assert time.monotonic() - started < 1.5
+
+
+@pytest.mark.parametrize(
+    ("kind", "piece"),
+    [
+        ("text/event-stream", EVENT),
+        ("text/event-stream", b": ping\n\n"),
+        ("text/event-stream", b"data: x\n"),
+        ("application/json", b" "),
+    ],
+)
+def test_an_answer_that_only_moves_ends_at_the_deadline(kind, piece):
+    with (
+        dripping(60, 0.05, kind, piece) as url,
+        Client(url, timeout_s=2, deadline_s=0.3) as client,
+        pytest.raises(UserError, match=r"/v1/chat/completions: the answer did not end within 0\.3 s"),
+    ):
+        started = time.monotonic()
+        try:
+            if kind == "application/json":
+                client.chat(HELLO, model="m")
+            else:
+                list(client.chat_stream(HELLO, model="m"))
+        finally:
+            assert time.monotonic() - started < 2

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from microlm.core.records import Extraction, Triple
-from microlm.text.extraction import Bounds, answer, json_schema, parse, prompt
+from microlm.text.extraction import LARGEST, Bounds, answer, json_schema, parse, prompt
 from microlm.text.sources import factbook
 from microlm.text.sources.factbook import FactbookSizes
 
@@ -87,6 +87,8 @@ def accepts(tmp_path_factory: pytest.TempPathFactory) -> Any:
         [],
         [Triple("李白", "朝代", "唐")],
         [Triple('Li "Bai"', "born in", "长" * BOUNDS.chars)],
+        [Triple("Li\nBai", "born in", "a\nb")],
+        [Triple("\n" * BOUNDS.chars, "born in", "x")],
         [Triple("李白", "出生地", f"地{i}") for i in range(BOUNDS.tails)],
         [Triple(f"人{i}", relation, "x") for i in range(BOUNDS.heads) for relation in ALLOWED],
     ],
@@ -99,8 +101,10 @@ def test_schema_admits_gold_answers(accepts: Any, triples: list[Triple]) -> None
     "text",
     [
         "[]", '{"李白":"唐"}', '{"李白":{"职业":"诗人"}}', '{"李白":{"朝代":1}}', '{"李白":{"朝代":""}}',
-        '{"":{"朝代":"唐"}}', '{"Li\\nBai":{"朝代":"唐"}}', '{"李白": {"朝代":"唐"}}', '{"a":{"b":"c"}}x',
+        '{"":{"朝代":"唐"}}', '{"李白": {"朝代":"唐"}}', '{"a":{"b":"c"}}x',
         '{"李白":{"朝代":"' + "长" * (BOUNDS.chars + 1) + '"}}',
+        '{"' + "长" * (BOUNDS.chars + 1) + '":{"朝代":"唐"}}',
+        '{"' + "长" * BOUNDS.chars + '\\n":{"朝代":"唐"}}',
         "{" + ",".join(f'"{i}":{{"朝代":"x"}}' for i in range(BOUNDS.heads + 1)) + "}",
     ],
 )  # fmt: skip
@@ -109,10 +113,10 @@ def test_schema_refuses_other_shapes(accepts: Any, text: str) -> None:
 
 
 def test_every_gold_answer_of_the_factbook_fits_the_schema(accepts: Any) -> None:
-    sizes = {"documents": 1, "questions": 0, "extraction": 0, "reading": 0, "chat": 0, "preferences": 0}
+    sizes = {"documents": 1, "questions": 0, "extraction": 1500, "reading": 0, "chat": 0, "preferences": 0}
     made = FactbookSizes(**sizes, english_share=0.6, test_extraction=400)
-    records = factbook.generate(0, None, made).extraction_test
-    bounds = BOUNDS.widened(records)
+    corpus = factbook.generate(0, None, made)
+    records, bounds = corpus.extraction_test, BOUNDS.widened(corpus.extraction_train)
     assert bounds.chars > BOUNDS.chars  # one of these names is longer than the usual bound
     for record in records:
         gold = answer(record.relation, record.allowed)
@@ -131,3 +135,10 @@ def test_bounds_widen_as_far_as_the_gold_needs_and_no_further() -> None:
         3, 7, 30
     )
     assert BOUNDS.widened([record(*(Triple(f"{i}", "朝代", "唐") for i in range(5)))]) == Bounds(5, 4, 30)
+
+
+def test_one_outlier_does_not_undo_the_bounds() -> None:
+    page = Extraction("x", "", "", (Triple("李白", "朝代", "长" * 9000),), tuple(ALLOWED))
+    many = tuple(Triple(f"人{i % 99}", "朝代", f"朝{i}") for i in range(9900))
+    assert BOUNDS.widened([page]) == Bounds(3, 4, 256)
+    assert BOUNDS.widened([page, Extraction("y", "", "", many, tuple(ALLOWED))]) == LARGEST

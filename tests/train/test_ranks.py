@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from training import (
@@ -22,6 +23,7 @@ from training import (
     disagree,
     do_nothing,
     fail_on_every_rank,
+    muon_on_rank,
     refuse_on_rank,
     sleep_long,
     tiny_loop,
@@ -92,6 +94,17 @@ def test_two_ranks_equal_one(tmp_path: Path) -> None:
         for f in ("one", "two")
     ]
     assert losses[0] == losses[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [2, 3])
+def test_shared_muon_equals_muon_alone(tmp_path: Path, size: int, dtype: torch.dtype) -> None:
+    launch(Parallel(processes=1, threads=1), muon_on_rank, tmp_path, dtype)
+    launch(Parallel(processes=size, threads=1), muon_on_rank, tmp_path, dtype)
+    alone = np.load(tmp_path / "1-0.npy")
+    for rank in range(size):
+        np.testing.assert_array_equal(np.load(tmp_path / f"{size}-{rank}.npy"), alone)
 
 
 @pytest.mark.slow

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypeVar
 
-from microlm.core.client import ChatReply, Client, EndpointError
+from microlm.core.client import ChatReply, EndpointError
 from microlm.core.records import Message, Sampling
 from microlm.eval.verify.verdict import Failed, NotOffered, Target
 
-Part = TypeVar("Part")
 PROMPTS = ("Hello, who are you?", "Write a long story about the sea.", "李白是谁？", "1, 2, 3, 4, 5,")
 TOKENS = 32
 REFUSED = (400, 422, 501)
@@ -33,15 +30,6 @@ def offered(what: str, statuses: tuple[int, ...] = REFUSED) -> Iterator[None]:
         if e.status in statuses:
             raise NotOffered(f"{what}: {e}") from None
         raise
-
-
-def within_limit(client: Client, stream: Iterator[Part]) -> Iterator[Part]:
-    """The parts of a stream, which must end within the client's time: one that never does is a fault."""
-    deadline = time.perf_counter() + client.timeout_s
-    for part in stream:
-        if time.perf_counter() > deadline:
-            raise Failed(f"the stream did not end within {client.timeout_s:g} s")
-        yield part
 
 
 def ask(

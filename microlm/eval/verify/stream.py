@@ -7,14 +7,13 @@ from typing import Any
 
 from microlm.core import payload
 from microlm.core.client import DONE, ChatReply, Client, Usage
-from microlm.eval.verify.ask import within_limit
 from microlm.eval.verify.verdict import Failed
 
 
 def check_stream(client: Client, body: dict[str, Any], whole: ChatReply) -> str:
     """Ids, roles, finish reason, usage, `[DONE]` and text of a streamed chat against the whole answer."""
     asked = body | {"stream": True, "stream_options": {"include_usage": True}}
-    events = [e.data for e in within_limit(client, client.events("/v1/chat/completions", asked))]
+    events = [e.data for e in client.events("/v1/chat/completions", asked)]
     if not events or events[-1] != DONE:
         raise Failed("the stream does not end with 'data: [DONE]'")
     if DONE in events[:-1]:

@@ -104,7 +104,12 @@ def judge(
     model: str | None = None,
     report: Callable[[Line], None] | None = None,
 ) -> Verdict:
-    """Run every check, the failed ones too; `report` hears each line at once. Unreachable is a UserError."""
+    """Run every check, the failed ones too; `report` hears each line at once. Unreachable is a UserError.
+
+    A client without a deadline gets its time-out as one: an answer that never ends is a fault.
+    """
+    if client.deadline_s is None:
+        client.deadline_s = client.timeout_s
     client.health()
     target = Target(client, model or _first_model(client))
     lines = []
