@@ -38,6 +38,11 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "Clean, deduplicate, split and audit the raw data.",
         "data.source=jsonl:my.jsonl",
     ),
+    "data synth": (
+        "synth",
+        "Compose conversations from templates, or ask an endpoint for them in bulk.",
+        "synth.endpoint.concurrency=8",
+    ),
     "tokenizer train": ("tokenizer", "Train a tokenizer on prepared data.", "tokenizer.vocab_size=4000"),
     "pretrain": ("pretrain", "Train a model from token shards.", "pretrain.loop.tokens=1e6"),
     "sft": ("sft", "Tune a model on conversations, wholly or by LoRA.", "seed=1"),

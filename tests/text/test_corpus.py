@@ -1,4 +1,4 @@
-"""The data engine: equal bytes whatever the workers and the order, after kills too; what is planted is found."""
+"""The data engine: equal bytes whatever the workers, the order, the kills; what is planted is found."""
 
 from __future__ import annotations
 

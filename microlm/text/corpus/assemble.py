@@ -147,7 +147,9 @@ def _contamination(plan: Plan, kind: Kind, key: bytes, record: Any) -> str | Non
 
 
 def _reader(kind: Kind) -> Callable[[Any], Any]:
-    return builder(TYPES[kind])
+    cls: Any = TYPES[kind]
+    found: Callable[[Any], Any] = builder(cls)
+    return found
 
 
 @functools.lru_cache(maxsize=1)

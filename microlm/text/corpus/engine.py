@@ -15,10 +15,11 @@ import numpy as np
 from microlm.core import storage
 from microlm.core.metrics import Progress
 from microlm.text.audit import Audit
+from microlm.text.clean import glimpse
 from microlm.text.corpus import assemble, contaminate, duplicates, shared
 from microlm.text.corpus.assemble import Plan
 from microlm.text.corpus.pool import Pool
-from microlm.text.corpus.refine import Report, Task, refine
+from microlm.text.corpus.refine import Report, Task, document, refine
 from microlm.text.corpus.store import CONTAMINATED, EXACT, KEPT, LINES, NEAR, Reader, Store, join_digest
 from microlm.text.dedup import DigestSet, digest
 from microlm.text.split import KINDS
@@ -146,5 +147,4 @@ class Engine:
     def _glimpse(self, block: int, entry: np.void) -> str:
         with Reader(self.blocks) as reader:
             body, meta = reader.both(block, entry)
-        source = json.loads(meta)[0] if meta else json.loads(body).get("source", "")
-        return f"{source}: {body.decode('utf-8')[:60]!r}" if meta else str(source)
+        return glimpse(document(body, meta)) if meta else str(json.loads(body).get("source", ""))

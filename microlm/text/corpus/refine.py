@@ -11,7 +11,7 @@ from typing import Any
 
 from microlm.core.records import Conversation, Document, Extraction
 from microlm.text import sources
-from microlm.text.clean import CleanRecipe, Effects, clean, rules, tidied
+from microlm.text.clean import CleanRecipe, Effects, clean, glimpse, rules, tidied
 from microlm.text.corpus.store import BlockWriter, finished
 from microlm.text.dedup import record_digest
 from microlm.text.read import Drop, Record
@@ -128,13 +128,13 @@ def _cleaned(records: Iterable[Record], recipe: CleanRecipe, report: Report) -> 
     for record in records:
         if isinstance(record, Document):
             cleaned, reason = clean(record, steps, report.effects)
-            glimpse = f"{record.source}: {cleaned.text[:60]!r}"
+            shown = glimpse(cleaned)
             after: Record = cleaned
         else:
             after, reason = tidied(record)
-            glimpse = record.source
+            shown = record.source
         if reason:
-            report.clean.drop(reason, glimpse)
+            report.clean.drop(reason, shown)
             continue
         report.clean.keep()
         yield after
