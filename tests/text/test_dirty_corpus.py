@@ -86,16 +86,19 @@ def dropped(texts: Iterator[str], recipe: CleanRecipe) -> float:
     return sum(reason is not None for reason in reasons) / len(reasons)
 
 
+@pytest.mark.shared
 def test_injected_dirt_is_found() -> None:
     shares = recall("injected", RULES)
     assert {kind: share for kind, share in shares.items() if share < MIN_RECALL} == {}
 
 
+@pytest.mark.shared
 def test_natural_dirt_is_found() -> None:
     shares = recall("natural", NATURAL)
     assert {kind: share for kind, share in shares.items() if share < MIN_RECALL} == {}
 
 
+@pytest.mark.shared
 @pytest.mark.parametrize(
     "recipe", [CleanRecipe(), CleanRecipe(mask_pii=True, simplify=True, languages=["zh"])]
 )
@@ -104,6 +107,7 @@ def test_clean_lines_are_kept(recipe: CleanRecipe) -> None:
     assert len(texts) > 600 and dropped(iter(texts), recipe) <= MAX_FALSE_DROPS
 
 
+@pytest.mark.shared
 def test_prose_is_kept() -> None:
     lines = islice(raw_lines("pretrain.jsonl.zst"), 5000)
     assert dropped((json.loads(line)["text"] for line in lines), CleanRecipe()) <= MAX_FALSE_DROPS
