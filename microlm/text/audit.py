@@ -186,19 +186,8 @@ def script_shares(audit: Mapping[str, Any]) -> list[tuple[str, float]]:
 def page(audit: Mapping[str, Any]) -> str:
     """The audit as one self-contained HTML page."""
     page = Page("Data audit")
-    page.heading("Records")
-    steps = audit["steps"].items()
-    page.table(
-        ["step", "read", "kept", "dropped"], [[s, t["read"], t["kept"], t["dropped"]] for s, t in steps]
-    )
-    page.heading("Why records were dropped")
-    reasons = [
-        [s, r["reason"], r["records"], " · ".join(r["examples"])] for s, t in steps for r in t["reasons"]
-    ]
-    page.table(["step", "reason", "records", "examples"], reasons)
-    page.heading("What cleaning edited")
-    edits = [[rule, e["documents"], " · ".join(e["examples"])] for rule, e in audit["edits"].items()]
-    page.table(["rule", "documents", "examples"], edits)
+    page.heading("Steps")
+    add_steps(page, audit)
     page.heading("Splits and leakage")
     written = audit["written"].items()
     page.table(
@@ -222,3 +211,19 @@ def page(audit: Mapping[str, Any]) -> str:
     for warning in audit["warnings"]:
         page.paragraph(f"Warning: {warning}.")
     return page.html()
+
+
+def add_steps(page: Page, audit: Mapping[str, Any]) -> None:
+    """What each step read, kept, dropped and why; what cleaning edited."""
+    steps = audit["steps"].items()
+    page.table(
+        ["step", "read", "kept", "dropped"], [[s, t["read"], t["kept"], t["dropped"]] for s, t in steps]
+    )
+    page.heading("Why records were dropped", 3)
+    reasons = [
+        [s, r["reason"], r["records"], " · ".join(r["examples"])] for s, t in steps for r in t["reasons"]
+    ]
+    page.table(["step", "reason", "records", "examples"], reasons)
+    page.heading("What cleaning edited", 3)
+    edits = [[rule, e["documents"], " · ".join(e["examples"])] for rule, e in audit["edits"].items()]
+    page.table(["rule", "documents", "examples"], edits)
