@@ -19,16 +19,16 @@ from microlm.text.split import KINDS
 _DOCUMENTS = KINDS.index("documents")
 
 
-def exact(store: Store) -> Iterator[tuple[int, int]]:
-    """Mark the exact duplicates in the states of all blocks; yields (block, row) of each."""
+def exact(store: Store) -> Iterator[tuple[int, int, int]]:
+    """Mark the exact duplicates in the states of all blocks; yields (kind, block, row) of each."""
     states = [store.state(n) for n in range(store.count)]
     for blocks, rows, entries in store.slices(store.pieces()):
         alive = np.array([states[b][r] == KEPT for b, r in zip(blocks, rows, strict=True)], dtype=bool)
-        blocks, rows = blocks[alive], rows[alive]
-        for at in np.flatnonzero(_repeats(entries[alive])):
+        blocks, rows, entries = blocks[alive], rows[alive], entries[alive]
+        for at in np.flatnonzero(_repeats(entries)).tolist():
             block, row = int(blocks[at]), int(rows[at])
             states[block][row] = EXACT
-            yield block, row
+            yield int(entries["kind"][at]), block, row
     for number, state in enumerate(states):
         store.set_state(number, state)
 

@@ -10,8 +10,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from microlm.core import storage
 from microlm.core.metrics import Progress
 from microlm.text.audit import Audit
@@ -28,6 +26,7 @@ PART_BYTES = 16 << 20
 """Of text in one range of the last pass."""
 REASONS = {EXACT: "duplicate", NEAR: "near_duplicate", LINES: "only_repeated_lines", CONTAMINATED: "held_out"}
 MAX_EXAMPLES = 3
+DOCUMENTS = KINDS.index("documents")
 
 
 class Engine:
@@ -58,8 +57,8 @@ class Engine:
     def drop_exact(self) -> None:
         """Of records that say the same keep the best."""
         with Progress("data exact duplicates", None, "records") as bar:
-            for block, row in duplicates.exact(self.store):
-                self._drop(EXACT, block, row)
+            for kind, block, row in duplicates.exact(self.store):
+                self._drop(EXACT, block, row, kind)
                 bar.update(1)
 
     def drop_shared_lines(self, documents: int, min_chars: int) -> None:
@@ -123,10 +122,9 @@ class Engine:
     def leaks(self, plan: Plan, held_out: DigestSet) -> int:
         """Training documents whose digest is held out."""
         found = 0
-        documents = KINDS.index("documents")
         for number in range(self.store.count):
             entries, state = self.store.entries(number), self.store.state(number)
-            for entry in entries[(state == KEPT) & (entries["kind"] == documents)]:
+            for entry in entries[(state == KEPT) & (entries["kind"] == DOCUMENTS)]:
                 if assemble.split_for(plan, "documents", entry) == "train":
                     found += join_digest(entry["hi"], entry["lo"]) in held_out
         return found
@@ -138,13 +136,13 @@ class Engine:
         tally.read += kept
         tally.kept += kept
 
-    def _drop(self, state: int, block: int, row: int) -> None:
+    def _drop(self, state: int, block: int, row: int, kind: int = DOCUMENTS) -> None:
         tally = self.audit.tallies["dedup"]
-        entry = self.store.entries(block)[row]
-        reason = f"{REASONS[state]}_{KINDS[entry['kind']]}"
-        tally.drop(reason, self._glimpse(block, entry) if tally.dropped[reason] < MAX_EXAMPLES else "")
+        reason = f"{REASONS[state]}_{KINDS[kind]}"
+        tally.drop(reason, self._glimpse(block, row) if tally.dropped[reason] < MAX_EXAMPLES else "")
 
-    def _glimpse(self, block: int, entry: np.void) -> str:
+    def _glimpse(self, block: int, row: int) -> str:
+        entry = self.store.entries(block)[row]
         with Reader(self.blocks) as reader:
             body, meta = reader.both(block, entry)
         return glimpse(document(body, meta)) if meta else str(json.loads(body).get("source", ""))
