@@ -14,7 +14,11 @@ from microlm.cli.run import build_all, plan_of
 from microlm.core.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-PAIRS = [("README.md", "README.zh.md"), ("docs/quickstart.md", "docs/quickstart.zh.md")]
+PAIRS = [
+    ("README.md", "README.zh.md"),
+    ("docs/quickstart.md", "docs/quickstart.zh.md"),
+    ("docs/data.md", "docs/data.zh.md"),
+]
 DOCUMENTS = [name for pair in PAIRS for name in pair] + ["CONTRIBUTING.md"]
 LINKED = [*DOCUMENTS, "SECURITY.md", "CHANGELOG.md", "docs/architecture.md"]
 SH = re.compile(r"^```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
