@@ -13,9 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from shared_data import raw_lines
 
-from microlm.text.near import index, signature
+from microlm.text.near import clusters, index, signature
 from microlm.text.near.index import Duplicates, NearIndex
 
 THRESHOLD = 0.8
@@ -28,18 +29,27 @@ def rank_of(text: str) -> int:
     return ((1 << 20) - len(text)) << 40 | digest
 
 
-def resolve(folder: Path, texts: Sequence[str], block: int = 40, memory_mb: int = 256) -> Duplicates:
-    """The near duplicates of texts, signed in blocks that are written last block first."""
+def resolve(
+    folder: Path,
+    texts: Sequence[str],
+    block: int = 40,
+    memory_mb: int = 256,
+    seen: list[tuple[int, ...]] | None = None,
+) -> Duplicates:
+    """The near duplicates of texts, signed in blocks, last block first; `seen` gets the compared pairs."""
     folder.mkdir()
     starts = range(0, len(texts), block)
     for number in reversed(range(len(starts))):
         some = texts[starts[number] : starts[number] + block]
         index.write(folder, number, *signature.sign(some))
-    near = NearIndex(folder, len(starts), memory_mb)
+
+    def compare(pairs: NDArray[np.uint32]) -> NDArray[np.float64]:
+        if seen is not None:
+            seen.extend(tuple(sorted(pair)) for pair in pairs.tolist())
+        return signature.jaccards(lambda some: [texts[i] for i in some], pairs)
+
     ranks = np.array([rank_of(t) for t in texts], dtype=np.uint64)
-    return near.resolve(
-        ranks, lambda pairs: signature.jaccards(lambda some: [texts[i] for i in some], pairs), THRESHOLD
-    )
+    return NearIndex(folder, len(starts), memory_mb).resolve(ranks, compare, THRESHOLD)
 
 
 def brute_force(texts: Sequence[str]) -> list[int]:
@@ -147,14 +157,44 @@ def test_a_chain_is_one_cluster_although_its_ends_differ(tmp_path: Path) -> None
     assert (found.clusters, len(found.removed())) == (1, 6)
 
 
-def test_alike_below_the_threshold_is_compared_once_and_stays(tmp_path: Path) -> None:
+@pytest.mark.parametrize("buffer", [2, 100_000])
+def test_alike_below_the_threshold_is_compared_once_and_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, buffer: int
+) -> None:
+    monkeypatch.setattr(index, "_PAIRS", buffer)
     rng = random.Random(4)
     text = "".join(rng.choices(LETTERS, k=400))
     texts = [text, *(alike(text, 0.76, 0.79, rng) for _ in range(12))]
-    found = resolve(tmp_path / "near", texts)
+    compared: list[tuple[int, ...]] = []
+    found = resolve(tmp_path / "near", texts, seen=compared)
     assert found.keeper.tolist() == brute_force(texts) == list(range(13))
-    assert 0 < found.compared <= 13 * 12 / 2
-    assert found.candidates >= found.compared
+    assert len(compared) == len(set(compared)) == found.compared >= 10
+    assert found.candidates > found.compared
+
+
+@pytest.mark.parametrize("buffer", [1, 7, 100_000])
+def test_members_of_a_group_meet_the_best_and_those_before_them(buffer: int) -> None:
+    sizes = [2, 129, 300]
+    first = np.repeat(np.cumsum([0, *sizes[:-1]]), sizes)
+    documents = np.random.default_rng(0).permutation(sum(sizes)).astype(np.uint32)
+    ranks = np.empty(len(documents), dtype=np.uint64)
+    ranks[documents] = np.arange(len(documents), dtype=np.uint64)
+    rows = first, documents, np.arange(len(documents))
+    values = np.zeros((len(documents), 128), dtype=np.uint8)
+    parent, differ = np.arange(len(documents), dtype=np.uint32), np.zeros(4, dtype=np.uint64)
+    numbers, out = np.zeros(4, dtype=np.int64), np.empty((buffer, 2), dtype=np.uint32)
+    found: list[tuple[int, int]] = []
+    while numbers[clusters.ROW] < len(first):
+        count = clusters.candidates(rows, values, ranks, parent, differ, 128, numbers, out)
+        found += [(int(ranks[a]), int(ranks[b])) for a, b in out[:count]]
+    expected = {
+        (j, i)
+        for i in range(len(first))
+        for j in range(int(first[i]), i)
+        if j - first[i] < clusters.FAN or i - j <= clusters.FAN
+    }
+    assert set(found) == expected
+    assert len(found) == len(expected) == numbers[clusters.LOOKED_AT]
 
 
 @pytest.mark.parametrize("size", [130, 1500])
@@ -202,6 +242,7 @@ def real() -> list[str]:
     return list(dict.fromkeys(islice(fit, 20_000)))
 
 
+@pytest.mark.shared
 def test_planted_duplicates_in_real_text_are_found_and_little_else(tmp_path: Path, real: list[str]) -> None:
     rng = random.Random(9)
     before = set(removed_texts(real, resolve(tmp_path / "before", real, block=2500)))

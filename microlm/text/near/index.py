@@ -60,7 +60,7 @@ def write(folder: Path, block: int, signatures: Signatures, bands: Hashes) -> No
     }
     for kind, array in found.items():
         path = _path(folder, block, kind)
-        part = path.with_suffix(".part")
+        part = path.with_name(f"{path.name}.part")
         with storage.explain_write(part):
             part.write_bytes(np.ascontiguousarray(array).data)  # tofile hides why it cannot write
             part.replace(path)
