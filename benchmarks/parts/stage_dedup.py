@@ -10,11 +10,12 @@ import json
 import sys
 import tempfile
 import time
+from collections import deque
 from pathlib import Path
 
 from microlm.text.corpus import duplicates
 from microlm.text.corpus.pool import Pool
-from microlm.text.corpus.store import BlockWriter, Reader, Store
+from microlm.text.corpus.store import KEPT, BlockWriter, Reader, Store
 from microlm.text.dedup import digest
 
 BLOCK = 4000
@@ -43,10 +44,14 @@ def removed_from(texts: list[str], folder: Path) -> list[int]:
             writer.put((0, 0), digest(text), text.encode("utf-8"), meta, len(text))
         writer.finish({})
     store = Store(folder, len(blocks))
-    found = [*duplicates.exact(store), *duplicates.near(Pool(None, 1), store, THRESHOLD, MEMORY_MB)]
+    for duplicate in (duplicates.exact(store), duplicates.near(Pool(None, 1), store, THRESHOLD, MEMORY_MB)):
+        deque(duplicate, maxlen=0)
+    found = []
     with Reader(folder) as reader:
-        metas = [reader.both(block, store.entries(block)[row])[1] for block, row in found]
-    return sorted(int(json.loads(meta)[0]) for meta in metas)
+        for block in range(store.count):
+            for entry in store.entries(block)[store.state(block) != KEPT]:
+                found.append(int(json.loads(reader.both(block, entry)[1])[0]))
+    return sorted(found)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import subprocess
 import sys
 import threading
@@ -14,7 +13,7 @@ from typing import NamedTuple
 from quickstart import descendants
 
 POLL_S = 0.1
-PAGE = os.sysconf("SC_PAGE_SIZE")
+PAGE, TICKS = os.sysconf("SC_PAGE_SIZE"), os.sysconf("SC_CLK_TCK")
 
 
 class Watched(NamedTuple):
@@ -28,32 +27,39 @@ class Watched(NamedTuple):
 
 def watch(command: list[str], cwd: Path, env: dict[str, str], log: Path) -> Watched:
     """Run a command to its end; its standard error goes to `log`, shown if it fails."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     started = time.monotonic()
     with log.open("wb") as errors:
         process = subprocess.Popen(command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=errors)
-        peak = [0]
-        watcher = threading.Thread(target=_sample, args=(process, peak), daemon=True)
-        watcher.start()
+        sampler = _Sampler(process)
+        sampler.start()
         output = process.communicate()[0].decode("utf-8")
     wall_s = time.monotonic() - started
-    watcher.join()
+    sampler.join()
     if process.returncode:
         tail = log.read_text(encoding="utf-8", errors="replace")[-2000:]
         sys.exit(f"benchmarks/data_prepare.py: {' '.join(command[:4])} … failed:\n{tail}")
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return Watched(wall_s, cpu_s, peak[0], output)
+    return Watched(wall_s, sum(sampler.cpu_s.values()), sampler.peak_rss_bytes, output)
 
 
-def _sample(process: subprocess.Popen[bytes], peak: list[int]) -> None:
-    while process.poll() is None:
-        peak[0] = max(peak[0], sum(map(_resident, descendants(process.pid))))
-        time.sleep(POLL_S)
+class _Sampler(threading.Thread):
+    """Looks at the tree every 0.1 s: what a process used after its last look is not seen."""
 
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        super().__init__(daemon=True)
+        self._process = process
+        self.cpu_s: dict[int, float] = {}
+        self.peak_rss_bytes = 0
 
-def _resident(pid: int) -> int:
-    try:
-        return int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1]) * PAGE
-    except (OSError, IndexError):  # it has ended
-        return 0
+    def run(self) -> None:
+        while self._process.poll() is None:
+            resident = 0
+            for pid in descendants(self._process.pid):
+                try:
+                    stat = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
+                except OSError:  # it has ended
+                    continue
+                fields = stat.rpartition(")")[2].split()
+                self.cpu_s[pid] = (int(fields[11]) + int(fields[12])) / TICKS
+                resident += int(fields[21]) * PAGE
+            self.peak_rss_bytes = max(self.peak_rss_bytes, resident)
+            time.sleep(POLL_S)
