@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from microlm.core import storage
+from microlm.text.corpus.store import save_array
 from microlm.text.near.signature import grams
 
 TOKENS = 13  # GPT-3's n-gram; a token is a Han character or a word, see `near.signature`
@@ -77,9 +77,8 @@ def _filter(hashes: NDArray[np.uint64]) -> NDArray[np.uint8]:
 
 def save(held_out: HeldOut, folder: Path) -> None:
     """Write it where worker processes find it."""
-    with storage.explain_write(folder):
-        for name in ("grams", "items", "sizes", "filter"):
-            np.save(folder / f"held_out.{name}.npy", getattr(held_out, name))
+    for name in ("grams", "items", "sizes", "filter"):
+        save_array(folder / f"held_out.{name}.npy", getattr(held_out, name))
 
 
 def load(folder: Path, overlap: float) -> HeldOut:

@@ -17,7 +17,7 @@ from microlm.core.metrics import Progress
 from microlm.text.clean import Effects
 from microlm.text.corpus.pool import Pool
 from microlm.text.corpus.refine import document, serialised
-from microlm.text.corpus.store import KEPT, LINES, Entries, Store, split_digest
+from microlm.text.corpus.store import KEPT, LINES, Entries, Store, save_array, split_digest
 from microlm.text.dedup import digest
 from microlm.text.split import KINDS
 
@@ -46,8 +46,7 @@ def remove(
     """Take the lines out; yields (block, row) of the documents that are left with fewer than `min_chars`."""
     if not len(found):
         return
-    with storage.explain_write(store.folder):
-        np.save(store.folder / "lines.npy", found)
+    save_array(store.folder / "lines.npy", found)
     for number, changed, dropped in pool.map(_remove, ((store, n, min_chars) for n in range(store.count))):
         effects.add(changed)
         for row in dropped:
@@ -62,7 +61,7 @@ def _count(task: tuple[Store, int]) -> None:
     store, number = task
     text, rows, entries = _documents(store, number)
     starts, sizes = _spans(entries[rows])
-    save_counts(_counts(store, number), count_lines(text, starts, sizes))
+    save_array(_counts(store, number), count_lines(text, starts, sizes))
 
 
 def _remove(task: tuple[Store, int, int]) -> Change:
@@ -151,12 +150,6 @@ def count_lines(text: bytes, starts: NDArray[np.int64], sizes: NDArray[np.int64]
     found = np.empty(len(lines), dtype=COUNTED)
     found["line"], found["documents"] = lines, counts
     return found
-
-
-def save_counts(path: Path, counts: NDArray[np.void]) -> None:
-    """Keep a block's counts for `repeated`."""
-    with storage.explain_write(path):
-        np.save(path, counts)
 
 
 def repeated(paths: Iterable[Path], documents: int) -> Hashes:

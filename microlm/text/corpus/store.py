@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -74,10 +75,16 @@ class BlockWriter:
             with stem.with_suffix(".payload").open("wb") as f:
                 f.writelines(self._pieces)
             entries = np.array(self._rows, dtype=ENTRY)
-            np.save(stem.with_suffix(".index.npy"), entries[by_digest(entries)])
+            save_array(stem.with_suffix(".index.npy"), entries[by_digest(entries)])
             part = stem.with_suffix(".json.part")
             part.write_text(json.dumps(report, ensure_ascii=False), encoding="utf-8")
             part.replace(stem.with_suffix(".json"))
+
+
+def save_array(path: Path, array: NDArray[Any]) -> None:
+    """`np.save`, except that a full disk is an OSError with its number: numpy's own writing forgets it."""
+    with storage.explain_write(path), path.open("wb") as f:
+        np.lib.format.write_array(SimpleNamespace(write=f.write), array, allow_pickle=False)
 
 
 def by_digest(entries: Entries) -> NDArray[np.int64]:
@@ -131,9 +138,8 @@ class Store:
 
     def _save(self, name: str, array: NDArray[Any]) -> None:
         part = self.folder / f"{name}.part.npy"
-        with storage.explain_write(part):
-            np.save(part, array)
-            part.replace(self.folder / name)
+        save_array(part, array)
+        part.replace(self.folder / name)
 
     def slices(self, pieces: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], Entries]]:
         """(block, row, entry) of all records by range of digest: equal digests lie in one slice."""
