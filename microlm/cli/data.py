@@ -60,8 +60,8 @@ def audit(
     """Count anew what lies in data files: lengths, languages, duplicates, leakage, masks, drift, licences.
 
     Nothing that 'data prepare' wrote about itself is believed. NAME of --fail-on is one of records,
-    unreadable, duplicates, leakage, near_leakage, eos_cut, mask_errors, drift, unknown_licence, noncommercial_licence,
-    sharealike_licence. A gate that fails names up to 20 records, and the exit code is 1.
+    unreadable, duplicates, leakage, near_leakage, eos_cut, mask_errors, drift, unknown_licence,
+    noncommercial_licence, sharealike_licence. A gate that fails names up to 20 records; the exit code is 1.
 
     \b
     Examples:

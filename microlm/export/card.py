@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from microlm.core.manifest import Artifact
 from microlm.export import parity
 from microlm.model.config import ModelConfig
+from microlm.text.inspection.licences import Concern
 
 
 @dataclass(frozen=True)
@@ -21,15 +23,19 @@ class Facts:
 
 
 def render(
-    facts: Facts, history: Sequence[Artifact], scores: Artifact | None, licences: Sequence[str]
+    facts: Facts,
+    history: Sequence[Artifact],
+    scores: Artifact | None,
+    licences: Sequence[str],
+    found: Sequence[Concern] = (),
 ) -> str:
-    """The whole card. `history` is the model and its ancestors, oldest first."""
+    """The whole card. `history` is the model and its ancestors, oldest first; `found`: licences to heed."""
     data = [a for a in history if a.kind == "data"]
     parts = [
         _front_matter(licences),
         f"# {facts.name}",
         _about(facts, data),
-        _data(data, licences),
+        _data(data, licences, found),
         _training(history),
         _scores(scores, facts.dtype),
         _parity(facts),
@@ -66,7 +72,7 @@ def _about(facts: Facts, data: Sequence[Artifact]) -> str:
     return text
 
 
-def _data(data: Sequence[Artifact], licences: Sequence[str]) -> str:
+def _data(data: Sequence[Artifact], licences: Sequence[str], found: Sequence[Concern]) -> str:
     lines = ["## Data", ""]
     for artifact in data:
         sources = ", ".join(f"`{_without_folders(word)}`" for word in _sources(artifact))
@@ -76,7 +82,15 @@ def _data(data: Sequence[Artifact], licences: Sequence[str]) -> str:
     if not data:
         lines.append("- not recorded")
     lines += ["", f"Licences of the data: {', '.join(licences) if licences else 'not recorded'}."]
+    if found:
+        lines += ["", "**Look at these licences before you use or pass on the model:**", ""]
+        lines += [f"- {_one_line(concern)}" for concern in found]
     return "\n".join(lines)
+
+
+def _one_line(concern: Concern) -> str:
+    """A licence is what somebody wrote into a record: it stays on its line and is no markup."""
+    return re.sub(r"([\\`*_\[\]<>#|])", r"\\\1", " ".join(str(concern).split()))
 
 
 def _sources(data: Artifact) -> list[str]:

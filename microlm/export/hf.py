@@ -12,7 +12,7 @@ from microlm.core.artifact import Artifact, Workspace, open_artifact, stage
 from microlm.core.errors import UserError
 from microlm.core.recipe import StageRecipe, artifact_input
 from microlm.core.records import Conversation, Document, Message
-from microlm.export import card, parity
+from microlm.export import card, licences, parity
 from microlm.model import directory
 from microlm.text.read import read_records
 from microlm.text.tokenizer import copy_files
@@ -32,7 +32,7 @@ class ExportRecipe(StageRecipe):
     )
 
 
-@stage("export", kind="model", version=2)
+@stage("export", kind="model", version=3)
 def run(recipe: ExportRecipe, work: Workspace) -> None:
     """Check that this model was the one evaluated, write it with its card, compare with transformers."""
     model, scores = work.inputs["model"], work.inputs.get("scores")
@@ -45,13 +45,17 @@ def run(recipe: ExportRecipe, work: Workspace) -> None:
     facts = card.Facts(
         recipe.name, recipe.dtype, decoder.config, sum(p.numel() for p in decoder.parameters())
     )
-    work.write_text("README.md", card.render(facts, history, scores, sorted(work.licences)))
+    found = licences.find(history, work.licences)
+    licences.warn(found)
+    work.write_text("README.md", card.render(facts, history, scores, sorted(work.licences), found))
     del decoder  # the check loads the written files, twice
     texts, conversations = held_out(history, recipe.parity_texts)
     dtypes = {"stored_dtype": recipe.dtype, "compared_dtype": "float32"}
     report = dtypes | parity.compare(work.path, texts, conversations)
     work.write_json("logs/parity.json", report)
     work.metrics |= report
+    if found:
+        work.metrics["licence_warnings"] = [concern._asdict() for concern in found]
     parity.require(report, work.out)
 
 

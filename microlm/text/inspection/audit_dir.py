@@ -59,10 +59,10 @@ class Outcome:
         for gate, names in found.examples.items():
             shown = self.examples.setdefault(gate, [])
             shown += names[: overlap.MAX_EXAMPLES - len(shown)]
-        for block, row, mine, value in found.near:
+        for block, row, mine, value, kind in found.near:
             if (block, row) not in self.near:
                 self.near[block, row] = found.number, mine, value
-                self.near_kinds[found.part.kind or "records"] += 1
+                self.near_kinds[kind] += 1
 
 
 def measured(tokenizer: Path | None, near: bool) -> dict[str, bool]:
@@ -81,7 +81,7 @@ def audit(
         for kind, pairs in repeats.pairs.items():
             outcome.examples[kind] = [_pair(options.folder, *pair) for pair in pairs]
         outcome.examples["near_leakage"] = [
-            f"{_pair(options.folder, held, (block, row))}, {value:.2f}"
+            _pair(options.folder, held, (block, row), f"~ {value:.2f}")
             for held, (block, row, value) in sorted(outcome.near.items())[: overlap.MAX_EXAMPLES]
         ]
     if not any(group.records for group in outcome.groups.values()):
@@ -223,8 +223,8 @@ def _ranked(counts: Counter[str]) -> list[tuple[str, int]]:
     return sorted(counts.items(), key=lambda item: (-item[1], item[0]))
 
 
-def _pair(folder: Path, one: tuple[int, int], other: tuple[int, int]) -> str:
-    return f"{overlap.name(folder, *one)} = {overlap.name(folder, *other)}"
+def _pair(folder: Path, one: tuple[int, int], other: tuple[int, int], sign: str = "=") -> str:
+    return f"{overlap.name(folder, *one)} {sign} {overlap.name(folder, *other)}"
 
 
 def _prepared(root: Path | None) -> Any:

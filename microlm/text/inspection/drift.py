@@ -13,7 +13,7 @@ from itertools import permutations
 from typing import Any
 
 EXPECTED = 5
-_ALIKE = 0.5
+_ALIKE = 0.65
 
 
 @dataclass(frozen=True)

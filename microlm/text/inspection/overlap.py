@@ -34,8 +34,8 @@ _PAIRS = 1 << 20  # candidates that are looked at together
 _TRIES = 8  # exact comparisons of a held-out record with the most alike of a block
 _DEVIATIONS = 3.5  # of the estimate below the threshold, see `near.index`
 _KIND = np.uint64(0x9E3779B97F4A7C15)
-Near = tuple[int, int, int, float]
-"""Held-out block and row, the row that is alike, the Jaccard."""
+Near = tuple[int, int, int, float, str]
+"""Held-out block and row, the row that is alike, the Jaccard, the kind of both."""
 
 
 @dataclass
@@ -186,7 +186,7 @@ def alike(folder: Path, signed: Signed, held_out: Sequence[int], threshold: floa
         columns = ("keys", "rows", "signatures", "said", "ends", "texts")
         held = HeldOut(*(np.load(folder / f"{block}.held-{c}.npy", mmap_mode="r") for c in columns))
         for (row, mine), value in _matches(held, signed, threshold).items():
-            yield block, row, mine, value
+            yield block, row, mine, value, FOLDERS[held.said["kind"][row]]
 
 
 def _matches(held: HeldOut, signed: Signed, threshold: float) -> dict[tuple[int, int], float]:

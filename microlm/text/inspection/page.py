@@ -104,15 +104,19 @@ def _parts(made: Page, parts: Sequence[Mapping[str, Any]]) -> None:
 
 def _overlap(made: Page, audit: Mapping[str, Any]) -> None:
     by_kind = audit["by_kind"]
-    kinds = sorted({kind for counts in by_kind.values() for kind in counts or ()})
-    titles = [*by_kind]
+    kinds = sorted({kind for counts in by_kind.values() for kind in counts or ()}) or ["all"]
+    columns = (
+        ("duplicates", "repeated in their split"),
+        ("leakage", "equal in another"),
+        ("near_leakage", "alike"),
+    )
     made.table(
-        ["kind", *(NUMBERS[title] for title in titles)],
+        ["kind", *(title for _, title in columns)],
         [
-            [k, *((by_kind[t] or {}).get(k, 0 if by_kind[t] is not None else None) for t in titles)]
-            for k in kinds
-        ]
-        or [["all", *(None if by_kind[t] is None else 0 for t in titles)]],
+            [kind, *(None if by_kind[name] is None else by_kind[name].get(kind, 0) for name, _ in columns)]
+            for kind in kinds
+        ],
+        "Records that another record of their split repeats, or another split holds too",
     )
     made.paragraph(
         "Equal: the same but for width, case, whitespace and punctuation. Alike: found by MinHash, compared "

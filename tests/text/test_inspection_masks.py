@@ -1,0 +1,86 @@
+"""Cut answers and loss masks as the audit counts them, against ids that are walked by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from artifacts import write_data, write_tokenizer
+
+from microlm.core.records import Conversation, Message, Preference
+from microlm.text.chat import encode_chat
+from microlm.text.inspection import masks
+from microlm.text.tokenizer import SPECIAL, Tokenizer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("run")
+    return write_tokenizer(root / "tokenizer", write_data(root / "data")).path
+
+
+def chat(*turns: str) -> Conversation:
+    roles: Any = ("user", "assistant")
+    return Conversation(tuple(Message(roles[i % 2], words) for i, words in enumerate(turns)))
+
+
+@pytest.mark.parametrize("context", [1, 10, 20, 21, 22, 23, 24, 40, 1000])
+def test_an_answer_is_cut_when_its_end_is_beyond_the_context(folder: Path, context: int) -> None:
+    chats = [
+        chat("李白是谁？", "李白是唐代的诗人。"),
+        chat("甲", "乙", "丙", "丁" * 10),
+        chat("问" * 30, "答"),
+    ]
+    tokenizer = Tokenizer.load(folder)
+    seen = list(masks.look(folder, context, chats))
+    assert [s.record for s in seen] == [0, 1, 2] and [s.answers for s in seen] == [1, 2, 1]
+    for one, conversation in zip(seen, chats, strict=True):
+        ids, mask = encode_chat(tokenizer, conversation.messages)
+        whole = sum(i == tokenizer.eos_id and m for i, m in zip(ids[:context], mask, strict=False))
+        assert (one.tokens, one.cut, one.fault) == (len(ids), one.answers - whole, "")
+
+
+def test_a_preference_is_two_answers(folder: Path) -> None:
+    pair = Preference((Message("user", "问"),), "短", "很长的回答" * 20)
+    assert [(s.record, s.answers, s.cut) for s in masks.look(folder, 30, [chat("一", "二"), pair])] == [
+        (0, 1, 0), (1, 1, 0), (1, 1, 1)
+    ]  # fmt: skip
+
+
+def test_control_tokens_typed_by_a_user_are_no_fault(folder: Path) -> None:
+    [seen] = masks.look(folder, 99, [chat("".join(SPECIAL), "<|im_end|>\n<|im_start|>user\n")])
+    assert seen.fault == ""
+
+
+def test_a_separator_that_is_no_special_token_is_found(folder: Path, tmp_path: Path) -> None:
+    """`<|im_end|>` as an ordinary added token: typed by a user it ends the turn."""
+    data = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    for token in data["added_tokens"]:
+        token["special"] = token["content"] != "<|im_end|>"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data), encoding="utf-8")
+    faults = [s.fault for s in masks.look(tmp_path, 99, [chat("问", "答"), chat("说<|im_end|>了", "答")])]
+    assert faults == ["", "control_token_from_text"]
+
+
+def test_every_wrong_mask_has_a_name(folder: Path) -> None:
+    tokenizer = Tokenizer.load(folder)
+    turns = chat("问", "答").messages
+    ids, mask = encode_chat(tokenizer, turns)
+    assert masks.fault(tokenizer, turns, ids, mask) == ""
+    assert masks.fault(tokenizer, turns, ids, mask[:-1]) == "mask_of_another_length"
+    assert masks.fault(tokenizer, turns, ids, [0] * len(ids)) == "nothing_to_learn"
+    last = max(i for i, token in enumerate(ids) if token == tokenizer.eos_id)
+    first = ids.index(tokenizer.eos_id)
+    assert (
+        masks.fault(tokenizer, turns, ids, [*mask[:last], 0, *mask[last + 1 :]])
+        == "eos_of_answer_not_labelled"
+    )
+    assert (
+        masks.fault(tokenizer, turns, ids, [*mask[:first], 1, *mask[first + 1 :]]) == "label_outside_answers"
+    )
+    assert masks.fault(tokenizer, turns, ids, [*mask[:1], 1, *mask[2:]]) == "label_outside_answers"
+    only_end = [int(i == last) for i in range(len(ids))]
+    assert masks.fault(tokenizer, turns, ids, only_end) == "answer_not_labelled"
+    assert masks.fault(tokenizer, turns[:1], ids, mask) == "control_token_from_text"
