@@ -181,34 +181,53 @@ def test_pieces_of_a_document_stay_on_its_side(shards: Corpus, tmp_path: Path) -
 def test_killed_and_run_again_gives_the_same_bytes(tmp_path: Path) -> None:
     folder = tmp_path / "shards"
     corpus(folder, count=3000, shards=2)
-    whole = prepare(folder, tmp_path / "whole")["digest"]
+    started = time.monotonic()
+    whole = finish(folder, tmp_path / "whole")
+    seconds = time.monotonic() - started
+    rng, kills, chain = random.Random(0), 0, 0
+    while kills < 4:
+        out = tmp_path / f"chain-{chain}"
+        if kill_after(folder, out, rng.uniform(0.4, 0.95) * seconds):
+            kills += 1
+        else:
+            assert finish(folder, out) == whole
+            chain += 1
+    assert finish(folder, tmp_path / f"chain-{chain}") == whole
+
+
+def command(folder: Path, out: Path) -> list[str]:
     stage = {
         "stage": "data",
-        "out": str(tmp_path / "killed"),
+        "out": str(out),
         "source": [f"jsonl:{p}" for p in sorted(folder.glob("*.jsonl"))],
         "fill": "none",
         "parallel": {"processes": 2},
     }
-    recipe = tmp_path / "recipe.yaml"
+    recipe = out.with_suffix(".yaml")
     recipe.write_text(yaml.safe_dump(stage), encoding="utf-8")
-    rng = random.Random(0)
-    command = [sys.executable, "-m", "microlm", "run", str(recipe)]
-    killed = 0
-    for _ in range(4):
-        process = subprocess.Popen(
-            command,
-            env=runtime.child_env({"OMP_NUM_THREADS": "1"}),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        try:
-            process.wait(timeout=rng.uniform(2.0, 8.0))
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            killed += 1
-            time.sleep(0.5)
-    assert killed
-    subprocess.run(command, check=True, capture_output=True)
-    assert open_artifact(str(tmp_path / "killed")).digest == whole
+    return [sys.executable, "-m", "microlm", "run", str(recipe)]
+
+
+def finish(folder: Path, out: Path) -> str:
+    """Run to the end; the artifact's digest."""
+    env = runtime.child_env({"OMP_NUM_THREADS": "1"})
+    subprocess.run(command(folder, out), env=env, check=True, capture_output=True)
+    return open_artifact(str(out)).digest
+
+
+def kill_after(folder: Path, out: Path, seconds: float) -> bool:
+    """Start the stage and kill it with its workers; False when it had ended by itself."""
+    process = subprocess.Popen(
+        command(folder, out),
+        env=runtime.child_env({"OMP_NUM_THREADS": "1"}),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        process.wait(timeout=seconds)
+        return False
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        return True

@@ -5,6 +5,7 @@ The choice depends on content alone, never on the order of files or blocks.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -55,15 +56,15 @@ def near(pool: Pool, store: Store, threshold: float, memory_mb: int) -> Iterator
             bar.update(1)
     rows = [_documents(store, n) for n in range(store.count)]
     first = np.cumsum([0, *(len(r) for r in rows)])
+    entries = functools.cache(store.entries)
     with Reader(store.folder) as reader:
 
         def texts(documents: Sequence[int]) -> list[str]:
             found = []
-            for number, at in zip(
-                documents, np.searchsorted(first, documents, side="right") - 1, strict=True
-            ):
-                row = rows[at][number - first[at]]
-                found.append(reader.body(int(at), store.entries(int(at))[row]).decode("utf-8"))
+            blocks = np.searchsorted(first, documents, side="right") - 1
+            for number, block in zip(documents, blocks.tolist(), strict=True):
+                row = rows[block][number - first[block]]
+                found.append(reader.body(block, entries(block)[row]).decode("utf-8"))
             return found
 
         search = index.NearIndex(store.folder, store.count, memory_mb)
