@@ -78,11 +78,23 @@ class Task:
     strict: bool = False
     word: str = ""
 
+    def identity(self) -> list[Any]:
+        """What tells this block from others that an earlier attempt may have refined under its number."""
+        if isinstance(self.block, tuple):
+            return ["composed", len(self.block)]
+        return [
+            self.word,
+            self.block.consumed,
+            getattr(self.block, "start", 0),
+            getattr(self.block, "number", 0),
+        ]
+
 
 def refine(task: Task) -> dict[str, Any]:
     """Refine a block, unless an earlier attempt has; returns its report."""
-    if (done := finished(task.folder, task.number)) is not None:
-        found: dict[str, Any] = done
+    done = finished(task.folder, task.number)
+    if done is not None and done["block"] == task.identity():
+        found: dict[str, Any] = done["report"]
         return found
     report, composed = Report(), isinstance(task.block, tuple)
     writer = BlockWriter(task.folder, task.number)
@@ -93,7 +105,7 @@ def refine(task: Task) -> dict[str, Any]:
         body, meta = serialised(record)
         chars = len(record.text) if isinstance(record, Document) else len(body)
         writer.put((KINDS.index(kind), int(composed)), record_digest(record), body, meta, chars)
-    writer.finish(report.to_json())
+    writer.finish({"block": task.identity(), "report": report.to_json()})
     return report.to_json()
 
 
