@@ -108,6 +108,23 @@ def test_near_leaks_are_those_of_all_pairs(tmp_path: Path) -> None:
     assert found["near_leakage"] == sum(0.8 <= best[v] < 1 for v in clear) > 20
 
 
+def test_a_held_out_record_counts_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though training holds four like ones of it, in different blocks."""
+    monkeypatch.setattr(jsonl, "BLOCK_BYTES", 3_000)
+    rng = random.Random(4)
+    held_out = [text(rng) for _ in range(5)]
+    train = []
+    for _ in range(4):
+        train += [altered(rng, t, 1) for t in held_out] + [text(rng) for _ in range(150)]  # a piece of 64 KB
+    found = audit(
+        f"train={write(tmp_path / 'a.jsonl', [{'text': t} for t in train])}",
+        f"validation={write(tmp_path / 'b.jsonl', [{'text': t} for t in held_out])}",
+    )
+    assert found["by_kind"]["near_leakage"] == {"documents": 5} == {
+        "documents": found["numbers"]["near_leakage"]
+    }  # fmt: skip
+
+
 def test_records_of_other_kinds_are_no_leak(tmp_path: Path) -> None:
     said = text(random.Random(2))
     chat = {"messages": [{"role": "user", "content": said}, {"role": "assistant", "content": "好"}]}
