@@ -23,7 +23,7 @@ _SKIPPED = re.compile(r"[\s!-#%-*,-/:;?@\[-\]_`{}¡§«¶·»¿‐-‧‰-⁞、
 
 def digest(text: str) -> bytes:
     """16 bytes of sha256 over the normalised text (NFKC, casefold, without whitespace and punctuation)."""
-    bare = _WIDE.sub("", text)  # what NFKC makes ASCII punctuation of; most texts are in normal form without it
+    bare = _WIDE.sub("", text)  # what NFKC makes punctuation of: without it most texts are in normal form
     folded = (bare if unicodedata.is_normalized("NFKC", bare) else normalised("NFKC", bare)).casefold()
     return hashlib.sha256(_SKIPPED.sub("", folded).encode("utf-8")).digest()[:DIGEST_BYTES]
 

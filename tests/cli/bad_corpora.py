@@ -93,7 +93,10 @@ CORPORA: dict[str, tuple[Prepare, str]] = {
         lambda r: r.stage("data", source="jsonl:none.jsonl"),
         r"none\.jsonl: no such file; check",
     ),
-    "a folder": (lambda r: r.stage("data", source="jsonl:runs"), r"runs: \d+ of \d+ records cannot be used, .*; mend"),
+    "a folder": (
+        lambda r: r.stage("data", source="jsonl:runs"),
+        r"runs: \d+ of \d+ records cannot be used, .*; mend",
+    ),
     "a folder without texts": (lambda r: r.stage("data", source="text:runs"), r"runs: holds no \.txt"),
     "unknown extension": (
         lambda r: r.corpus(b"text\nx\n", "c.csv"),
