@@ -50,8 +50,11 @@ def plain_tokens(text: str) -> list[str]:
 
 
 def plain_shingles(text: str) -> set[tuple[str, ...]]:
-    """The shingles as tuples of tokens."""
+    """The shingles as tuples of tokens, or of characters where these are as many as the words."""
     tokens = plain_tokens(text)
+    alone = sum(any(low <= ord(t[0]) <= high for low, high in ALONE) for t in tokens)
+    if alone and 2 * alone >= len(tokens):
+        tokens = list("".join(tokens))
     size = min(5, len(tokens))
     return {tuple(tokens[i : i + size]) for i in range(len(tokens) - size + 1)} if tokens else set()
 
@@ -120,6 +123,14 @@ def test_width_case_and_punctuation_do_not_count_but_order_does() -> None:
     assert len(signature.shingles("一二三四五六")) == 2
     assert len(signature.shingles("一 two three")) == 1
     assert len(signature.shingles("……!?")) == 0
+
+
+def test_words_in_a_chinese_text_are_read_by_their_letters() -> None:
+    text = "".join(chr(0x4E00 + i) for i in range(40))
+    one, other = (text[:20] + word + text[20:] for word in ("databases", "databasex"))
+    assert signature.jaccard(signature.shingles(one), signature.shingles(other)) == 40 / 50
+    assert len(signature.shingles("一二 three four")) == 7
+    assert len(signature.shingles("一 two three")) == 1
 
 
 @pytest.mark.parametrize("size", [1, 5, 20, 60, 150, 400, 3000])

@@ -51,8 +51,25 @@ def mix(value: np.uint64) -> np.uint64:
 
 
 @njit(cache=True, nogil=True)
-def tokens(codes: Codes, fold: Codes, out: Hashes) -> int:
-    """Hash the tokens of a text into `out` (as long as `codes`); returns how many there are."""
+def is_in_characters(codes: Codes, fold: Codes) -> bool:
+    """Whether a text has at least as many characters that stand alone as words, and one of them."""
+    alone = words = 0
+    in_word = False
+    for code in codes:
+        folded = fold[code] if code < _TABLE else np.uint32(_ALONE if code < 0x40000 else 0)
+        alone += folded >= _ALONE
+        starts = 0 < folded < _ALONE
+        words += starts and not in_word
+        in_word = starts
+    return alone > 0 and alone >= words
+
+
+@njit(cache=True, nogil=True)
+def tokens(codes: Codes, fold: Codes, has_words: bool, out: Hashes) -> int:
+    """Hash the tokens of a text into `out` (as long as `codes`); without words each letter is a token.
+
+    Returns how many there are.
+    """
     count = 0
     word = np.uint64(0)  # 0 between words
     for code in codes:
@@ -60,7 +77,7 @@ def tokens(codes: Codes, fold: Codes, out: Hashes) -> int:
             folded = fold[code]
         else:
             folded = np.uint32(code | _ALONE) if code < 0x40000 else np.uint32(0)
-        if folded == 0 or folded >= _ALONE:
+        if folded == 0 or folded >= _ALONE or not has_words:
             if word:
                 out[count] = mix(word)
                 count += 1
@@ -91,7 +108,7 @@ def join(hashes: Hashes, count: int, size: int) -> int:
 @njit(cache=True, nogil=True)
 def shingle(codes: Codes, fold: Codes, size: int, out: Hashes) -> int:
     """Hash the shingles of a text into `out`; fewer than `size` tokens make one shingle, no token none."""
-    count = tokens(codes, fold, out)
+    count = tokens(codes, fold, not is_in_characters(codes, fold), out)
     return join(out, count, min(size, count)) if count else 0
 
 

@@ -1,7 +1,8 @@
 """What of a text is compared. Enters: texts. Leaves: shingles, exact Jaccards, MinHash signatures, band keys.
 
 A token is one character of East Asia or a run of other letters and digits, small and narrow; a shingle is
-five tokens in a row. So Chinese is compared by 5-grams of characters, English by 5-grams of words.
+five tokens in a row. In a text with fewer words than characters of East Asia each letter is a token too. So
+Chinese, with the English in it, is compared by 5-grams of characters, English by 5-grams of words.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def grams(text: str, size: int) -> Hashes:
     """A hash of each `size` tokens in a row, in the text's order; none if the text has fewer tokens."""
     codes = _codes(text)
     out = np.empty(len(codes), dtype=np.uint64)
-    count = kernels.tokens(codes, kernels.fold_table(), out)
+    count = kernels.tokens(codes, kernels.fold_table(), True, out)
     return out[: kernels.join(out, count, size)]
 
 
