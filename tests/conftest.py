@@ -1,14 +1,15 @@
 """Fixtures of all rooms; its folder is on the path, so that tests can import `tiny_model`."""
 
+from pathlib import Path
+
 import pytest
-from shared_data import DATA
 
 from microlm.core import runtime
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out, and count as deselected, what needs the shared corpora where they are not."""
-    if not DATA.is_dir():
+    if not (Path(__file__).parents[2] / "shared/data").is_dir():
         gone = [item for item in items if item.get_closest_marker("shared")]
         config.hook.pytest_deselected(items=gone)
         items[:] = [item for item in items if item not in gone]
