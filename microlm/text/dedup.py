@@ -5,9 +5,13 @@ Two texts are equal when they differ only in width, case, whitespace and punctua
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 import unicodedata
+
+import numpy as np
+from numpy.typing import NDArray
 
 from microlm.core.records import Conversation, Document, Extraction
 from microlm.text.clean import normalised
@@ -19,13 +23,48 @@ _BETWEEN = "\ue000"  # private use: cleaning leaves none in a text, normalisatio
 # after NFKC: whitespace, ASCII punctuation without operators ($ + < = > ^ | ~), general and CJK punctuation
 _WIDE = re.compile("[！-＃％-＊，-／：；？＠［-］＿｛｝　…]+")
 _SKIPPED = re.compile(r"[\s!-#%-*,-/:;?@\[-\]_`{}¡§«¶·»¿‐-‧‰-⁞、-〃〈-】〔-〟・]+")
+_TABLE = 0x20000
+_HARD = 0xFFFFFFFF
+_ONE_BY_ONE = ((0x0001, 0x1100), (0x1200, 0x3400), (0xA000, 0xA960), (0xA980, 0xAC00), (0xF900, 0x10000))
+_ONE_BY_ONE += ((0x1F000, 0x1FB00),)  # pictographs
+_THEMSELVES = ((0x3400, 0x4DC0), (0x4E00, 0xA000), (0xAC00, 0xD7A4), (0xE000, 0xF900))
+"""Han, hangul, private use: what no normal form changes; the ranges leave out jamo."""
 
 
 def digest(text: str) -> bytes:
     """16 bytes of sha256 over the normalised text (NFKC, casefold, without whitespace and punctuation)."""
+    codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
+    if codes.max(initial=0) < _TABLE:
+        folded = _fold_table()[codes]  # the same as `fold`, in a quarter of its time
+        if folded.max(initial=0) != _HARD:
+            said = folded[folded != 0].tobytes().decode("utf-32-le")
+            return hashlib.sha256(said.encode("utf-8")).digest()[:DIGEST_BYTES]
+    return hashlib.sha256(fold(text).encode("utf-8")).digest()[:DIGEST_BYTES]
+
+
+def fold(text: str) -> str:
+    """What a text says: in NFKC, folded, without whitespace and punctuation."""
     bare = _WIDE.sub("", text)  # what NFKC makes punctuation of: without it most texts are in normal form
     folded = (bare if unicodedata.is_normalized("NFKC", bare) else normalised("NFKC", bare)).casefold()
-    return hashlib.sha256(_SKIPPED.sub("", folded).encode("utf-8")).digest()[:DIGEST_BYTES]
+    return _SKIPPED.sub("", folded)
+
+
+@functools.cache
+def _fold_table() -> NDArray[np.uint32]:
+    """code point → 0 for what is left out, `fold` of it, or _HARD: look at the whole text."""
+    table = np.full(_TABLE, _HARD, dtype=np.uint32)
+    for low, high in _THEMSELVES:
+        table[low:high] = np.arange(low, high)
+    for code in (c for low, high in _ONE_BY_ONE for c in range(low, high)):
+        said = fold(chr(code))
+        if not any(map(_may_join, (chr(code), *said))) and len(said) < 2:
+            table[code] = ord(said) if said else 0
+    return table
+
+
+def _may_join(char: str) -> bool:
+    """Whether a normal form can make one character of it and the one before: marks and jamo."""
+    return unicodedata.category(char).startswith("M") or "\u1100" <= char <= "\u11ff"
 
 
 def record_digest(record: Record) -> bytes:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import tracemalloc
+import unicodedata
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from microlm.core.records import Conversation, Document, Extraction, Message, Preference
-from microlm.text.dedup import DIGEST_BYTES, DigestSet, digest, record_digest
+from microlm.text.dedup import DIGEST_BYTES, DigestSet, digest, fold, record_digest
 
 
 @pytest.mark.parametrize(
@@ -33,6 +34,30 @@ def test_other_texts_differ(one: str, other: str) -> None:
 
 def test_digest_is_half_a_sha256_of_the_folded_text() -> None:
     assert digest("Ａ b。") == hashlib.sha256(b"ab").digest()[:DIGEST_BYTES]
+
+
+@settings(deadline=None, max_examples=600)
+@given(
+    st.text(
+        st.one_of(
+            st.characters(exclude_categories=["Cs"]),
+            st.sampled_from(
+                "aÄßſΣς１℃①½…　。，·가각\u1100\u1161\u11a8\u0301\ufb01\u0130\uf900\uff9e\ue000ㄱㅏﾡￂｶ\0𠀀😀"
+            ),
+        ),
+        max_size=12,
+    )
+)
+@example("\u1100\u1161\u11a8 가\u11a8 e\u0301 か\u3099")
+@example("ㄱㅏ ﾡￂ 가ﾨ ｶﾞ")
+def test_digest_by_table_is_that_of_the_folded_text(text: str) -> None:
+    assert digest(text) == hashlib.sha256(fold(text).encode()).digest()[:DIGEST_BYTES]
+
+
+def test_every_character_between_others_is_folded_as_alone() -> None:
+    for code in (c for c in range(0x110000) if unicodedata.category(chr(c)) not in ("Cs", "Co", "Cn")):
+        text = f"か{chr(code)}a"
+        assert digest(text) == hashlib.sha256(fold(text).encode()).digest()[:DIGEST_BYTES], hex(code)
 
 
 def test_turns_are_not_run_together() -> None:
