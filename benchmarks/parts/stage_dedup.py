@@ -1,7 +1,7 @@
 """The engine's two stages of deduplication alone, over cleaned texts, in one process.
 
 Reads a JSON list of texts; prints {"seconds", "removed"} of the second of two runs, reading not timed; the
-first compiles. What is timed ends with the numbers of the texts that go, as the peer's script does.
+first loads the kernels. What is timed ends with the numbers of the texts that go, as the peer's script does.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def main() -> None:
     """Deduplicate the texts of the file that the command line names."""
     texts = json.loads(Path(sys.argv[1]).read_bytes())
     with tempfile.TemporaryDirectory() as folder:
-        removed_from(texts[:50], Path(folder))
+        removed_from(texts, Path(folder))
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
         removed = removed_from(texts, Path(folder))
@@ -40,7 +40,7 @@ def removed_from(texts: list[str], folder: Path) -> list[int]:
     for block, start in enumerate(blocks):
         writer = BlockWriter(folder, block)
         for number, text in enumerate(texts[start : start + BLOCK], start):
-            meta = json.dumps([str(number), None]).encode()
+            meta = b'["%d",null]' % number
             writer.put((0, 0), digest(text), text.encode("utf-8"), meta, len(text))
         writer.finish({})
     store = Store(folder, len(blocks))

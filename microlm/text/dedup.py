@@ -11,6 +11,7 @@ import re
 import unicodedata
 
 import numpy as np
+from numba import njit
 from numpy.typing import NDArray
 
 from microlm.core.records import Conversation, Document, Extraction
@@ -23,10 +24,9 @@ _BETWEEN = "\ue000"  # private use: cleaning leaves none in a text, normalisatio
 # after NFKC: whitespace, ASCII punctuation without operators ($ + < = > ^ | ~), general and CJK punctuation
 _WIDE = re.compile("[！-＃％-＊，-／：；？＠［-］＿｛｝　…]+")
 _SKIPPED = re.compile(r"[\s!-#%-*,-/:;?@\[-\]_`{}¡§«¶·»¿‐-‧‰-⁞、-〃〈-】〔-〟・]+")
-_TABLE = 0x20000
+_TABLE = 0x10000  # what UTF-8 has in at most three bytes
 _HARD = 0xFFFFFFFF
 _ONE_BY_ONE = ((0x0001, 0x1100), (0x1200, 0x3400), (0xA000, 0xA960), (0xA980, 0xAC00), (0xF900, 0x10000))
-_ONE_BY_ONE += ((0x1F000, 0x1FB00),)  # pictographs
 _THEMSELVES = ((0x3400, 0x4DC0), (0x4E00, 0xA000), (0xAC00, 0xD7A4), (0xE000, 0xF900))
 """Han, hangul, private use: what no normal form changes; the ranges leave out jamo."""
 
@@ -34,12 +34,10 @@ _THEMSELVES = ((0x3400, 0x4DC0), (0x4E00, 0xA000), (0xAC00, 0xD7A4), (0xE000, 0x
 def digest(text: str) -> bytes:
     """16 bytes of sha256 over the normalised text (NFKC, casefold, without whitespace and punctuation)."""
     codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
-    if codes.max(initial=0) < _TABLE:
-        folded = _fold_table()[codes]  # the same as `fold`, in a quarter of its time
-        if folded.max(initial=0) != _HARD:
-            said = folded[folded != 0].tobytes().decode("utf-32-le")
-            return hashlib.sha256(said.encode("utf-8")).digest()[:DIGEST_BYTES]
-    return hashlib.sha256(fold(text).encode("utf-8")).digest()[:DIGEST_BYTES]
+    out = np.empty(3 * len(codes), dtype=np.uint8)
+    size = _fold(codes, _fold_table(), out)  # the same as `fold`, in a tenth of its time
+    said = out[:size] if size >= 0 else fold(text).encode("utf-8")
+    return hashlib.sha256(said).digest()[:DIGEST_BYTES]
 
 
 def fold(text: str) -> str:
@@ -57,9 +55,34 @@ def _fold_table() -> NDArray[np.uint32]:
         table[low:high] = np.arange(low, high)
     for code in (c for low, high in _ONE_BY_ONE for c in range(low, high)):
         said = fold(chr(code))
-        if not any(map(_may_join, (chr(code), *said))) and len(said) < 2:
+        if len(said) < 2 and said < chr(_TABLE) and not any(map(_may_join, (chr(code), *said))):
             table[code] = ord(said) if said else 0
     return table
+
+
+@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _fold(codes, table, out):  # type: ignore[no-untyped-def]
+    """Write `fold` of a text into `out` in UTF-8; its size, or -1 if a character is hard."""
+    size = 0
+    for code in codes:
+        value = table[code] if code < _TABLE else _HARD
+        if value == _HARD:
+            return -1
+        if value == 0:
+            continue
+        if value < 0x80:
+            out[size] = value
+            size += 1
+        elif value < 0x800:
+            out[size] = 0xC0 | value >> 6
+            out[size + 1] = 0x80 | value & 0x3F
+            size += 2
+        else:
+            out[size] = 0xE0 | value >> 12
+            out[size + 1] = 0x80 | value >> 6 & 0x3F
+            out[size + 2] = 0x80 | value & 0x3F
+            size += 3
+    return size
 
 
 def _may_join(char: str) -> bool:

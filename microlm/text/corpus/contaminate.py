@@ -86,6 +86,6 @@ def load(folder: Path, overlap: float) -> HeldOut:
 
     def column(name: str) -> NDArray[Any]:
         found: NDArray[Any] = np.load(folder / f"held_out.{name}.npy", mmap_mode="r")
-        return found
+        return np.asarray(found)  # a memmap costs microseconds with every slice
 
     return HeldOut(column("grams"), column("items"), column("sizes"), column("filter"), overlap)
