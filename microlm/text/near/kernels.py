@@ -57,10 +57,11 @@ def is_in_characters(codes: Codes, fold: Codes) -> bool:
     in_word = False
     for code in codes:
         folded = fold[code] if code < _TABLE else np.uint32(_ALONE if code < 0x40000 else 0)
-        alone += folded >= _ALONE
-        starts = 0 < folded < _ALONE
-        words += starts and not in_word
-        in_word = starts
+        if folded >= _ALONE:
+            alone += 1
+        elif folded and not in_word:
+            words += 1
+        in_word = bool(0 < folded < _ALONE)
     return alone > 0 and alone >= words
 
 
