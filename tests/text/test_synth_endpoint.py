@@ -253,7 +253,7 @@ def test_killed_and_continued_equals_undisturbed(server: Watched, tmp_path: Path
 
 def test_ctrl_c_loses_no_answer(server: Watched, tmp_path: Path) -> None:
     names = seeds(tmp_path / "many.jsonl", [{"name": n} for n in MANY])
-    once = fields(server, names, requests_per_minute=1200, concurrency=3) | {"draw": {**DRAW, "attempts": 1}}
+    once = fields(server, names, requests_per_minute=360, concurrency=3) | {"draw": {**DRAW, "attempts": 1}}
     calm = synth(tmp_path / "calm", **once)
     server.answered, server.asked = 0, []
     process = start(tmp_path / "out", once)
