@@ -104,7 +104,7 @@ def main() -> None:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": environment["code"]["commit"],
         "machine": machine(environment["environment"]),
-        "versions": {name: runtime.package_version(name) for name in PACKAGES} | bench.versions,
+        "versions": bench.versions | {name: runtime.package_version(name) for name in PACKAGES},
         "rows": bench.rows,
         "goals": [] if options.quick else goals(bench.rows),
     }
