@@ -18,9 +18,11 @@ from typing import Any, Literal, TypeVar
 
 from microlm.core.errors import UserError
 from microlm.core.records import Conversation, Document, Extraction, Preference
+from microlm.text.rules.privacy import masked
 
 Record = Document | Conversation | Extraction | Preference
 T = TypeVar("T")
+MASKED_CHARS = 1024  # of a word: what is a person's is whole in it where it begins in the part that is shown
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -68,8 +70,8 @@ def check_strings(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def shown(value: Any) -> str:
-    """A word of the user, short and printable, for a message."""
-    text = value if isinstance(value, str) else type(value).__name__
+    """A word of the user, short, printable and without what is a person's, for a message."""
+    text = masked(value[:MASKED_CHARS]) if isinstance(value, str) else type(value).__name__
     return (
         text[:24].encode("ascii" if not text.isprintable() else "utf-8", "backslashreplace").decode("utf-8")
     )

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import zstandard
@@ -16,7 +17,9 @@ from hypothesis import strategies as st
 from microlm.core.errors import UserError
 from microlm.core.records import Document
 from microlm.text import sources
+from microlm.text.read import Drop
 from microlm.text.sources import MAX_REASONS, Tally, packed
+from microlm.text.sources.shapes import parse_line
 
 GOOD = [json.dumps({"text": f"第{i}篇文章说的是诗人。"}, ensure_ascii=False).encode() for i in range(9)]
 
@@ -295,3 +298,34 @@ def test_random_bytes_never_raise_anything_but_a_user_error(
     else:
         assert len(kept) == tally.kept
     assert tally.read == tally.kept + tally.dropped.total()
+
+
+PERSONAL = (
+    "13930304461",
+    "zhangsan@example.com",
+    "4539148803436467",
+    "联系人的手机号码是一三九，或 13930304461",
+)
+
+
+def test_no_drop_shows_personal_data() -> None:
+    """What stands where a key, a role or a type should, whole or where its glimpse ends."""
+    for word in PERSONAL:
+        turn = {"content": [{"type": word, "text": "x"}], "role": "user"}
+        lines: list[dict[str, Any]] = [
+            {word: "x"},
+            {"messages": [{"role": word, "content": "x"}]},
+            {"messages": [turn]},
+        ]
+        drops = [parse_line(json.dumps(line).encode(), "f:1") for line in lines]
+        told = [f"{d.reason} {d.detail}" for d in drops if isinstance(d, Drop)]
+        assert len(told) == 3 and all("<" in t for t in told)
+        assert not any(secret[:6] in t for secret in PERSONAL[:3] for t in told)
+
+
+def test_a_csv_file_without_a_header_shows_no_personal_data(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text(",".join(PERSONAL) + "\n", encoding="utf-8")
+    with pytest.raises(UserError, match="its header row is '<PHONE>, <EMAIL>, <BANK_CARD>, ") as told:
+        list(sources.read(sources.parse(f"csv:{path}"), Tally(), False))
+    assert not any(secret[:6] in str(told.value) for secret in PERSONAL[:3])
