@@ -281,3 +281,19 @@ def test_hostile_text_is_cleaned_in_linear_time(piece: str) -> None:
     started = time.process_time()
     clean(Document(text), steps, Effects())
     assert time.process_time() - started < 2
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("李白&#8203;是诗人&shy;。", "李白是诗人。"),
+        ("李白是诗人。&#13;杜甫也是。&#x2028;王维也是。", "李白是诗人。\n杜甫也是。\n王维也是。"),
+        ("<p>李白&zwj;是&lrm;诗人&#xFEFF;。</p>", "李白是诗人。"),
+        ("x &lt; y &#128104;&zwj;&#128105;", "x < y \U0001f468\u200d\U0001f469"),
+    ],
+)
+def test_entities_leave_nothing_invisible(text: str, expected: str) -> None:
+    assert after(text) == (expected, None)
+    effects = Effects()
+    clean(Document(text), rules(CleanRecipe(min_chars=0, min_letters=0)), effects)
+    assert effects.changed["html"] == 1

@@ -7,6 +7,7 @@ import re
 
 from microlm.core.records import Document
 from microlm.text.rules import edited
+from microlm.text.rules.encoding import visible
 
 MAX_FRONT_MATTER_LINES = 100
 
@@ -55,7 +56,10 @@ def _front_matter_end(text: str, at: int) -> int:
 
 
 def html_to_text(document: Document) -> tuple[Document, str | None]:
-    """Tags and entities to text: block tags end a line, scripts and comments go, `<T>` of code stays."""
+    """Tags and entities to text: block tags end a line, scripts, comments and invisible characters go.
+
+    What is no tag, as `<T>` of code, stays.
+    """
     text = document.text
     if "<" not in text and "&" not in text:
         return document, None
@@ -65,7 +69,8 @@ def html_to_text(document: Document) -> tuple[Document, str | None]:
     text = _INLINE_TAG.sub("", _BLOCK_TAG.sub("\n", _DECLARATION.sub("", text)))
     if is_xml:
         text = _XML_NAME.sub(_known_entity, _XML_TAG.sub("", text))
-    return edited(document, _ENTITY.sub(lambda m: html.unescape(m[0]), text)), None
+    text = _ENTITY.sub(lambda m: html.unescape(m[0]), text)
+    return (document if text == document.text else edited(document, visible(text))), None
 
 
 def _known_entity(match: re.Match[str]) -> str:
