@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -247,3 +249,21 @@ def test_page_and_rows_say_every_number_and_run_nothing(tmp_path: Path) -> None:
     told = dict(rows(found))
     assert told["duplicates"] == "1 (documents 1)" and told["eos_cut"] == "not measured"
     assert set(audit_dir.NUMBERS) <= told.keys() and found["numbers"].keys() == audit_dir.NUMBERS.keys()
+
+
+def test_more_shards_than_open_files(tmp_path: Path) -> None:
+    """300 files of one record each, of which two say the same, where 128 may be open."""
+    for n in range(300):
+        said = f"第 {n % 299} 篇：{text(random.Random(n % 299), 40)}"
+        write(tmp_path / f"shards/{n:03}.jsonl", [{"text": said}])
+    code = f"""
+import resource
+resource.setrlimit(resource.RLIMIT_NOFILE, (128, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+from pathlib import Path
+from microlm.text.inspection import audit_dir, parts
+found = parts.find(["train={tmp_path / "shards"}"])
+print(audit_dir.audit(found, 256, None, True, 1)["numbers"])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-500:]
+    assert "'records': 300, 'unreadable': 0, 'duplicates': 1," in done.stdout

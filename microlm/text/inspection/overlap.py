@@ -78,14 +78,15 @@ def _names(folder: Path, block: int) -> list[str]:
 
 
 def repeats(folder: Path, blocks: int) -> Repeats:
-    """Equal digests of records of one kind, over all blocks."""
-    arrays = [np.load(folder / f"{n}.said.npy", mmap_mode="r") for n in range(blocks)]
-    pieces = max(1, -(-sum(a.nbytes for a in arrays) // RANGE_BYTES))
+    """Equal digests of records of one kind, over all blocks; there may be more of these than open files."""
+    paths = [folder / f"{n}.said.npy" for n in range(blocks)]
+    pieces = max(1, -(-sum(path.stat().st_size for path in paths) // RANGE_BYTES))
     found = Repeats()
     for piece in range(pieces):
         low, high = ((p << 64) // pieces for p in (piece, piece + 1))
         parts = []
-        for array in arrays:
+        for path in paths:
+            array = np.load(path, mmap_mode="r")
             stop = len(array) if high >> 64 else int(np.searchsorted(array["hi"], np.uint64(high)))
             parts.append(np.array(array[int(np.searchsorted(array["hi"], np.uint64(low))) : stop]))
         _count(np.concatenate(parts) if parts else np.zeros(0, dtype=SAID), found)
