@@ -6,6 +6,7 @@ questions and chats, each in its splits, and the audit of it all.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -131,17 +132,21 @@ def run(recipe: PrepareRecipe, work: Workspace) -> None:
         own = frozenset() if sources.FACTBOOK in recipe.words() else frozenset(report.tasks)
         if book:
             report.add(refine_factbook(engine, book, kinds, own))
-        require_records(audit, report)
+        require_records(audit, report.kinds.total())
         engine.drop_exact()
-        engine.drop_shared_lines(recipe.dedup.line_documents, recipe.clean.min_chars)
-        engine.drop_near(recipe.dedup.near, recipe.dedup.memory_mb)
+        engine.drop_near(
+            recipe.dedup.near, recipe.dedup.memory_mb
+        )  # first: versions of a text share its lines
+        if engine.drop_shared_lines(recipe.dedup.line_documents, recipe.clean.min_chars):
+            engine.drop_exact()  # what is left of two documents can be the same, or nearly so
+            engine.drop_near(recipe.dedup.near, recipe.dedup.memory_mb)
         engine.count_kept()
         plan = engine.plan(recipe.shares(), recipe.decontaminate.overlap, recipe.cut_chars)
         benchmarks = list(holdout.benchmark_texts(recipe.decontaminate.benchmarks))
         engine.note_held_out(plan, benchmarks, said_held_out(book, kinds, own))
-        engine.assemble(plan, work.path)
-        audit.leakage = holdout.leakage(work.path, lambda held_out: engine.leaks(plan, held_out))
-    holdout.ensure(work.path, recipe.validation_share, recipe.test_share)
+        leaks = engine.assemble(plan, work.path)
+    audit.leakage = {"documents": leaks} | holdout.leakage(work.path)
+    require_records(audit, audit.survey.total())
     holdout.write(work, book, kinds, own, audit)
     schema = book.schema if book and "extraction" in kinds else {}
     holdout.complete_extraction(work, merged(report.schema, schema))
@@ -157,14 +162,15 @@ def kinds_to_fill(recipe: PrepareRecipe, report: Report) -> list[Kind]:
     return missing if recipe.fill == "factbook" else []
 
 
-def require_records(audit: Audit, report: Report) -> None:
-    """An error when cleaning left nothing at all."""
-    if not report.kinds.total():
-        reasons = audit.tallies["clean"].dropped.most_common(3)
+def require_records(audit: Audit, count: int) -> None:
+    """An error when nothing at all is left."""
+    if not count:
+        dropped = sum((t.dropped for n, t in audit.tallies.items() if n != "read"), Counter[str]())
+        reasons = dropped.most_common(3)
         why = ", ".join(f"{reason} {count}" for reason, count in reasons) or "no reason was counted"
         raise UserError(
             f"data.source: nothing is left of {audit.tallies['read'].read} records after cleaning"
-            f" ({why}); relax data.clean, or choose another source"
+            f" ({why}); relax data.clean and data.dedup, or choose another source"
         )
 
 

@@ -6,12 +6,9 @@ A record's split depends on what it says alone: not on the seed, the order or th
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Any, Literal, Self
+from typing import Any, Literal
 
 from microlm.core import storage
 from microlm.core.errors import UserError
@@ -59,36 +56,6 @@ def check_shares(validation_share: float, test_share: float) -> None:
         )
 
 
-class Shelves:
-    """The open files `root/kind/split.jsonl`, and how many records of each kind they hold."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.counts: Counter[Kind] = Counter()
-        self._files: dict[tuple[Kind, Split], IO[str]] = {}
-        self._open = ExitStack()
-
-    def __enter__(self) -> Self:
-        self._open.enter_context(storage.explain_write(self.root))
-        for kind, splits in SPLITS.items():
-            (self.root / kind).mkdir(parents=True, exist_ok=True)
-            for split in splits:
-                handle = place(self.root, kind, split).open("w", encoding="utf-8", newline="\n")
-                self._files[kind, split] = self._open.enter_context(handle)
-        return self
-
-    def __exit__(
-        self, cls: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._open.__exit__(cls, error, trace)
-
-    def put(self, record: Record, split: Split) -> None:
-        """Write a record at the end of its file."""
-        kind = kind_of(record)
-        self.counts[kind] += 1
-        self._files[kind, split].write(line_of(record))
-
-
 def place(root: Path, kind: Kind, split: Split) -> Path:
     """Where the records of a kind and split lie."""
     return root / kind / f"{split}.jsonl"
@@ -126,27 +93,6 @@ def rewrite(root: Path, kind: Kind, split: Split, change: Callable[[Any], Any | 
             if changed is not None:
                 new.write(line if changed is record else line_of(changed))
         fresh.replace(path)
-
-
-def move_one(root: Path, kind: Kind, split: Split) -> None:
-    """Give an empty held-out split the training record with the smallest digest, if there are two."""
-    if next(records_of(root, kind, split), None) is not None:
-        return
-    train = [record_digest(r) for r in records_of(root, kind, "train")]  # few, or chance had filled the split
-    if len(train) < 2:
-        return
-    smallest = min(train)
-    moved: list[Record] = []
-
-    def keep(record: Record) -> Record | None:
-        if record_digest(record) != smallest:
-            return record
-        moved.append(record)
-        return None
-
-    rewrite(root, kind, "train", keep)
-    with storage.explain_write(root), place(root, kind, split).open("w", encoding="utf-8", newline="\n") as f:
-        f.writelines(map(line_of, moved))
 
 
 def held_out_digests(root: Path, kind: Kind) -> DigestSet:

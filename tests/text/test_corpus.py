@@ -144,10 +144,94 @@ def test_a_benchmark_inside_a_document_is_found(tmp_path: Path) -> None:
     assert held["audit"]["steps"]["decontaminate"]["reasons"][0]["reason"] == "held_out_text"
 
 
+def small(folder: Path, rows: list[dict[str, Any]]) -> Path:
+    folder.mkdir()
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (folder / "a.jsonl").write_text(lines, encoding="utf-8")
+    return folder
+
+
+def test_of_sixty_versions_of_a_text_the_best_stays_whole(tmp_path: Path) -> None:
+    rng = random.Random(4)
+    poem = [sentence(rng) for _ in range(12)]
+    rows = [{"text": "\n".join([*poem, f"第{i}版"])} for i in range(60)] + [
+        {"text": text(rng)} for _ in range(20)
+    ]
+    found = prepare(small(tmp_path / "shards", rows), tmp_path / "data", test_share=0.0, validation_share=0.0)
+    kept = [d["text"] for d in found["train"]]
+    assert len(kept) == 21
+    assert sum(t.startswith("\n".join(poem)) for t in kept) == 1
+
+
+def test_a_benchmark_is_found_in_every_kind_of_record(tmp_path: Path) -> None:
+    rng = random.Random(6)
+    long, short = "".join(rng.choices(HAN, k=40)), "首都是哪里"
+
+    def talk(words: str) -> dict[str, Any]:
+        return {"messages": [{"role": "user", "content": words}, {"role": "assistant", "content": text(rng)}]}
+
+    rows: list[dict[str, Any]] = [{"text": text(rng)} for _ in range(10)]
+    rows += [talk(text(rng)), talk(f"请问{long}呢"), talk(short)]
+    rows += [
+        {"prompt": w, "chosen": text(rng), "rejected": text(rng)} for w in (text(rng), long + "！", short)
+    ]
+    folder = small(tmp_path / "shards", rows)
+    bench = tmp_path / "bench.jsonl"
+    bench.write_text("".join(json.dumps({"question": q}) + "\n" for q in (long, short)), encoding="utf-8")
+    tests = {"decontaminate": {"benchmarks": [str(bench)]}}
+    found = prepare(folder, tmp_path / "data", validation_share=0.0, test_share=0.0, **tests)
+    assert found["audit"]["written"]["conversations"] == {"train": 1}
+    assert found["audit"]["written"]["preferences"] == {"train": 1}
+    other = tmp_path / "other.jsonl"  # another run in the same place, in this process, asks for other tests
+    other.write_text(json.dumps({"question": "".join(rng.choices(HAN, k=30))}) + "\n", encoding="utf-8")
+    again = {"decontaminate": {"benchmarks": [str(other)]}}
+    found = prepare(folder, tmp_path / "data", validation_share=0.0, test_share=0.0, **again)
+    assert found["audit"]["written"]["conversations"] == {"train": 3}
+
+
+def test_pieces_that_are_held_out_are_not_trained_on(tmp_path: Path) -> None:
+    rng = random.Random(7)
+    shared = [sentence(rng) for _ in range(5)]
+    rows = [{"text": sentence(rng) + "\n" + shared[i % 5] + "\n" + sentence(rng)} for i in range(80)]
+    found = prepare(small(tmp_path / "shards", rows), tmp_path / "data", cut_chars=30, validation_share=0.2)
+    sides = [{d["text"] for d in found[s]} for s in ("train", "validation", "test")]
+    assert not sides[0] & (sides[1] | sides[2])
+    assert found["audit"]["leakage"]["documents"] == 0
+
+
+def test_a_small_corpus_has_every_split_and_the_audit_says_so(tmp_path: Path) -> None:
+    rng = random.Random(8)
+    rows = [{"text": text(rng)} for _ in range(8)]
+    found = prepare(small(tmp_path / "shards", rows), tmp_path / "data")
+    counts = {s: len(found[s]) for s in ("train", "validation", "test")}
+    assert counts == found["audit"]["written"]["documents"]
+    assert counts == {"train": 6, "validation": 1, "test": 1}
+
+
+@pytest.mark.slow
+def test_hundreds_of_shards_need_few_open_files(tmp_path: Path) -> None:
+    rng = random.Random(9)
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for number in range(300):
+        (folder / f"{number}.jsonl").write_text(json.dumps({"text": text(rng, 3)}) + "\n", encoding="utf-8")
+    words = command(folder, tmp_path / "out", f"jsonl:{folder}")
+    limited = "import resource, sys, runpy; resource.setrlimit(resource.RLIMIT_NOFILE, (128, 128)); "
+    limited += "sys.argv = sys.argv[1:]; runpy.run_module('microlm', run_name='__main__', alter_sys=True)"
+    done = subprocess.run(
+        [sys.executable, "-c", limited, *words[2:]],
+        env=runtime.child_env({"OMP_NUM_THREADS": "1"}),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 def test_half_a_held_out_text_contaminates_and_a_quarter_does_not() -> None:
     rng = random.Random(2)
     texts = ["".join(rng.choices(HAN, k=200)) for _ in range(50)]
-    held_out, short = contaminate.gather([*texts, "短"], overlap=0.5)
+    held_out, short = contaminate.gather([*texts, "短"], [], overlap=0.5)
     assert short == 1
     for number, item in enumerate(texts):
         assert held_out.found_in("甲" * 30 + item[:150] + "乙" * 30) == number
@@ -195,11 +279,11 @@ def test_killed_and_run_again_gives_the_same_bytes(tmp_path: Path) -> None:
     assert finish(folder, tmp_path / f"chain-{chain}") == whole
 
 
-def command(folder: Path, out: Path) -> list[str]:
+def command(folder: Path, out: Path, *sources: str) -> list[str]:
     stage = {
         "stage": "data",
         "out": str(out),
-        "source": [f"jsonl:{p}" for p in sorted(folder.glob("*.jsonl"))],
+        "source": list(sources) or [f"jsonl:{p}" for p in sorted(folder.glob("*.jsonl"))],
         "fill": "none",
         "parallel": {"processes": 2},
     }

@@ -15,18 +15,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from microlm.core import storage
-from microlm.core.records import Conversation, Document
+from microlm.core.records import Conversation, Document, Extraction
 from microlm.text.audit import Survey
 from microlm.text.corpus import contaminate
 from microlm.text.corpus.cut import cut
 from microlm.text.corpus.refine import document
-from microlm.text.corpus.store import KEPT, Reader, Store, join_digest
+from microlm.text.corpus.store import KEPT, Entries, Reader, Store, join_digest
 from microlm.text.dedup import digest
-from microlm.text.read import builder, parse_json
+from microlm.text.read import Record, builder, parse_json
 from microlm.text.sources import Tally
-from microlm.text.split import KINDS, SPLITS, TYPES, Kind, Split, line_of, split_of
+from microlm.text.split import KINDS, SPLITS, TYPES, Kind, Split, line_of
+
+NAMES: tuple[Split, ...] = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,8 @@ class Plan:
     """kind → (validation, test); what the factbook composed is only trained on."""
     overlap: float
     cut_chars: int
+    moved: dict[tuple[Kind, int, int], Split]
+    """(kind, digest) of the records that fill a split which chance left empty."""
 
 
 @dataclass
@@ -51,6 +56,8 @@ class Outcome:
     survey: Survey = field(default_factory=Survey)
     cut: int = 0
     pieces: int = 0
+    digests: dict[Split, list[int]] = field(default_factory=lambda: {split: [] for split in NAMES})
+    """The first halves of the digests of the documents written."""
 
 
 def assemble(task: tuple[Plan, int]) -> Outcome:
@@ -65,9 +72,13 @@ def assemble(task: tuple[Plan, int]) -> Outcome:
     with ExitStack() as stack, storage.explain_write(plan.parts):
         reader = stack.enter_context(Reader(plan.blocks))
         files: dict[tuple[Kind, Split], Any] = {}
+        sides = np.zeros(len(entries), dtype=np.int64)
+        for number, name in enumerate(KINDS):
+            mine = entries["kind"] == number
+            sides[mine] = splits(plan, name, entries[mine])
         for at in order:
             kind, entry = KINDS[entries["kind"][at]], entries[at]
-            split = split_for(plan, kind, entry)
+            split = NAMES[sides[at]]
             stored = reader.both(int(blocks[at]), entry)
             key = join_digest(entry["hi"], entry["lo"])
             for line, record in _lines(plan, outcome, (kind, split), key, stored):
@@ -78,11 +89,17 @@ def assemble(task: tuple[Plan, int]) -> Outcome:
     return outcome
 
 
-def split_for(plan: Plan, kind: Kind, entry: Any) -> Split:
-    """The split of a record, from its digest."""
-    if entry["composed"] and kind == "extraction":
-        return "train"
-    return split_of(join_digest(entry["hi"], entry["lo"]), *plan.shares[kind])
+def splits(plan: Plan, kind: Kind, entries: Entries) -> NDArray[np.int64]:
+    """The number in NAMES of each record's split, from its digest."""
+    point = (entries["lo"] >> np.uint64(32)) / 2.0**32
+    validation, test = plan.shares[kind]
+    found = np.where(point < validation, 1, np.where(point < validation + test, 2, 0))
+    if kind == "extraction":
+        found[entries["composed"] == 1] = 0
+    for (mine, hi, lo), split in plan.moved.items():
+        if mine == kind:
+            found[(entries["hi"] == np.uint64(hi)) & (entries["lo"] == np.uint64(lo))] = NAMES.index(split)
+    return found
 
 
 def part(folder: Path, piece: int, kind: Kind, split: Split) -> Path:
@@ -111,10 +128,7 @@ def _lines(
 ) -> Iterator[tuple[str, Any]]:
     """The record's lines (several for a long document), none when it is contaminated."""
     (kind, split), (body, meta) = place, stored
-    if kind == "documents":
-        found: Any = document(body, meta)
-    else:
-        found = _reader(kind)(parse_json(body))
+    found: Any = document(body, meta) if kind == "documents" else _reader(kind)(parse_json(body))
     if split == "train" and (reason := _contamination(plan, kind, key, found)):
         outcome.contaminated.drop(reason, found.source)
         return
@@ -128,22 +142,43 @@ def _lines(
         outcome.pieces += len(pieces)
     for number, text in enumerate(pieces, 1):
         source = f"{found.source}#{number}" if len(pieces) > 1 else found.source
+        said = digest(text) if len(pieces) > 1 else key
+        if split == "train" and len(pieces) > 1 and said in _held_out_said(plan.blocks):
+            outcome.contaminated.drop("held_out_piece", source)
+            continue
+        outcome.digests[split].append(int.from_bytes(said[:8], "big"))
         shorter: Document = replace(found, text=text, source=source)
         yield line_of(shorter), shorter
 
 
-def _contamination(plan: Plan, kind: Kind, key: bytes, record: Any) -> str | None:
+def _contamination(plan: Plan, kind: Kind, key: bytes, record: Record) -> str | None:
     """Why a training record must go: it says, or holds, what is held out."""
-    held_out = _held_out_digests(plan.blocks)
-    if kind == "documents":
-        if key in held_out:
-            return "held_out_documents"
-        item = _held_out_texts(plan.blocks, plan.overlap).found_in(record.text)
-        return None if item is None else "held_out_text"
-    said = [key]
-    if held_out and isinstance(record, Conversation):
-        said = [digest(m.content) for m in record.messages]
-    return f"held_out_{kind}" if any(one in held_out for one in said) else None
+    said, texts = _held_out_said(plan.blocks), texts_of(record)
+    keys = [key, *(digest(text) for text in texts)] if said and kind != "documents" else [key]
+    if any(one in said for one in keys):
+        return f"held_out_{kind}"
+    held_out = _held_out_texts(plan.blocks, plan.overlap)
+    if kind != "documents" and not held_out.tests:
+        return None
+    for text in texts:
+        if (item := held_out.found_in(text)) is not None and (kind == "documents" or item < held_out.tests):
+            return "held_out_text"
+    return None
+
+
+def texts_of(record: Record) -> list[str]:
+    """All that a record says, part by part."""
+    if isinstance(record, Document | Extraction):
+        return [record.text]
+    if isinstance(record, Conversation):
+        return [m.content for m in record.messages]
+    return [*(m.content for m in record.prompt), record.chosen, record.rejected]
+
+
+def forget() -> None:
+    """Read what is held out anew: another run in this process may have had the same folder."""
+    _held_out_texts.cache_clear()
+    _held_out_said.cache_clear()
 
 
 def _reader(kind: Kind) -> Callable[[Any], Any]:
@@ -158,5 +193,5 @@ def _held_out_texts(folder: Path, overlap: float) -> contaminate.HeldOut:
 
 
 @functools.lru_cache(maxsize=1)
-def _held_out_digests(folder: Path) -> frozenset[bytes]:
+def _held_out_said(folder: Path) -> frozenset[bytes]:
     return frozenset(bytes.fromhex(key) for key in json.loads((folder / "held_out.json").read_bytes()))

@@ -6,7 +6,8 @@ a document that holds at least half of a text's sample is contaminated by it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ class HeldOut:
     sizes: NDArray[np.uint32]
     filter: NDArray[np.uint8]
     overlap: float
+    tests: int
+    """So many items, the first ones, are tests, which no record may hold; the others are documents."""
 
     def found_in(self, text: str) -> int | None:
         """The item that a text holds, the one it holds most of; None if it holds none."""
@@ -53,11 +56,11 @@ class HeldOut:
         return int(items[best]) if shares[best] >= self.overlap else None
 
 
-def gather(texts: Iterable[str], overlap: float) -> tuple[HeldOut, int]:
+def gather(tests: Sequence[str], documents: Iterable[str], overlap: float) -> tuple[HeldOut, int]:
     """The held-out texts, numbered as they come, and how many are too short to have 13 tokens in a row."""
     samples: list[NDArray[np.uint64]] = []
     short = 0
-    for text in texts:
+    for text in itertools.chain(tests, documents):
         sample = np.unique(grams(text, TOKENS))[:SAMPLE]
         short += not len(sample)
         samples.append(sample)
@@ -65,7 +68,7 @@ def gather(texts: Iterable[str], overlap: float) -> tuple[HeldOut, int]:
     flat = np.concatenate(samples) if samples else np.zeros(0, dtype=np.uint64)
     items = np.repeat(np.arange(len(samples), dtype=np.uint32), sizes)
     order = np.argsort(flat, kind="stable")
-    return HeldOut(flat[order], items[order], sizes, _filter(flat), overlap), short
+    return HeldOut(flat[order], items[order], sizes, _filter(flat), overlap, len(tests)), short
 
 
 def _filter(hashes: NDArray[np.uint64]) -> NDArray[np.uint8]:
@@ -79,6 +82,7 @@ def save(held_out: HeldOut, folder: Path) -> None:
     """Write it where worker processes find it."""
     for name in ("grams", "items", "sizes", "filter"):
         save_array(folder / f"held_out.{name}.npy", getattr(held_out, name))
+    save_array(folder / "held_out.tests.npy", np.array([held_out.tests]))
 
 
 def load(folder: Path, overlap: float) -> HeldOut:
@@ -88,4 +92,5 @@ def load(folder: Path, overlap: float) -> HeldOut:
         found: NDArray[Any] = np.load(folder / f"held_out.{name}.npy", mmap_mode="r")
         return np.asarray(found)  # a memmap costs microseconds with every slice
 
-    return HeldOut(column("grams"), column("items"), column("sizes"), column("filter"), overlap)
+    arrays = (column("grams"), column("items"), column("sizes"), column("filter"))
+    return HeldOut(*arrays, overlap, int(column("tests")[0]))

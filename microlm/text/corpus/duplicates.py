@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from microlm.core.metrics import Progress
 from microlm.text.corpus.pool import Pool
-from microlm.text.corpus.store import EXACT, KEPT, NEAR, Entries, Reader, Store
+from microlm.text.corpus.store import EXACT, KEPT, NEAR, OPEN_FILES, Entries, Reader, Store
 from microlm.text.near import index, signature
 from microlm.text.split import KINDS
 
@@ -56,7 +56,7 @@ def near(pool: Pool, store: Store, threshold: float, memory_mb: int) -> Iterator
             bar.update(1)
     rows = [_documents(store, n) for n in range(store.count)]
     first = np.cumsum([0, *(len(r) for r in rows)])
-    entries = functools.cache(store.entries)
+    entries = functools.lru_cache(OPEN_FILES)(store.entries)
     with Reader(store.folder) as reader:
 
         def texts(documents: Sequence[int]) -> list[str]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+
+import numpy as np
 
 from microlm.core import storage
 from microlm.core.metrics import Progress
@@ -16,11 +17,22 @@ from microlm.text.audit import Audit
 from microlm.text.clean import glimpse
 from microlm.text.corpus import assemble, contaminate, duplicates, shared
 from microlm.text.corpus.assemble import Plan
+from microlm.text.corpus.cut import cut
 from microlm.text.corpus.pool import Pool
 from microlm.text.corpus.refine import Report, Task, document, refine
-from microlm.text.corpus.store import CONTAMINATED, EXACT, KEPT, LINES, NEAR, Reader, Store, join_digest
-from microlm.text.dedup import DigestSet, digest
-from microlm.text.split import KINDS
+from microlm.text.corpus.store import (
+    CONTAMINATED,
+    EXACT,
+    KEPT,
+    LINES,
+    NEAR,
+    Entries,
+    Reader,
+    Store,
+    join_digest,
+)
+from microlm.text.dedup import digest
+from microlm.text.split import KINDS, Kind
 
 PART_BYTES = 16 << 20
 """Of text in one range of the last pass."""
@@ -61,13 +73,12 @@ class Engine:
                 self._drop(EXACT, block, row, kind)
                 bar.update(1)
 
-    def drop_shared_lines(self, documents: int, min_chars: int) -> None:
-        """Take lines out that at least so many documents hold; a document can end with them."""
-        if documents:
-            lines = shared.find(self.pool, self.store, documents)
-            for block, row in shared.remove(self.pool, self.store, lines, min_chars, self.audit.effects):
-                self._drop(LINES, block, row)
-            self.drop_exact()  # what is left of two documents can be the same
+    def drop_shared_lines(self, documents: int, min_chars: int) -> bool:
+        """Take lines out that at least so many documents hold; whether there were any."""
+        lines = shared.find(self.pool, self.store, documents) if documents else np.zeros(0, dtype=np.uint64)
+        for block, row in shared.remove(self.pool, self.store, lines, min_chars, self.audit.effects):
+            self._drop(LINES, block, row)
+        return len(lines) > 0
 
     def drop_near(self, threshold: float, memory_mb: int) -> None:
         """Of documents that say nearly the same keep the best."""
@@ -75,10 +86,13 @@ class Engine:
             for block, row in duplicates.near(self.pool, self.store, threshold, memory_mb):
                 self._drop(NEAR, block, row)
 
-    def note_held_out(self, plan: Plan, texts: Iterable[str], said: Iterable[str]) -> None:
-        """Write down what no training record may hold: `texts` by 13-grams, `said` word for word."""
-        keys = {digest(text) for text in said}
-        held_out, short = contaminate.gather([*texts, *self._held_out_documents(plan, keys)], plan.overlap)
+    def note_held_out(self, plan: Plan, tests: list[str], said: Iterable[str]) -> None:
+        """Write down what no training record may hold.
+
+        By 13-grams: `tests` and held-out documents. Word for word: these, `said` and held-out extraction.
+        """
+        keys = {digest(text) for text in (*tests, *said)}
+        held_out, short = contaminate.gather(tests, self._held_out_documents(plan, keys), plan.overlap)
         contaminate.save(held_out, self.blocks)
         self.audit.held_out = {"texts": len(held_out.sizes), "too_short_for_13_grams": short}
         path = self.blocks / "held_out.json"
@@ -86,48 +100,62 @@ class Engine:
             path.write_text(json.dumps(sorted(key.hex() for key in keys)), encoding="utf-8")
 
     def _held_out_documents(self, plan: Plan, keys: set[bytes]) -> Iterator[str]:
-        """The texts of held-out documents; what held-out extraction says goes into `keys`."""
+        """Held-out documents as they will be cut; what they and held-out extraction say goes into `keys`."""
         with Reader(self.blocks) as reader:
             for number in range(self.store.count):
-                entries, state = self.store.entries(number), self.store.state(number)
-                for entry in entries[state == KEPT]:
-                    kind = KINDS[entry["kind"]]
-                    if (
-                        kind not in ("documents", "extraction")
-                        or assemble.split_for(plan, kind, entry) == "train"
-                    ):
-                        continue
-                    if kind == "documents":
-                        yield reader.body(number, entry).decode("utf-8")
-                    else:
-                        keys.add(join_digest(entry["hi"], entry["lo"]))
+                for entry in self._held_out(plan, "extraction", number):
+                    keys.add(join_digest(entry["hi"], entry["lo"]))
+                for entry in self._held_out(plan, "documents", number):
+                    for piece in cut(reader.body(number, entry).decode("utf-8"), plan.cut_chars):
+                        keys.add(digest(piece))
+                        yield piece
 
-    def plan(self, shares: dict[Any, tuple[float, float]], overlap: float, cut_chars: int) -> Plan:
-        """How the last pass is cut up."""
+    def _held_out(self, plan: Plan, kind: Kind, number: int) -> Entries:
+        mine = self._kept(kind, number)
+        return mine[assemble.splits(plan, kind, mine) > 0]
+
+    def _kept(self, kind: Kind, number: int) -> Entries:
+        entries = self.store.entries(number)
+        return entries[(self.store.state(number) == KEPT) & (entries["kind"] == KINDS.index(kind))]
+
+    def plan(self, shares: dict[Kind, tuple[float, float]], overlap: float, cut_chars: int) -> Plan:
+        """How the last pass is cut up, and which records fill a split that chance left empty."""
         size = sum(int(self.store.entries(n)["size"].sum()) for n in range(self.store.count))
         pieces = max(2, -(-size // PART_BYTES))
-        return Plan(self.blocks, self.parts, self.store.count, pieces, shares, overlap, cut_chars)
+        plan = Plan(self.blocks, self.parts, self.store.count, pieces, shares, overlap, cut_chars, {})
+        kinds: tuple[Kind, ...] = ("documents", "conversations")
+        for kind in kinds:
+            for split, share in zip(assemble.NAMES[1:], shares[kind], strict=True):
+                if share and (key := self._to_move(plan, kind, assemble.NAMES.index(split))):
+                    plan.moved[key] = split
+        return plan
 
-    def assemble(self, plan: Plan, root: Path) -> None:
-        """Write the files."""
+    def _to_move(self, plan: Plan, kind: Kind, split: int) -> tuple[Kind, int, int] | None:
+        """The training record with the smallest digest, when the split has none and training has two."""
+        train = []
+        for number in range(self.store.count):
+            mine = self._kept(kind, number)
+            sides = assemble.splits(plan, kind, mine)
+            if (sides == split).any():
+                return None
+            train += [(int(e["hi"]), int(e["lo"])) for e in mine[sides == 0][:2]]  # they are in order
+        return (kind, *min(train)) if len(train) >= 2 else None
+
+    def assemble(self, plan: Plan, root: Path) -> int:
+        """Write the files; returns how many training documents say what a held-out one says."""
+        assemble.forget()
+        train, held_out = [np.zeros(0, dtype=np.uint64)], [np.zeros(0, dtype=np.uint64)]
         with Progress("data writing", plan.pieces, "parts") as bar:
             for outcome in self.pool.map(assemble.assemble, ((plan, i) for i in range(plan.pieces))):
                 self.audit.tallies["decontaminate"].add(outcome.contaminated)
                 self.audit.survey.add(outcome.survey)
                 self.audit.cut += outcome.cut
                 self.audit.pieces += outcome.pieces
+                for split, digests in outcome.digests.items():
+                    (train if split == "train" else held_out).append(np.array(digests, dtype=np.uint64))
                 bar.update(1)
         assemble.join(plan, root)
-
-    def leaks(self, plan: Plan, held_out: DigestSet) -> int:
-        """Training documents whose digest is held out."""
-        found = 0
-        for number in range(self.store.count):
-            entries, state = self.store.entries(number), self.store.state(number)
-            for entry in entries[(state == KEPT) & (entries["kind"] == DOCUMENTS)]:
-                if assemble.split_for(plan, "documents", entry) == "train":
-                    found += join_digest(entry["hi"], entry["lo"]) in held_out
-        return found
+        return int(np.isin(np.concatenate(train), np.concatenate(held_out)).sum())
 
     def count_kept(self) -> None:
         """Enter into the audit what the duplicates left."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,10 @@ from microlm.text import sources
 from microlm.text.audit import Audit
 from microlm.text.clean import tidy
 from microlm.text.corpus.refine import Schema
-from microlm.text.dedup import DigestSet, record_digest
+from microlm.text.dedup import record_digest
 from microlm.text.read import Drop
 from microlm.text.sources.factbook import Factbook
-from microlm.text.split import SPLITS, Kind, held_out_digests, move_one, records_of, rewrite
+from microlm.text.split import SPLITS, Kind, held_out_digests, records_of, rewrite
 
 MAX_CHATS = 200
 _BENCHMARK_KEYS = ("text", "question", "context", "prompt", "query", "instruction", "input")
@@ -46,15 +46,6 @@ def benchmark_texts(names: list[str]) -> Iterator[str]:
         if not found:
             keys = ", ".join(_BENCHMARK_KEYS)
             raise UserError(f"{name}: no line has a text under {keys}; give a JSONL file with one of them")
-
-
-def ensure(root: Path, validation_share: float, test_share: float) -> None:
-    """A small corpus can miss a split by chance: give it one record."""
-    if validation_share:
-        move_one(root, "documents", "validation")
-        move_one(root, "conversations", "validation")
-    if test_share:
-        move_one(root, "documents", "test")
 
 
 def write(
@@ -101,17 +92,15 @@ def complete_extraction(work: Workspace, schema: Schema) -> None:
             rewrite(work.path, "extraction", split, complete)
 
 
-def leakage(root: Path, leaks: Callable[[DigestSet], int]) -> dict[str, int]:
-    """Training records of each kind whose digest is held out: tested, not trusted.
+def leakage(root: Path) -> dict[str, int]:
+    """Training records whose digest is held out, counted in the files: tested, not trusted.
 
-    Held-out digests are taken from the files; `leaks` counts those of training documents, which are many.
+    Documents, which are many, are counted while they are written.
     """
     found: dict[str, int] = {}
     for kind in SPLITS:
-        held_out = held_out_digests(root, kind)
-        if kind == "documents":
-            found[kind] = leaks(held_out)
-        else:
+        if kind != "documents":
+            held_out = held_out_digests(root, kind)
             train = records_of(root, kind, "train") if len(held_out) else iter(())
             found[kind] = sum(record_digest(record) in held_out for record in train)
     return found

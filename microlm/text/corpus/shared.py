@@ -154,13 +154,14 @@ def count_lines(text: bytes, starts: NDArray[np.int64], sizes: NDArray[np.int64]
 
 def repeated(paths: Iterable[Path], documents: int) -> Hashes:
     """The lines that at least so many documents hold, over all blocks, sorted; in bounded memory."""
-    mapped = [np.load(path, mmap_mode="r") for path in paths]
-    pieces = max(1, -(-sum(a.nbytes for a in mapped) // PIECE_BYTES))
+    paths = list(paths)
+    pieces = max(1, -(-sum(path.stat().st_size for path in paths) // PIECE_BYTES))
     found = []
     for piece in range(pieces):
         low, high = ((p << 64) // pieces for p in (piece, piece + 1))
         parts = []
-        for array in mapped:
+        for path in paths:
+            array = np.load(path, mmap_mode="r")
             stop = len(array) if high >> 64 else int(np.searchsorted(array["line"], np.uint64(high)))
             parts.append(np.array(array[int(np.searchsorted(array["line"], np.uint64(low))) : stop]))
         together = np.concatenate(parts) if parts else np.zeros(0, dtype=COUNTED)

@@ -36,6 +36,7 @@ ENTRY = np.dtype(
 )
 KEPT, EXACT, LINES, NEAR, CONTAMINATED = range(5)
 """States of a record: kept, or why it is not."""
+OPEN_FILES = 64
 SLICE_BYTES = 32 << 20  # of entries that are looked at together
 Entries = NDArray[np.void]
 
@@ -72,8 +73,11 @@ class BlockWriter:
         """Write payload, index and, last, the report that marks the block as whole."""
         stem = self.folder / f"{self.number:05d}"
         with storage.explain_write(stem):
+            stem.with_suffix(".json").unlink(missing_ok=True)  # of another block that had this number
             with stem.with_suffix(".payload").open("wb") as f:
                 f.writelines(self._pieces)
+                f.flush()
+                os.fsync(f.fileno())
             entries = np.array(self._rows, dtype=ENTRY)
             save_array(stem.with_suffix(".index.npy"), entries[by_digest(entries)])
             part = stem.with_suffix(".json.part")
@@ -173,7 +177,7 @@ class Reader:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._files: dict[tuple[int, int], int] = {}
+        self._files: dict[tuple[int, int], int] = {}  # the one opened first is closed first
 
     def __enter__(self) -> Reader:
         return self
@@ -184,17 +188,24 @@ class Reader:
 
     def body(self, block: int, entry: Any) -> bytes:
         """The text of a document in UTF-8, or the JSON line of another record."""
-        return os.pread(self._file(block, entry), int(entry["size"]), int(entry["offset"]))
+        return self._read(block, entry, int(entry["size"]))
 
     def both(self, block: int, entry: Any) -> tuple[bytes, bytes]:
         """Body and meta."""
         size = int(entry["size"])
-        found = os.pread(self._file(block, entry), size + int(entry["meta"]), int(entry["offset"]))
+        found = self._read(block, entry, size + int(entry["meta"]))
         return found[:size], found[size:]
 
     def _file(self, block: int, entry: Any) -> int:
         key = block, int(entry["changed"])
         if key not in self._files:
+            if len(self._files) >= OPEN_FILES:
+                os.close(self._files.pop(next(iter(self._files))))
             suffix = "changed" if key[1] else "payload"
             self._files[key] = os.open(self._folder / f"{block:05d}.{suffix}", os.O_RDONLY)
         return self._files[key]
+
+    def _read(self, block: int, entry: Any, size: int) -> bytes:
+        found = os.pread(self._file(block, entry), size, int(entry["offset"]))
+        assert len(found) == size, "a payload is as long as its index says"
+        return found
