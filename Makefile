@@ -14,7 +14,7 @@ help: ## list these targets
 
 setup: $(STAMP) ## make .venv and install MicroLM in it, pinned (once; TORCH= keeps a torch that is there)
 
-quickstart: setup ## raw text to a verified service: runs/quickstart, about ten minutes on two cores
+quickstart: setup ## raw text to a verified service: runs/quickstart, within ten minutes on two cores
 	$(BIN)/microlm run recipes/quickstart.yaml
 
 lint: setup ## ruff, ruff format and mypy
