@@ -43,7 +43,11 @@ COUNTED: dict[str, tuple[str, bytes, str]] = {
         with_line(b'{"messages": [{"role": "user"}]}'),
         "missing_field:content (found role)",
     ),
-    "half a gzip": ("c.jsonl.gz", gzip.compress(MANY)[: len(gzip.compress(MANY)) // 2], "truncated_file"),
+    "half a gzip": (
+        "c.jsonl.gz",
+        gzip.compress(MANY, mtime=0)[: len(gzip.compress(MANY, mtime=0)) // 2],
+        "truncated_file",
+    ),
     "half a zst": (
         "c.jsonl.zst",
         zstandard.compress(MANY)[: len(zstandard.compress(MANY)) // 2],
@@ -86,7 +90,7 @@ CORPORA: dict[str, tuple[Prepare, str]] = {
     ),
     "strict": (lambda r: r.corpus(with_line(b"{"), strict=True), r"corpus\.jsonl:5: .*set strict: false"),
     "strict and half a gzip": (
-        lambda r: r.corpus(gzip.compress(MANY)[:-9], "c.jsonl.gz", strict=True),
+        lambda r: r.corpus(gzip.compress(MANY, mtime=0)[:-9], "c.jsonl.gz", strict=True),
         r"c\.jsonl\.gz:\d+: .*fetch the file",
     ),
     "no such file": (
