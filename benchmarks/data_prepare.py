@@ -21,9 +21,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
-from parts import inputs
+from parts import inputs, result_file
 from parts.watched import Watched, watch
-from quickstart import machine
 
 from microlm.core import artifact, runtime
 from microlm.core.errors import UserError
@@ -98,20 +97,18 @@ def main() -> None:
         bench = Bench(Path(folder), options.peer_python, plan, [], {})
         lines = inputs.real_lines(options.data, plan.real_mb * MB)
         environment = measure(bench, lines)
+    values = {row["name"]: row["value"] for row in bench.rows}
     result = {
         "schema_version": 1,
         "benchmark": "data_prepare-quick" if options.quick else "data_prepare",
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": environment["code"]["commit"],
-        "machine": machine(environment["environment"]),
+        "machine": result_file.machine(environment["environment"]),
         "versions": bench.versions | {name: runtime.package_version(name) for name in PACKAGES},
         "rows": bench.rows,
-        "goals": [] if options.quick else goals(bench.rows),
+        "goals": [] if options.quick else result_file.goals(GOALS, values),
     }
-    text = json.dumps(result, ensure_ascii=False, indent=1)
-    if options.out:
-        options.out.write_text(text + "\n", encoding="utf-8")
-    print(text)
+    result_file.write(result, options.out)
 
 
 def parse_options() -> argparse.Namespace:
@@ -329,18 +326,6 @@ def share_found(kept: Iterable[str], kind: str, count: int) -> float:
     names = [name for name in kept if name.startswith(f"planted:{kind}:")]
     both = Counter(name.rpartition(":")[0] for name in names)
     return 1 - sum(number > 1 for number in both.values()) / count
-
-
-def goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each goal with the value reached; `ok` is null where nothing was measured."""
-    values = {row["name"]: row["value"] for row in rows}
-    found = []
-    for name, (target, direction, against) in GOALS.items():
-        value = values.get(name)
-        ok = None if value is None else value <= target if direction == "min" else value >= target
-        goal = {"name": name, "value": value, "target": target, "direction": direction}
-        found.append({**goal, "against": against, "ok": ok})
-    return found
 
 
 if __name__ == "__main__":

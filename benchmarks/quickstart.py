@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -18,6 +16,8 @@ import threading
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from parts import result_file
 
 from microlm.core import artifact, runtime
 from microlm.core.errors import UserError
@@ -59,10 +59,7 @@ def main() -> None:
             result = describe(Path(folder) / "run", measured, is_tiny=options.quick)
     else:
         result = describe(options.run, Measured())
-    text = json.dumps(result, ensure_ascii=False, indent=1)
-    if options.out:
-        options.out.write_text(text + "\n", encoding="utf-8")
-    print(text)
+    result_file.write(result, options.out)
 
 
 def parse_options() -> argparse.Namespace:
@@ -140,16 +137,18 @@ def describe(run: Path, measured: Measured, is_tiny: bool = False) -> dict[str, 
     rows += score_rows(stages[-1])
     values = {row["name"]: row["value"] for row in rows}
     last = stages[-1].manifest
+    instead = "stages_s" if values["wall_s"] is not None else "wall_s"  # one of the two stands for the time
+    wanted = {name: goal for name, goal in GOALS.items() if name != instead}
     versions = {package: runtime.package_version(package) for package in PACKAGES}
     return {
         "schema_version": 1,
         "benchmark": "quickstart-tiny" if is_tiny else "quickstart",
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": last["code"]["commit"],
-        "machine": machine(last["environment"]),
+        "machine": result_file.machine(last["environment"]),
         "versions": {"python": last["environment"]["python"], **versions},
         "rows": rows,
-        "goals": [] if is_tiny else goals(values),
+        "goals": [] if is_tiny else result_file.goals(wanted, values),
     }
 
 
@@ -204,28 +203,6 @@ def score_rows(report: artifact.Artifact) -> list[dict[str, Any]]:
         rows.append(row(name, found["value"], unit))
         rows += [row(f"{name}.{key}", value, unit) for key, value in beside.items() if value is not None]
     return rows
-
-
-def goals(values: dict[str, float | None]) -> list[dict[str, Any]]:
-    """Each goal with the value reached; `ok` is null where nothing was measured."""
-    found = []
-    for name, (target, direction, against) in GOALS.items():
-        if name == ("stages_s" if values["wall_s"] is not None else "wall_s"):
-            continue  # one of the two stands for the time
-        value = values.get(name)
-        ok = None if value is None else value <= target if direction == "min" else value >= target
-        goal = {"name": name, "value": value, "target": target, "direction": direction}
-        found.append({**goal, "against": against, "ok": ok})
-    return found
-
-
-def machine(environment: dict[str, Any]) -> dict[str, Any]:
-    """Where the run was made; the processor's name only when that is this machine."""
-    cpu = None
-    if environment["platform"] == platform.platform() and Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-        cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
-    return {"cpu": cpu} | {key: environment[key] for key in ("cpus", "device", "platform")}
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from pydantic import Field
 
 from microlm.core.recipe import Recipe
 from microlm.core.records import Conversation, Document, Extraction, Message, Preference, Triple
-from microlm.text.read import Record
+from microlm.text.read import Record, texts_of
 from microlm.text.rules import Rule, encoding, filters, language, lines, markup, privacy
 from microlm.text.rules.encoding import normalised as normalised
 from microlm.text.rules.encoding import visible as visible
@@ -170,14 +170,9 @@ def tidied(record: Record) -> tuple[Record, str | None]:
 
 def _texts(record: Record) -> tuple[str, ...]:
     """The texts of a record that a model reads or writes."""
-    if isinstance(record, Conversation):
-        return tuple(m.content for m in record.messages)
-    if isinstance(record, Preference):
-        return (*(m.content for m in record.prompt), record.chosen, record.rejected)
     if isinstance(record, Extraction):
-        names = (name for t in record.relation for name in (t.head, t.relation, t.tail))
-        return (record.text, *names)
-    return (record.text,)
+        return (record.text, *(name for t in record.relation for name in (t.head, t.relation, t.tail)))
+    return texts_of(record)
 
 
 def tidy(record: Record) -> Record:

@@ -26,6 +26,15 @@ MASKED_CHARS = 1024  # of a word: what is a person's is whole in it where it beg
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
+def texts_of(record: Record) -> tuple[str, ...]:
+    """All that a record says, part by part."""
+    if isinstance(record, Document | Extraction):
+        return (record.text,)
+    if isinstance(record, Conversation):
+        return tuple(m.content for m in record.messages)
+    return (*(m.content for m in record.prompt), record.chosen, record.rejected)
+
+
 @dataclass(frozen=True, slots=True)
 class Drop:
     """What was read and not kept: `reason` is counted, `place` is `file:line`, `detail` the sentence."""

@@ -89,6 +89,16 @@ def test_addresses_lose_their_tail():
 
 
 @contextmanager
+def listening(handler):
+    """The address of a server that answers as the handler says."""
+    handler.log_message = lambda *_: None
+    server = HTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
 def saying(status: int, kind: str, content: bytes):
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
@@ -98,14 +108,7 @@ def saying(status: int, kind: str, content: bytes):
             self.end_headers()
             self.wfile.write(content)
 
-        def log_message(self, *_):
-            pass
-
-    server = HTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
+    return listening(Handler)
 
 
 @pytest.mark.parametrize(
@@ -163,7 +166,6 @@ def test_nobody_there():
         client.health()
 
 
-@contextmanager
 def dripping(pieces: int, pause_s: float, kind: str = "text/event-stream", piece: bytes = EVENT):
     """An answer with a pause before each piece, a stream of events unless told otherwise."""
 
@@ -181,14 +183,7 @@ def dripping(pieces: int, pause_s: float, kind: str = "text/event-stream", piece
             except OSError:  # the client has left
                 pass
 
-        def log_message(self, *_):
-            pass
-
-    server = HTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
+    return listening(Handler)
 
 
 def test_a_stream_may_last_as_long_as_it_moves():

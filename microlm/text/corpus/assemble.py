@@ -18,14 +18,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from microlm.core import storage
-from microlm.core.records import Conversation, Document, Extraction
+from microlm.core.records import Document
 from microlm.text.audit import Survey
 from microlm.text.corpus import contaminate
 from microlm.text.corpus.cut import cut
 from microlm.text.corpus.refine import document
 from microlm.text.corpus.store import KEPT, Entries, Reader, Store, join_digest
 from microlm.text.dedup import digest
-from microlm.text.read import Record, builder, parse_json
+from microlm.text.read import Record, builder, parse_json, texts_of
 from microlm.text.sources import Tally
 from microlm.text.split import KINDS, SPLITS, TYPES, Kind, Split, line_of
 
@@ -164,15 +164,6 @@ def _contamination(plan: Plan, kind: Kind, key: bytes, record: Record) -> str | 
         if (item := held_out.found_in(text)) is not None and (kind == "documents" or item < held_out.tests):
             return "held_out_text"
     return None
-
-
-def texts_of(record: Record) -> list[str]:
-    """All that a record says, part by part."""
-    if isinstance(record, Document | Extraction):
-        return [record.text]
-    if isinstance(record, Conversation):
-        return [m.content for m in record.messages]
-    return [*(m.content for m in record.prompt), record.chosen, record.rejected]
 
 
 def forget() -> None:

@@ -25,7 +25,7 @@ _BITS = 26  # of the filter before the table: 8 MB
 
 @dataclass(frozen=True)
 class HeldOut:
-    """`grams` [G] sorted, the item of each, how many each item has; and what each item is called."""
+    """`grams` [G] sorted, the item of each, and how many each item has."""
 
     grams: NDArray[np.uint64]
     items: NDArray[np.uint32]
@@ -86,7 +86,7 @@ def save(held_out: HeldOut, folder: Path) -> None:
 
 
 def load(folder: Path, overlap: float) -> HeldOut:
-    """What `save` wrote, mapped."""
+    """What `save` wrote."""
 
     def column(name: str) -> NDArray[Any]:
         found: NDArray[Any] = np.load(folder / f"held_out.{name}.npy", mmap_mode="r")

@@ -1,6 +1,6 @@
 """The passes over a corpus, in order. Enters: blocks of raw records. Leaves: `root/kind/split.jsonl`, audit.
 
-refine → exact duplicates → repeated lines → near duplicates → held-out texts → assemble.
+refine → exact → near duplicates → repeated lines (then both again) → held-out texts → assemble.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from microlm.text.corpus.cut import cut
 from microlm.text.corpus.pool import Pool
 from microlm.text.corpus.refine import Report, Task, document, refine
 from microlm.text.corpus.store import (
-    CONTAMINATED,
     EXACT,
     KEPT,
     LINES,
@@ -36,7 +35,7 @@ from microlm.text.split import KINDS, Kind
 
 PART_BYTES = 16 << 20
 """Of text in one range of the last pass."""
-REASONS = {EXACT: "duplicate", NEAR: "near_duplicate", LINES: "only_repeated_lines", CONTAMINATED: "held_out"}
+REASONS = {EXACT: "duplicate", NEAR: "near_duplicate", LINES: "only_repeated_lines"}
 MAX_EXAMPLES = 3
 DOCUMENTS = KINDS.index("documents")
 

@@ -5,7 +5,7 @@ A line counts once in a document; which lines are known by a 64-bit hash of thei
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from microlm.core.metrics import Progress
 from microlm.text.clean import Effects
 from microlm.text.corpus.pool import Pool
 from microlm.text.corpus.refine import document, serialised
-from microlm.text.corpus.store import KEPT, LINES, Entries, Store, save_array, split_digest
+from microlm.text.corpus.store import KEPT, LINES, Entries, Store, ranges, save_array, split_digest
 from microlm.text.dedup import digest
 from microlm.text.split import KINDS
 
@@ -152,24 +152,16 @@ def count_lines(text: bytes, starts: NDArray[np.int64], sizes: NDArray[np.int64]
     return found
 
 
-def repeated(paths: Iterable[Path], documents: int) -> Hashes:
+def repeated(paths: Sequence[Path], documents: int) -> Hashes:
     """The lines that at least so many documents hold, over all blocks, sorted; in bounded memory."""
-    paths = list(paths)
-    pieces = max(1, -(-sum(path.stat().st_size for path in paths) // PIECE_BYTES))
-    found = []
-    for piece in range(pieces):
-        low, high = ((p << 64) // pieces for p in (piece, piece + 1))
-        parts = []
-        for path in paths:
-            array = np.load(path, mmap_mode="r")
-            stop = len(array) if high >> 64 else int(np.searchsorted(array["line"], np.uint64(high)))
-            parts.append(np.array(array[int(np.searchsorted(array["line"], np.uint64(low))) : stop]))
-        together = np.concatenate(parts) if parts else np.zeros(0, dtype=COUNTED)
-        together = together[np.argsort(together["line"], kind="stable")]
-        lines, first = np.unique(together["line"], return_index=True)
-        totals = np.add.reduceat(together["documents"].astype(np.int64), first) if len(lines) else first
-        found.append(lines[totals >= documents])
-    return np.concatenate(found) if found else np.zeros(0, dtype=np.uint64)
+    found = [np.zeros(0, dtype=np.uint64)]
+    for counted in ranges(paths, "line", PIECE_BYTES):
+        counted = counted[np.argsort(counted["line"], kind="stable")]
+        lines, first = np.unique(counted["line"], return_index=True)
+        if len(lines):
+            totals = np.add.reduceat(counted["documents"].astype(np.int64), first)
+            found.append(lines[totals >= documents])
+    return np.concatenate(found)
 
 
 def without(text: str, lines: Hashes) -> str:

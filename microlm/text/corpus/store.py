@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,8 +34,8 @@ ENTRY = np.dtype(
         ("changed", "u1"),  # lies in NNNNN.changed, not in NNNNN.payload
     ]
 )
-KEPT, EXACT, LINES, NEAR, CONTAMINATED = range(5)
-"""States of a record: kept, or why it is not."""
+KEPT, EXACT, LINES, NEAR = range(4)
+"""States of a record: kept, or why it is not; what holds held-out texts is found while it is written."""
 OPEN_FILES = 64
 SLICE_BYTES = 32 << 20  # of entries that are looked at together
 Entries = NDArray[np.void]
@@ -102,6 +102,28 @@ def finished(folder: Path, number: int) -> Any | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
+def ranges(paths: Sequence[Path], key: str, size: int) -> Iterator[Entries]:
+    """The rows of many sorted arrays by range of `key`, about `size` bytes a range; equal keys come together.
+
+    One file is open at a time: there may be more of them than a process may open.
+    """
+    pieces = max(1, -(-sum(path.stat().st_size for path in paths) // size))
+    for piece in range(pieces):
+        parts = []
+        for path in paths:
+            array = np.load(path, mmap_mode="r")
+            parts.append(np.array(array[within(array[key], piece, pieces)]))
+        if parts:
+            yield np.concatenate(parts)
+
+
+def within(keys: NDArray[np.uint64], piece: int, pieces: int) -> slice:
+    """Where the sorted keys of one of `pieces` equal ranges of 64 bits lie."""
+    low, high = ((p << 64) // pieces for p in (piece, piece + 1))
+    start = int(np.searchsorted(keys, np.uint64(low)))
+    return slice(start, len(keys) if high >> 64 else int(np.searchsorted(keys, np.uint64(high))))
+
+
 class Store:
     """The blocks of a folder, by number."""
 
@@ -152,15 +174,13 @@ class Store:
 
     def slice(self, piece: int, pieces: int) -> tuple[NDArray[np.int64], NDArray[np.int64], Entries]:
         """The records of one of `pieces` ranges of the digest."""
-        low, high = ((p << 64) // pieces for p in (piece, piece + 1))
         blocks, rows, found = [], [], []
         for number in range(self.count):
             entries = self.entries(number)
-            start = int(np.searchsorted(entries["hi"], np.uint64(low)))
-            stop = len(entries) if high >> 64 else int(np.searchsorted(entries["hi"], np.uint64(high)))
-            blocks.append(np.full(stop - start, number))
-            rows.append(np.arange(start, stop))
-            found.append(np.array(entries[start:stop]))
+            here = within(entries["hi"], piece, pieces)
+            rows.append(np.arange(here.start, here.stop))
+            blocks.append(np.full(len(rows[-1]), number))
+            found.append(np.array(entries[here]))
         if not found:
             nothing = np.zeros(0, dtype=np.int64)
             return nothing, nothing, np.zeros(0, dtype=ENTRY)

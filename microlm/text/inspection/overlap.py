@@ -17,12 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from microlm.core import storage
-from microlm.core.records import Conversation, Document, Extraction
+from microlm.text.corpus.store import ranges, save_array, split_digest
 from microlm.text.dedup import record_digest
 from microlm.text.inspection.parts import FOLDERS, ORDER, Part
 from microlm.text.near import signature
 from microlm.text.near.kernels import BINS, Hashes, Signatures
-from microlm.text.read import Record
+from microlm.text.read import Record, texts_of
 from microlm.text.split import kind_of
 
 SAID = np.dtype(
@@ -57,11 +57,11 @@ def write(
     said = np.zeros(len(records), dtype=SAID)
     for row, record in enumerate(records):
         key = record_digest(record)
-        numbers = int.from_bytes(key[:8], "big"), int.from_bytes(key[8:], "big")
+        numbers = split_digest(key)
         kind = part.kind or kind_of(record)
         said[row] = (*numbers, FOLDERS.index(kind), split, block, row)
     with storage.explain_write(folder):
-        np.save(folder / f"{block}.said.npy", said[np.argsort(said["hi"], kind="stable")])
+        save_array(folder / f"{block}.said.npy", said[np.argsort(said["hi"], kind="stable")])
         (folder / f"{block}.names").write_text(json.dumps(names, ensure_ascii=False), encoding="utf-8")
     return said
 
@@ -79,17 +79,9 @@ def _names(folder: Path, block: int) -> list[str]:
 
 def repeats(folder: Path, blocks: int) -> Repeats:
     """Equal digests of records of one kind, over all blocks; there may be more of these than open files."""
-    paths = [folder / f"{n}.said.npy" for n in range(blocks)]
-    pieces = max(1, -(-sum(path.stat().st_size for path in paths) // RANGE_BYTES))
     found = Repeats()
-    for piece in range(pieces):
-        low, high = ((p << 64) // pieces for p in (piece, piece + 1))
-        parts = []
-        for path in paths:
-            array = np.load(path, mmap_mode="r")
-            stop = len(array) if high >> 64 else int(np.searchsorted(array["hi"], np.uint64(high)))
-            parts.append(np.array(array[int(np.searchsorted(array["hi"], np.uint64(low))) : stop]))
-        _count(np.concatenate(parts) if parts else np.zeros(0, dtype=SAID), found)
+    for said in ranges([folder / f"{n}.said.npy" for n in range(blocks)], "hi", RANGE_BYTES):
+        _count(said, found)
     return found
 
 
@@ -114,15 +106,6 @@ def _count(said: NDArray[Any], found: Repeats) -> None:
             examples.append(
                 ((int(mine["block"]), int(mine["row"])), (int(other["block"]), int(other["row"])))
             )
-
-
-def text_of(record: Record) -> str:
-    """All that a record says, as one text."""
-    if isinstance(record, Document | Extraction):
-        return record.text
-    if isinstance(record, Conversation):
-        return "\n".join(m.content for m in record.messages)
-    return "\n".join([*(m.content for m in record.prompt), record.chosen, record.rejected])
 
 
 @dataclass(frozen=True)
@@ -154,7 +137,7 @@ class Signed:
 
 def sign(records: Sequence[Record], said: NDArray[Any], threshold: float) -> Signed:
     """The signatures of a block; records of different kinds share no band key."""
-    texts = [text_of(record) for record in records]
+    texts = ["\n".join(texts_of(record)) for record in records]
     signatures, bands = signature.sign(texts, threshold)
     shifted = bands + (said["kind"].astype(np.uint64) * _KIND)[:, None]
     return Signed(

@@ -12,7 +12,7 @@ from typing import Any
 from microlm.core.records import Conversation, Document, Extraction
 from microlm.text.inspection import masks, overlap
 from microlm.text.inspection.parts import QUESTIONS, Part
-from microlm.text.read import Drop, Record
+from microlm.text.read import Drop, Record, texts_of
 from microlm.text.rules.language import language_of
 from microlm.text.sources import Block
 from microlm.text.sources.shapes import parse_object
@@ -138,7 +138,7 @@ def parse(part: Part, expected: str, data: Mapping[str, Any], place: str) -> Rec
 
 
 def _observe(found: Findings, record: Record, name: str) -> None:
-    group, text = found.group, overlap.text_of(record)
+    group, text = found.group, "\n".join(texts_of(record))
     group.records += 1
     group.chars += len(text)
     group.lengths[len(text).bit_length()] += 1
