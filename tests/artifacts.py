@@ -13,7 +13,7 @@ from microlm.core.recipe import StageRecipe, artifact_input
 from microlm.model import directory
 from microlm.model.config import ModelConfig, ModelType
 from microlm.model.transformer import Decoder
-from microlm.text import train_tokenizer
+from microlm.text.vocab import stage as train_tokenizer
 from microlm.text.tokenizer import copy_files
 
 PROSE = (

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 STAGES: dict[str, str] = {
     "data": "microlm.text.prepare:PrepareRecipe:run",
     "synth": "microlm.text.synth.stage:SynthRecipe:run",
-    "tokenizer": "microlm.text.train_tokenizer:TokenizerRecipe:run",
+    "tokenizer": "microlm.text.vocab.stage:TokenizerRecipe:run",
     "tokenize": "microlm.text.shards:TokenizeRecipe:run",
     "pretrain": "microlm.train.pretrain:PretrainRecipe:run",
     "sft": "microlm.train.sft:SftRecipe:run",

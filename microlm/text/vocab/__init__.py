@@ -1,0 +1,1 @@
+"""A tokenizer as a whole: the training stage, comparison, export."""
