@@ -13,8 +13,8 @@ from microlm.core.recipe import StageRecipe, artifact_input
 from microlm.model import directory
 from microlm.model.config import ModelConfig, ModelType
 from microlm.model.transformer import Decoder
-from microlm.text.vocab import stage as train_tokenizer
 from microlm.text.tokenizer import copy_files
+from microlm.text.vocab import stage as train_tokenizer
 
 PROSE = (
     "李白（701年—762年），字太白，是唐代的诗人，写了《静夜思》。",

@@ -11,6 +11,7 @@ import numpy as np
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+_njit: Any
 try:
     from numba import njit as _njit
 except ImportError:
@@ -24,7 +25,8 @@ def njit(function: F) -> F:
     """Compile a function at its first call, once for each machine; it works without the GIL."""
     if _njit is None:
         return np.errstate(over="ignore")(function)  # hashes wrap around, as they do when compiled
-    return _njit(cache=True, nogil=True)(function)
+    compiled: F = _njit(cache=True, nogil=True)(function)
+    return compiled
 
 
 @functools.cache

@@ -74,7 +74,9 @@ class Pieces:
             )
             if is_asked
         ]
-        steps = [pre_tokenizers.Split(Regex("|".join(alone)), "isolated")] if alone else []
+        steps: list[pre_tokenizers.PreTokenizer] = []
+        if alone:
+            steps.append(pre_tokenizers.Split(Regex("|".join(alone)), "isolated"))
         if self.pattern == "gpt2":
             steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True))
         else:
