@@ -22,7 +22,8 @@ from microlm.model.transformer import Decoder, initialise
 from microlm.text.shards import TokenSet
 from microlm.train import objectives
 from microlm.train.batches import Batch, PackedRows
-from microlm.train.loop import Job, LoopRecipe, train
+from microlm.train.job import Job, LoopRecipe
+from microlm.train.loop import train
 from microlm.train.optim import Muon, OptimRecipe
 from microlm.train.ranks import Ranks
 

@@ -19,7 +19,8 @@ from microlm.text.shards import open_sets
 from microlm.text.tokenizer import copy_files
 from microlm.train import objectives
 from microlm.train.batches import PackedRows, held_out_rows
-from microlm.train.loop import Job, LoopRecipe, train
+from microlm.train.job import Job, LoopRecipe
+from microlm.train.loop import train
 from microlm.train.optim import OptimRecipe
 from microlm.train.ranks import Ranks, launch, processes, warn_idle
 

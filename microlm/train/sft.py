@@ -21,7 +21,8 @@ from microlm.text.shards import open_sets
 from microlm.text.tokenizer import FILES, copy_files
 from microlm.train import objectives
 from microlm.train.batches import PackedRows, held_out_rows
-from microlm.train.loop import Job, LoopRecipe, train
+from microlm.train.job import Job, LoopRecipe
+from microlm.train.loop import train
 from microlm.train.optim import OptimRecipe
 from microlm.train.pretrain import SUMMARY, write_summary
 from microlm.train.ranks import Ranks, launch, processes, warn_idle

@@ -13,7 +13,7 @@ from training import CONTEXT, random_set, tiny_decoder, tiny_loop, token_set
 from microlm.core.errors import UserError
 from microlm.train import objectives
 from microlm.train.batches import IGNORE, Batch, PackedRows, document_mask, held_out_rows
-from microlm.train.loop import make_forward
+from microlm.train.step import make_forward
 
 
 def packed(rows: int = 30, seed: int = 3, **weights: float) -> list[Batch]:

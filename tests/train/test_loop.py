@@ -18,7 +18,8 @@ from microlm.model import directory
 from microlm.model.transformer import Decoder
 from microlm.train import checkpoint
 from microlm.train.batches import PackedRows
-from microlm.train.loop import Job, train
+from microlm.train.job import Job
+from microlm.train.loop import train
 from microlm.train.optim import OptimRecipe
 from microlm.train.ranks import Ranks
 
