@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 from microlm.core.errors import UserError
+from microlm.model.rope import RopeScaling, read_scaling
 
 ModelType = Literal["llama", "qwen2", "qwen3"]
 _CLASS: dict[ModelType, str] = {
@@ -35,6 +36,7 @@ class ModelConfig:
     head_dim: int
     max_position_embeddings: int
     rope_theta: float
+    rope_scaling: RopeScaling | None = None
     model_type: ModelType = "qwen3"
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
@@ -51,13 +53,33 @@ class ModelConfig:
         """Qwen3 normalises q and k per head."""
         return self.model_type == "qwen3"
 
+    def parameter_parts(self) -> dict[str, int]:
+        """How many weights each part has: embedding, attention, mlp, norms, head (0 when it is tied)."""
+        hidden, layers = self.hidden_size, self.num_hidden_layers
+        outputs = (self.num_attention_heads + 2 * self.num_key_value_heads) * self.head_dim
+        attention = hidden * (outputs + self.num_attention_heads * self.head_dim)
+        table = self.vocab_size * hidden
+        return {
+            "embedding": table,
+            "attention": layers * (attention + (outputs if self.qkv_bias else 0)),
+            "mlp": layers * 3 * hidden * self.intermediate_size,
+            "norms": layers * (2 * hidden + (2 * self.head_dim if self.qk_norm else 0)) + hidden,
+            "head": 0 if self.tie_word_embeddings else table,
+        }
+
+    @property
+    def parameters(self) -> int:
+        """All weights, a tied table once."""
+        return sum(self.parameter_parts().values())
+
     def to_hf(self, dtype: str) -> dict[str, Any]:
         """The `config.json` that transformers, vLLM and llama.cpp's converter read."""
-        fields = asdict(self)
+        scaling = self.rope_scaling.to_hf() if self.rope_scaling else None
         return {
             "architectures": [_CLASS[self.model_type]],
-            **fields,
-            "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
+            **asdict(self),
+            "rope_scaling": scaling,  # older readers take this and rope_theta, newer ones rope_parameters
+            "rope_parameters": {**(scaling or {"rope_type": "default"}), "rope_theta": self.rope_theta},
             "hidden_act": "silu",
             "attention_bias": False,
             "attention_dropout": 0.0,
@@ -82,7 +104,8 @@ class ModelConfig:
         try:
             heads = int(data["num_attention_heads"])
             hidden = int(data["hidden_size"])
-            rope = data.get("rope_parameters") or {}
+            rope = data.get("rope_parameters") or data.get("rope_scaling") or {}
+            positions = int(data["max_position_embeddings"])
             config = cls(
                 vocab_size=int(data["vocab_size"]),
                 hidden_size=hidden,
@@ -90,9 +113,10 @@ class ModelConfig:
                 num_hidden_layers=int(data["num_hidden_layers"]),
                 num_attention_heads=heads,
                 num_key_value_heads=int(data.get("num_key_value_heads") or heads),
-                head_dim=int(data.get("head_dim") or hidden // heads),
-                max_position_embeddings=int(data["max_position_embeddings"]),
+                head_dim=int(data.get("head_dim") or _implied_head_dim(kind, hidden, heads)),
+                max_position_embeddings=positions,
                 rope_theta=float(rope.get("rope_theta") or data.get("rope_theta") or 10_000.0),
+                rope_scaling=read_scaling(rope, positions, where),
                 model_type=kind,
                 rms_norm_eps=float(data["rms_norm_eps"]),
                 tie_word_embeddings=bool(data.get("tie_word_embeddings", False)),
@@ -125,14 +149,19 @@ def _refuse_extras(data: Mapping[str, Any], where: str) -> None:
     rope = data.get("rope_parameters") or data.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         raise UserError(f"{where}: rope_parameters must be an object, found {type(rope).__name__}")
-    if rope.get("rope_type", rope.get("type", "default")) != "default":
-        raise UserError(f"{where}: rotary scaling {rope!r} is not supported yet; use a model without it")
-    if data.get("use_sliding_window"):
+    if (rope.get("partial_rotary_factor") or data.get("partial_rotary_factor") or 1.0) != 1.0:
+        raise UserError(f"{where}: partly rotated heads are not supported; use a model without them")
+    if data.get("use_sliding_window") or "sliding_attention" in (data.get("layer_types") or []):
         raise UserError(f"{where}: sliding-window attention is not supported; use a model without it")
     if data.get("hidden_act", "silu") != "silu":
         raise UserError(f"{where}: activation {data['hidden_act']!r} is not supported, only silu")
     if data["model_type"] != "qwen2" and (data.get("attention_bias") or data.get("mlp_bias")):
         raise UserError(f"{where}: biases are not supported for {data['model_type']}")
+
+
+def _implied_head_dim(kind: ModelType, hidden: int, heads: int) -> int:
+    """What transformers takes where the key is missing: 128 for Qwen3, an equal share for the others."""
+    return 128 if kind == "qwen3" else hidden // heads
 
 
 def _first(value: Any) -> int | None:

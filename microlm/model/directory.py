@@ -1,9 +1,13 @@
-"""HF directories: `config.json` + `model.safetensors` ↔ `Decoder`. No private weight format exists."""
+"""HF directories: `config.json` + safetensors, one file or several with an index ↔ `Decoder`.
+
+No private weight format exists.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +21,8 @@ from microlm.model.config import ModelConfig
 from microlm.model.transformer import Decoder
 
 WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+SHARD_BYTES = 5_000_000_000
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
@@ -41,43 +47,67 @@ def read_object(file: Path, folder: str) -> dict[str, Any]:
 
 def load(path: Path, compute_dtype: torch.dtype = torch.float32) -> Decoder:
     """A decoder with the directory's weights (kept as float32 masters when stored in any float type)."""
-    config, tensors = read_config(path), _read_tensors(path)
-    if config.tie_word_embeddings:
-        tensors.pop("lm_head.weight", None)
-    with torch.device("meta"):  # a wrong size in config.json is found before it takes memory
-        _require_fit(path, dict(Decoder(config).named_parameters()), tensors)
-    decoder = Decoder(config, compute_dtype)
-    with torch.no_grad():
-        for name, weight in decoder.named_parameters():
-            weight.copy_(tensors[name])
+    config = read_config(path)
+    with ExitStack() as stack:
+        stored: dict[str, Any] = {}  # name → the open file that holds it
+        for file in _weight_files(path):
+            opened = _open(file)
+            stack.enter_context(opened)
+            stored |= dict.fromkeys(opened.keys(), opened)
+        if config.tie_word_embeddings:
+            stored.pop("lm_head.weight", None)
+        shapes = {name: tuple(opened.get_slice(name).get_shape()) for name, opened in stored.items()}
+        with torch.device("meta"):  # a wrong size in config.json is found before it takes memory
+            _require_fit(path, dict(Decoder(config).named_parameters()), shapes)
+        decoder = Decoder(config, compute_dtype)
+        with torch.no_grad():
+            for name, weight in decoder.named_parameters():
+                weight.copy_(stored[name].get_tensor(name))
     return decoder
 
 
-def _require_fit(path: Path, wanted: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor]) -> None:
+def _require_fit(
+    path: Path, wanted: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]]
+) -> None:
     """Refuse stored tensors of other names or shapes than the architecture has."""
-    if missing := sorted(set(wanted) - set(tensors)):
+    if missing := sorted(set(wanted) - set(shapes)):
         raise UserError(
             f"{path}: the weights lack '{missing[0]}' ({len(missing)} missing); export the model again"
         )
-    if extra := sorted(set(tensors) - set(wanted)):
+    if extra := sorted(set(shapes) - set(wanted)):
         raise UserError(
             f"{path}: the weights hold an unknown '{extra[0]}'; the architecture does not match config.json"
         )
     for name, weight in wanted.items():
-        if tensors[name].shape != weight.shape:
-            found, expected = tuple(tensors[name].shape), tuple(weight.shape)
+        if (found := shapes[name]) != (expected := tuple(weight.shape)):
             raise UserError(
                 f"{path}: '{name}' has shape {found}, config.json says {expected}; export the model again"
             )
 
 
-def save(decoder: Decoder, path: Path, dtype: torch.dtype = torch.float32) -> None:
-    """Write `config.json`, `generation_config.json`, the weights in `dtype`; a tied head is stored once."""
+def save(
+    decoder: Decoder, path: Path, dtype: torch.dtype = torch.float32, shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Write `config.json`, `generation_config.json`, the weights in `dtype`; a tied head is stored once.
+
+    Weights of more than `shard_bytes` go into several files and an index, as transformers writes them.
+    """
     config = decoder.config
-    tensors = {n: p.detach().to("cpu", dtype).contiguous() for n, p in decoder.named_parameters()}
+    shards = _shards({n: p.detach() for n, p in decoder.named_parameters()}, dtype, shard_bytes)
     with storage.explain_write(path):
         path.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, path / WEIGHTS, metadata={"format": "pt"})
+        for old in (*path.glob("model*.safetensors"), path / INDEX):
+            old.unlink(missing_ok=True)
+        names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+        for name, shard in zip([WEIGHTS] if len(shards) == 1 else names, shards, strict=True):
+            tensors = {n: p.to("cpu", dtype).contiguous() for n, p in shard.items()}
+            save_file(tensors, path / name, metadata={"format": "pt"})
+        if len(shards) > 1:
+            total = sum(p.numel() for shard in shards for p in shard.values()) * dtype.itemsize
+            owners = {n: name for name, shard in zip(names, shards, strict=True) for n in shard}
+            _write(
+                path / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(owners.items()))}
+            )
         _write(path / "config.json", config.to_hf(_NAMES[dtype]))
         generation = {
             "eos_token_id": config.eos_token_id,
@@ -87,22 +117,48 @@ def save(decoder: Decoder, path: Path, dtype: torch.dtype = torch.float32) -> No
         _write(path / "generation_config.json", generation)
 
 
+def _shards(
+    weights: Mapping[str, torch.Tensor], dtype: torch.dtype, most: int
+) -> list[dict[str, torch.Tensor]]:
+    """The weights in order, cut so that no file holds more than `most` bytes (or one tensor)."""
+    shards: list[dict[str, torch.Tensor]] = [{}]
+    filled = 0
+    for name, weight in weights.items():
+        size = weight.numel() * dtype.itemsize
+        if shards[-1] and filled + size > most:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = weight
+        filled += size
+    return shards
+
+
 def _write(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    files = sorted(path.glob("model*.safetensors"))
-    if not files:
+def _weight_files(path: Path) -> list[Path]:
+    """The file of the weights, or those that the index names."""
+    if (path / WEIGHTS).exists():
+        return [path / WEIGHTS]
+    index = path / INDEX
+    if not index.exists():
         raise UserError(
             f"{path}: no {WEIGHTS} there; expected a Hugging Face model directory with safetensors"
         )
-    tensors: dict[str, torch.Tensor] = {}
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as f:
-                for name in f.keys():  # noqa: SIM118 (not a dict)
-                    tensors[name] = f.get_tensor(name)
-        except (SafetensorError, OSError) as e:
-            raise UserError(f"{file}: not a whole safetensors file ({e}); copy or export it again") from None
-    return tensors
+    owners = read_object(index, "a Hugging Face model directory").get("weight_map")
+    if not isinstance(owners, dict) or not owners or not all(isinstance(v, str) for v in owners.values()):
+        raise UserError(f"{index}: holds no 'weight_map' of names to files; export the model again")
+    names = sorted(set(owners.values()))
+    for name in names:
+        if Path(name).name != name or not (path / name).is_file():
+            raise UserError(f"{index}: names the file {name!r}, which is not there; copy or export it again")
+    return [path / name for name in names]
+
+
+def _open(file: Path) -> Any:
+    """An open safetensors file, its header read."""
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as e:
+        raise UserError(f"{file}: not a whole safetensors file ({e}); copy or export it again") from None

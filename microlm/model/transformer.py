@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from microlm.model.config import ModelConfig
+from microlm.model.rope import inverse_frequencies
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """`(layer, q [B,H,T,d], k [B,K,T,d], v [B,K,T,d]) → [B,H,T,d]`; q and k come rotated."""
@@ -156,10 +157,8 @@ class Decoder(nn.Module):
 
 
 def rope_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
-    """cos and sin [max_position_embeddings, d], in Llama's half-split layout (RoFormer, 2104.09864)."""
-    inverse = config.rope_theta ** (
-        -torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-    )
+    """cos and sin [max_position_embeddings, d], in Llama's half-split layout."""
+    inverse = inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
     angles = torch.outer(torch.arange(config.max_position_embeddings, dtype=torch.float32), inverse)
     both = torch.cat((angles, angles), dim=-1)
     return both.cos(), both.sin()
