@@ -10,6 +10,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -24,12 +25,13 @@ KEEP = 2
 
 @dataclass
 class Position:
-    """Where a run stands: the next step, tokens seen, the logged rows and the last steps' losses so far."""
+    """Where a run stands: next step, tokens seen, rows logged, last steps' losses, place in the data."""
 
     step: int = 0
     tokens: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
     recent: list[float] = field(default_factory=list)
+    data: dict[str, Any] = field(default_factory=dict)
 
 
 def save(

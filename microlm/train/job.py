@@ -24,10 +24,14 @@ class LoopRecipe(Recipe):
     context: int = Field(default=256, ge=16, description="tokens of a row")
     batch_rows: int = Field(default=16, ge=1, description="rows of a step, over all processes")
     micro_rows: int = Field(default=8, ge=1, description="rows of one forward pass")
+    document_mask: bool = Field(
+        default=True, description="a document sees only itself, not those before it in its row"
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto", description="precision of the products"
     )
     compile: bool = Field(default=True, description="torch.compile (faster; needs a C++ compiler)")
+    workers: int = unkeyed(1, ge=0, le=64, description="threads that make batches ahead of time; 0: none")
     checkpoint_steps: int = unkeyed(100, ge=1, description="steps between resume checkpoints")
     log_steps: int = unkeyed(10, ge=1, description="steps between logged rows")
     validation_steps: int = unkeyed(200, ge=1, description="steps between validations")

@@ -32,8 +32,11 @@ def train(ranks: Ranks, decoder: Decoder, job: Job) -> Position:
     ranks.require_equal(at.step, "the checkpoint that they found")
     forward = make_forward(decoder, loop)
     warm_up(ranks, forward, decoder, job)
-    stream = job.train.batches(loop.batch_rows, start=at.step)
-    with _stop_flag() as stopped, Reporter(ranks, job, at) as report:
+    with (
+        _stop_flag() as stopped,
+        job.train.batches(loop.batch_rows, at.data, loop.workers) as stream,
+        Reporter(ranks, job, at, stream) as report,
+    ):
         report.validate_first(forward, decoder)
         while at.step < loop.steps:
             factor = optim.set_rates(optimizers, job.optim, at.step, loop.steps)
@@ -44,13 +47,14 @@ def train(ranks: Ranks, decoder: Decoder, job: Job) -> Position:
             if not math.isfinite(mean):
                 where = f"{job.name}: loss is {mean} at step {at.step}"
                 raise CheckFailed(f"{where}; lower the rates (optim.*) and run again")
-            torch.nn.utils.clip_grad_norm_(parameters.values(), job.optim.clip_norm)
+            norm = torch.nn.utils.clip_grad_norm_(parameters.values(), job.optim.clip_norm)
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
             at.step += 1
             at.tokens += loop.batch_rows * loop.context
-            report.step(mean, factor, forward, decoder)
+            at.data = stream.state()
+            report.step(mean, factor, float(norm), forward, decoder)
             stop = stop or (at.step == loop.steps and stopped())  # nobody sums after the last step
             due = at.step % loop.checkpoint_steps == 0 and at.step < loop.steps
             if ranks.rank == 0 and (stop or due):

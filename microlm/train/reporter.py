@@ -7,6 +7,7 @@ from typing import Any
 
 from microlm.core.metrics import FILE, MetricsLog, Progress, read_metrics
 from microlm.model.transformer import Decoder
+from microlm.train.batches import BatchStream
 from microlm.train.checkpoint import Position
 from microlm.train.job import Job
 from microlm.train.ranks import Ranks
@@ -31,7 +32,7 @@ def validation_loss(forward: Forward, decoder: Decoder, job: Job) -> float:
 class Reporter:
     """Rank 0's progress line, metrics and history; silent on the others."""
 
-    def __init__(self, ranks: Ranks, job: Job, at: Position) -> None:
+    def __init__(self, ranks: Ranks, job: Job, at: Position, stream: BatchStream) -> None:
         self.job, self.at, self.active = job, at, ranks.rank == 0
         if self.active:
             total = job.loop.steps * job.loop.batch_rows * job.loop.context
@@ -53,7 +54,7 @@ class Reporter:
         if self.at.step == 0:
             self._validate(forward, decoder, {"tokens": 0.0})
 
-    def step(self, loss: float, factor: float, forward: Forward, decoder: Decoder) -> None:
+    def step(self, loss: float, factor: float, norm: float, forward: Forward, decoder: Decoder) -> None:
         """Report a finished step."""
         if not self.active:
             return
@@ -63,7 +64,8 @@ class Reporter:
         last = self.at.step == loop.steps
         if self.at.step % loop.log_steps and not last:
             return
-        row = {"tokens": float(self.at.tokens), "loss": sum(recent) / len(recent), "rate": factor}
+        loss = sum(recent) / len(recent)
+        row = {"tokens": float(self.at.tokens), "loss": loss, "rate": factor, "grad_norm": norm}
         if last or self.at.step % loop.validation_steps == 0:
             self._validate(forward, decoder, row)
         else:

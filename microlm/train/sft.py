@@ -13,21 +13,18 @@ from pydantic import Field
 
 from microlm.core import runtime
 from microlm.core.artifact import Workspace, stage
-from microlm.core.errors import UserError
-from microlm.core.manifest import Artifact, Kind, hash_file
+from microlm.core.manifest import Artifact, Kind
 from microlm.core.recipe import Recipe, StageRecipe, artifact_input
 from microlm.model import directory, lora
 from microlm.text.shards import open_sets
-from microlm.text.tokenizer import FILES, copy_files
+from microlm.text.tokenizer import copy_files
 from microlm.train import objectives
 from microlm.train.batches import PackedRows, held_out_rows
 from microlm.train.job import Job, LoopRecipe
 from microlm.train.loop import train
 from microlm.train.optim import OptimRecipe
-from microlm.train.pretrain import SUMMARY, write_summary
+from microlm.train.pretrain import SUMMARY, require_same_tokenizer, write_summary
 from microlm.train.ranks import Ranks, launch, processes, warn_idle
-
-TOKENIZER = FILES[0]
 
 
 class LoraRecipe(Recipe):
@@ -61,25 +58,16 @@ def _kind(recipe: SftRecipe) -> Kind:
     return "adapter" if recipe.lora else "model"
 
 
-@stage("sft", _kind, version=2)
+@stage("sft", _kind, version=3)
 def run(recipe: SftRecipe, work: Workspace) -> None:
     """Load the model, train on every rank, save weights or adapter with the model's own tokenizer files."""
     model, shards = work.inputs["model"], work.inputs["shards"]
-    _require_same_tokenizer(model, shards)
+    require_same_tokenizer(model, shards)
     work.processes = processes(recipe.parallel)
     warn_idle("sft", recipe.parallel, recipe.loop.batch_rows, recipe.loop.micro_rows)
     if launch(recipe.parallel, _rank, recipe, model, shards.path, work.path):
         copy_files(model.path, work.path)
         work.metrics.update(json.loads((work.logs / SUMMARY).read_bytes()))
-
-
-def _require_same_tokenizer(model: Artifact, shards: Artifact) -> None:
-    """The shards' ids mean something only to the tokenizer that made them."""
-    if hash_file(model.file(TOKENIZER)) != hash_file(shards.file(f"tokenizer/{TOKENIZER}")):
-        raise UserError(
-            f"{shards.url}: was made with another tokenizer than that of {model.url}; "
-            "tokenize the data with the tokenizer that the model was trained with"
-        )
 
 
 def _rank(ranks: Ranks, recipe: SftRecipe, model: Artifact, shards: Path, out: Path) -> None:
@@ -89,9 +77,9 @@ def _rank(ranks: Ranks, recipe: SftRecipe, model: Artifact, shards: Path, out: P
         generator = torch.Generator().manual_seed(runtime.derive_seed(recipe.seed, "lora"))
         lora.apply(decoder, recipe.lora.config(), generator)
     prefix = "" if "documents" in recipe.mixture else "conversations-"
-    rows = PackedRows(open_sets(shards, prefix, "train"), recipe.mixture, recipe.loop.context, recipe.seed)
-    held_out = open_sets(shards, prefix, "validation")
-    validation = held_out_rows(held_out, recipe.mixture, recipe.loop.context)
+    context, mask = recipe.loop.context, recipe.loop.document_mask
+    rows = PackedRows(open_sets(shards, prefix, "train"), recipe.mixture, context, recipe.seed, mask)
+    validation = held_out_rows(open_sets(shards, prefix, "validation"), recipe.mixture, context, mask)
     name = "lora" if recipe.lora else "sft"
     job = Job(recipe.loop, recipe.optim, objectives.next_token, rows, validation, out, name)
     at = train(ranks, decoder, job)

@@ -20,18 +20,17 @@ from microlm.train.job import Job, LoopRecipe
 from microlm.train.objectives import Objective
 from microlm.train.ranks import Ranks
 
-Forward = Callable[[Tensor, Tensor], Tensor]
+Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def make_forward(decoder: Decoder, loop: LoopRecipe) -> Forward:
-    """`(input_ids [R,T], mask [R,1,T,T]) → hidden [R,T,D]`; one block is compiled and serves all layers."""
-    positions = torch.arange(loop.context, device=decoder.cos.device)
+    """`(input_ids [R,T], positions [R,T], mask [R,1,T,T]) → hidden [R,T,D]`; one compiled block for all."""
     block_call = _block
     if loop.compiles():
         runtime.set_env("TORCHINDUCTOR_CACHE_DIR", str(runtime.cache_dir() / "inductor"))
         block_call = torch.compile(_fused_block, dynamic=False)
 
-    def forward(input_ids: Tensor, mask: Tensor) -> Tensor:
+    def forward(input_ids: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
         x, (cos, sin) = decoder.embed(input_ids, positions)
         for block in decoder.model.layers:
             x = block_call(block, x, cos, sin, mask)
@@ -67,7 +66,7 @@ def warm_up(ranks: Ranks, forward: Forward, decoder: Decoder, job: Job) -> None:
 
 def losses(forward: Forward, decoder: Decoder, batch: Batch, objective: Objective) -> Tensor:
     mask = document_mask(batch.segments, decoder.compute_dtype)
-    return objective(forward(batch.input_ids, mask), decoder, batch)
+    return objective(forward(batch.input_ids, batch.positions, mask), decoder, batch)
 
 
 def accumulate(ranks: Ranks, forward: Forward, decoder: Decoder, batch: Batch, job: Job) -> Tensor:

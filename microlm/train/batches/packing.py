@@ -1,0 +1,155 @@
+"""Which piece of which sample lies where: rows of T positions, one after the other, from a resumable place.
+
+A sample of n tokens fills n-1 positions, each with the token after it as its label. Documents are cut where a
+row ends and go on in the next one; conversations stay whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from microlm.core import runtime
+from microlm.text.shards import TokenSet
+from microlm.train.batches.order import Order
+
+LOOKAHEAD = 64  # conversations that wait for a row with room
+BLOCK = 256  # samples whose borders are read at once
+
+
+class Piece(NamedTuple):
+    """`size` positions of a sample from token `start` of its set on; `end` is where the sample ends."""
+
+    group: int
+    sample: int
+    start: int
+    size: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Token sets and their shares of the positions; `joined` samples see those before them in a row."""
+
+    names: Sequence[str]
+    sets: Sequence[TokenSet]
+    shares: Sequence[float]
+    context: int
+    joined: bool
+
+    @property
+    def unread(self) -> int:
+        """Tokens at a sample's end that fill no position: only a sample that follows could see the last."""
+        return 0 if self.joined else 1
+
+
+class Packer:
+    """Endless rows. `state()` is all that the next row depends on, besides seed and mixture."""
+
+    def __init__(self, mixture: Mixture, seed: int, state: dict[str, Any] | None = None) -> None:
+        self.mixture = mixture
+        self._whole = [s.loss is not None for s in mixture.sets]
+        self._lookahead = LOOKAHEAD if any(self._whole) else 1
+        state = state or {}
+        places = state.get("places") or [[0, 0] for _ in mixture.sets]
+        self._readers = [
+            _Reader(mixture, number, seed, epoch, index) for number, (epoch, index) in enumerate(places)
+        ]
+        self._debts: list[float] = list(state.get("debts") or [0.0] * len(mixture.sets))
+        self._held = [Piece(*piece) for piece in state.get("held", [])]
+        self.rows, self.padding = state.get("rows", 0), state.get("padding", 0)
+
+    def state(self) -> dict[str, Any]:
+        """The place of the next row, as JSON values."""
+        return {
+            "rows": self.rows,
+            "padding": self.padding,
+            "places": [[r.epoch, r.index] for r in self._readers],
+            "debts": list(self._debts),
+            "held": [list(piece) for piece in self._held],
+        }
+
+    def row(self) -> list[Piece]:
+        """The pieces of the next row, from left to right."""
+        found: list[Piece] = []
+        room = self.mixture.context
+        while room:
+            self._fill()
+            number = self._fitting(room) if found else 0
+            if number is None:
+                break
+            piece = self._held.pop(number)
+            if piece.size > room:
+                rest = piece._replace(start=piece.start + room, size=piece.size - room)
+                self._held.insert(0, rest)
+                piece = piece._replace(size=room)
+            found.append(piece)
+            room -= piece.size
+        self.rows += 1
+        self.padding += room
+        return found
+
+    def _fill(self) -> None:
+        """Hold enough samples, always of the set that lags most behind its share."""
+        while len(self._held) < self._lookahead:
+            debts = self._debts
+            chosen = max(range(len(debts)), key=lambda i: debts[i])
+            piece = self._readers[chosen].next()
+            for i, share in enumerate(self.mixture.shares):
+                debts[i] += share * piece.size
+            debts[chosen] -= piece.size
+            self._held.append(piece)
+
+    def _fitting(self, room: int) -> int | None:
+        """The first document, or before it the longest conversation that fits: short ones fill later gaps."""
+        best, longest = None, 0
+        for number, piece in enumerate(self._held):
+            if not self._whole[piece.group]:
+                return number if best is None else best
+            if longest < piece.size <= room:
+                best, longest = number, piece.size
+        return best
+
+
+class _Reader:
+    """The usable samples of one set, in a new order each epoch."""
+
+    def __init__(self, mixture: Mixture, number: int, seed: int, epoch: int, index: int) -> None:
+        self.number, self.epoch, self.index = number, epoch, index
+        self._mixture, self._seed = mixture, seed
+        self._set = mixture.sets[number]
+        self._limit = mixture.context if self._set.loss is not None else None
+        self._block: list[tuple[int, Piece]] = []  # (place in the order, sample), last one first
+        self._enter()
+
+    def next(self) -> Piece:
+        """The next sample as a whole."""
+        while not self._block:
+            self._load()
+        place, piece = self._block.pop()
+        self.index = place + 1
+        return piece
+
+    def _enter(self) -> None:
+        name = self._mixture.names[self.number]
+        seed = runtime.derive_seed(self._seed, "order", name, self.epoch)
+        self._order = Order(len(self._set.ends), seed)
+        self._loaded = self.index
+
+    def _load(self) -> None:
+        if self._loaded >= self._order.count:
+            self.epoch, self.index = self.epoch + 1, 0
+            self._enter()
+        samples = self._order.take(self._loaded, self._loaded + BLOCK)
+        ends = np.asarray(self._set.ends[samples])
+        starts = np.where(samples > 0, self._set.ends[samples - 1], 0)
+        found = zip(samples.tolist(), starts.tolist(), ends.tolist(), strict=True)
+        for place, (sample, start, end) in enumerate(found, self._loaded):
+            size = end - start - self._mixture.unread
+            if end - start > 1 and (self._limit is None or size <= self._limit):
+                self._block.append((place, Piece(self.number, sample, start, size, end)))
+        self._block.reverse()
+        self._loaded += len(samples)

@@ -1,0 +1,126 @@
+"""Token sets and a mixture → batches of packed rows. Labels are shifted here and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from microlm.core.errors import UserError
+from microlm.core.recipe import nearest
+from microlm.text.shards import TokenSet
+from microlm.train.batches.batch import IGNORE, Batch
+from microlm.train.batches.packing import Mixture, Packer, Piece
+from microlm.train.batches.stream import BatchStream
+
+CHUNK = 1 << 20  # samples that are counted at once
+
+
+class PackedRows:
+    """Packed rows out of several token sets, mixed by share of positions; endless, in a seeded order.
+
+    With `document_mask` each sample sees itself only; without it also the samples before it in its row.
+    """
+
+    def __init__(
+        self,
+        sets: Mapping[str, TokenSet],
+        weights: Mapping[str, float],
+        context: int,
+        seed: int,
+        document_mask: bool = True,
+    ) -> None:
+        _check_weights(sets, weights)
+        self.names = [n for n in sorted(sets) if weights.get(n, 0.0 if weights else 1.0) > 0]
+        total = sum(weights.get(n, 1.0) for n in self.names)
+        self.shares = [weights.get(n, 1.0) / total for n in self.names]
+        self.context, self.seed = context, seed
+        chosen = [sets[n] for n in self.names]
+        self._mixture = Mixture(self.names, chosen, self.shares, context, not document_mask)
+        usable = {n: count_usable(s, self._mixture) for n, s in zip(self.names, chosen, strict=True)}
+        for name, count in usable.items():
+            if not count:
+                longest = f"none of {len(sets[name].ends)} samples fits into a row of {context} tokens"
+                raise UserError(
+                    f"{sets[name].name}: {longest}; raise loop.context, or leave it out of the mixture"
+                )
+        self.dropped = {name: len(sets[name].ends) - count for name, count in usable.items()}
+        self._tokens = [np.asarray(s.tokens) for s in chosen]  # views: a slice of a memmap costs far more
+        self._loss = [None if s.loss is None else np.asarray(s.loss) for s in chosen]
+
+    def batches(self, rows: int, state: dict[str, Any] | None = None, workers: int = 0) -> BatchStream:
+        """Batches of `rows` rows, from the beginning or from a stream's `state()`; close it after use."""
+        return BatchStream(Packer(self._mixture, self.seed, state), self.assemble, rows, workers)
+
+    def epochs(self, state: Mapping[str, Any]) -> dict[str, float]:
+        """How often each set has been read up to a stream's `state()`."""
+        sizes = [len(s.ends) for s in self._mixture.sets]
+        places = zip(self.names, state["places"], sizes, strict=True)
+        return {name: epoch + index / size for name, (epoch, index), size in places}
+
+    def assemble(self, rows: Sequence[Sequence[Piece]]) -> Batch:
+        """Fill the tensors of a batch; whoever plans it says what lies where."""
+        shape = (len(rows), self.context)
+        ids, segments = np.zeros(shape, np.int64), np.full(shape, -1, np.int64)
+        labels = np.full(shape, IGNORE, np.int64)
+        for r, pieces in enumerate(rows):
+            at = 0
+            for number, piece in enumerate(pieces):
+                here = slice(at, at + piece.size)
+                ids[r, here] = self._tokens[piece.group][piece.start : piece.start + piece.size]
+                segments[r, here] = 0 if self._mixture.joined else number
+                self._fill_labels(labels[r, here], piece)
+                at += piece.size
+        samples = tuple(tuple((self.names[p.group], p.sample) for p in pieces) for pieces in rows)
+        return Batch(torch.from_numpy(ids), torch.from_numpy(labels), torch.from_numpy(segments), samples)
+
+    def _fill_labels(self, labels: NDArray[np.int64], piece: Piece) -> None:
+        """The tokens after those of a piece, as far as they are its sample's and may be learnt."""
+        stop = min(piece.start + piece.size + 1, piece.end)
+        following = slice(piece.start + 1, stop)
+        labels = labels[: stop - piece.start - 1]
+        labels[:] = self._tokens[piece.group][following]
+        loss = self._loss[piece.group]
+        if loss is not None:
+            labels[loss[following] == 0] = IGNORE
+
+
+def held_out_rows(
+    sets: Mapping[str, TokenSet], weights: Mapping[str, float], context: int, document_mask: bool = True
+) -> PackedRows | None:
+    """Rows for validation, always the same, out of the sets that can be used; None when there are none."""
+    mixture = Mixture((), (), (), context, not document_mask)
+    found = {name: tokens for name, tokens in sets.items() if count_usable(tokens, mixture)}
+    shares = {name: weight for name, weight in weights.items() if name in found}
+    if not found or (weights and not any(shares.values())):
+        return None
+    return PackedRows(found, shares, context, 0, document_mask)
+
+
+def count_usable(tokens: TokenSet, mixture: Mixture) -> int:
+    """Samples of two tokens or more; conversations must fit into one row, documents are cut."""
+    count, before = 0, 0
+    for first in range(0, len(tokens.ends), CHUNK):
+        ends = np.asarray(tokens.ends[first : first + CHUNK])
+        lengths = np.diff(ends, prepend=before)
+        fits = lengths > 1
+        if tokens.loss is not None:
+            fits &= lengths - mixture.unread <= mixture.context
+        count += int(fits.sum())
+        before = int(ends[-1])
+    return count
+
+
+def _check_weights(sets: Mapping[str, TokenSet], weights: Mapping[str, float]) -> None:
+    if not sets:
+        raise UserError("shards: hold no token set of this kind; check the audit of the data stage")
+    for name, weight in weights.items():
+        if name not in sets:
+            raise UserError(f"mixture: no token set '{name}'; {nearest(name, sets)}")
+        if weight < 0:
+            raise UserError(f"mixture: the share of '{name}' is {weight}; give 0 or more")
+    if weights and not any(weights.values()):
+        raise UserError("mixture: every share is 0; give at least one task a share of the tokens")
