@@ -36,12 +36,13 @@ from microlm.core.manifest import (
 from microlm.core.recipe import StageRecipe
 
 __all__ = [
-    "FORMAT", "LOGS", "MANIFEST", "RESUME", "Artifact", "Kind", "Workspace", "compute_key", "damages",
-    "find", "hash_file", "lock_path", "open_artifact", "payload_digest", "replaced", "require_intact",
-    "sha256", "stage", "temporary",
+    "FORMAT", "JUDGED", "LOGS", "MANIFEST", "RESUME", "Artifact", "Kind", "Workspace", "compute_key",
+    "damages", "find", "hash_file", "lock_path", "open_artifact", "payload_digest", "replaced",
+    "require_intact", "sha256", "stage", "temporary",
 ]  # fmt: skip
 LOGS = "logs"  # metrics, reports, times: hashed, but not part of the digest
 RESUME = "resume"  # private state of an unfinished stage, deleted at the end
+JUDGED = "judged"  # a file in it: the body itself decides whether that state fits another key
 R = TypeVar("R", bound=StageRecipe)
 
 
@@ -255,9 +256,10 @@ def _recover(out: str, folder: Path, key: str, inputs: Mapping[str, Artifact]) -
 
 
 def _open_workspace(folder: Path, out: str, key: str, inputs: dict[str, Artifact]) -> Workspace:
-    """Keep `resume/` and `logs/` when they belong to the same key; everything else is made anew."""
+    """Keep `resume/` and `logs/` of the same key, or that the body judges; everything else is made anew."""
     mark, asked = folder / RESUME / "key", "\n".join([key, *_digests(inputs).values()])
-    same = mark.exists() and mark.read_text(encoding="utf-8") == asked
+    judged = (folder / RESUME / JUDGED).exists()
+    same = mark.exists() and (judged or mark.read_text(encoding="utf-8") == asked)
     for entry in folder.iterdir():
         if same and entry.name in (RESUME, LOGS):
             continue

@@ -156,6 +156,15 @@ def write_atomic(path: Path, data: bytes) -> None:
         sync_folder(path.parent)
 
 
+def require_space(folder: Path, needed: int, what: str, hint: str) -> None:
+    """Refuse to begin what the disk cannot hold: `needed` bytes beside what lies there already."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"{folder}: {what} needs {needed / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free; {hint}"
+        )
+
+
 def sync_folder(folder: Path) -> None:
     """Make a rename inside `folder` survive a power cut (where the file system lets a folder be synced)."""
     handle = os.open(folder, os.O_RDONLY)
