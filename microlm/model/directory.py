@@ -45,9 +45,14 @@ def read_object(file: Path, folder: str) -> dict[str, Any]:
     return data
 
 
-def load(path: Path, compute_dtype: torch.dtype = torch.float32) -> Decoder:
-    """A decoder with the directory's weights (kept as float32 masters when stored in any float type)."""
-    config = read_config(path)
+def load(
+    path: Path, compute_dtype: torch.dtype = torch.float32, config: ModelConfig | None = None
+) -> Decoder:
+    """A decoder with the directory's weights (kept as float32 masters when stored in any float type).
+
+    `config` stands in for the stored one: the same shape with more positions, say.
+    """
+    config = config or read_config(path)
     with ExitStack() as stack:
         stored: dict[str, Any] = {}  # name → the open file that holds it
         for file in _weight_files(path):

@@ -1,4 +1,4 @@
-"""Rotary scaling, for contexts longer than the trained one. Enters: HF's `rope_parameters`; leaves: frequencies.
+"""Rotary scaling for contexts beyond the trained length. Enters: HF's `rope_parameters`; leaves: frequencies.
 
 `linear` and `llama3` as transformers computes them. `dynamic` is refused: its angles depend on the length of
 the whole sequence, so keys that lie in a cache would have to be turned again.

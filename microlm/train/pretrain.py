@@ -1,22 +1,30 @@
-"""Stage `pretrain`: document shards → a stock model; the only place that states an architecture."""
+"""Stage `pretrain`: document shards → a stock model, from scratch or from a model that is there.
+
+The only place that states an architecture.
+"""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
 
 from microlm.core import runtime
 from microlm.core.artifact import Workspace, stage
+from microlm.core.errors import UserError
+from microlm.core.manifest import Artifact, hash_file
 from microlm.core.recipe import Recipe, StageRecipe, artifact_input
 from microlm.model import directory
+from microlm.model.architecture import ArchitectureRecipe
 from microlm.model.config import ModelConfig
+from microlm.model.rope import RopeScaling
 from microlm.model.transformer import Decoder, initialise
 from microlm.text.shards import open_sets
-from microlm.text.tokenizer import copy_files
+from microlm.text.tokenizer import FILES, copy_files
 from microlm.train import objectives
 from microlm.train.batches import PackedRows, held_out_rows
 from microlm.train.job import Job, LoopRecipe
@@ -25,82 +33,132 @@ from microlm.train.optim import OptimRecipe
 from microlm.train.ranks import Ranks, launch, processes, warn_idle
 
 SUMMARY = "summary.json"
-MAX_WEIGHTS = 8_000_000_000  # each process holds them all, their gradients and two moments
+TOKENIZER = FILES[0]
+SHAPE = (
+    "model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "intermediate_size", "tie_word_embeddings",
+)  # fmt: skip
 
 
-class ArchitectureRecipe(Recipe):
-    """The shape of the model; Qwen3's by default."""
+class ExtendRecipe(Recipe):
+    """A longer context for a model that is trained on; positions in tokens."""
 
-    model_type: Literal["llama", "qwen2", "qwen3"] = Field(default="qwen3", description="stock architecture")
-    hidden_size: int = Field(default=128, ge=8, le=16_384, description="width")
-    layers: int = Field(default=4, ge=1, le=256, description="blocks")
-    heads: int = Field(default=4, ge=1, le=256, description="query heads")
-    kv_heads: int = Field(default=4, ge=1, le=256, description="key-value heads")
-    head_dim: int = Field(default=32, ge=2, le=512, description="size of a head, even")
-    intermediate_size: int = Field(default=352, ge=8, le=65_536, description="width of the SwiGLU")
-    max_positions: int = Field(default=384, ge=16, le=1 << 20, description="longest sequence, in tokens")
-    rope_theta: float = Field(default=10_000.0, ge=1, le=1e9, description="rotary base")
-    tied: bool = Field(default=False, description="share embedding and head")
+    max_positions: int = Field(ge=16, le=1 << 20, description="longest sequence from now on")
+    scaling: Literal["none", "linear", "llama3"] = Field(
+        default="llama3", description="how the rotary angles are slowed down"
+    )
+    factor: float | None = Field(
+        default=None, ge=1, description="how much; none: max_positions over the trained positions"
+    )
+    trained_positions: int | None = Field(
+        default=None, ge=16, description="length the model knows; none: the context of its last training"
+    )
+    rope_theta: float | None = Field(default=None, ge=1, le=1e9, description="a new base; none: as it was")
 
-    @model_validator(mode="after")
-    def _divisible(self) -> ArchitectureRecipe:
-        if self.heads % self.kv_heads or self.head_dim % 2:
-            raise ValueError("heads must be a multiple of kv_heads, and head_dim even")
-        attention = 2 * (self.heads + self.kv_heads) * self.head_dim
-        weights = self.layers * self.hidden_size * (attention + 3 * self.intermediate_size)
-        if weights > MAX_WEIGHTS:
-            raise ValueError(
-                f"a shape of {weights / 1e9:,.1f} billion weights without the embedding, at most "
-                f"{MAX_WEIGHTS / 1e9:g} billion are trained; lower hidden_size, intermediate_size or layers"
-            )
-        return self
-
-    def config(self, index: dict[str, Any]) -> ModelConfig:
-        """The stock configuration for a tokenizer's shards; the vocabulary is padded to a multiple of 64."""
-        return ModelConfig(
-            vocab_size=(index["vocab_size"] + 63) // 64 * 64,
-            hidden_size=self.hidden_size,
-            intermediate_size=self.intermediate_size,
-            num_hidden_layers=self.layers,
-            num_attention_heads=self.heads,
-            num_key_value_heads=self.kv_heads,
-            head_dim=self.head_dim,
+    def config(self, before: ModelConfig, trained: int) -> ModelConfig:
+        """The configuration with the longer context; `trained` counts unless the recipe says otherwise."""
+        known = self.trained_positions or trained
+        factor = self.factor or max(1.0, self.max_positions / known)
+        scaling = {
+            "none": None,
+            "linear": RopeScaling("linear", factor),
+            "llama3": RopeScaling("llama3", factor, original_max_position_embeddings=known),
+        }[self.scaling]
+        return replace(
+            before,
             max_position_embeddings=self.max_positions,
-            rope_theta=self.rope_theta,
-            model_type=self.model_type,
-            tie_word_embeddings=self.tied,
-            eos_token_id=index["eos_token_id"],
-            pad_token_id=index["pad_token_id"],
+            rope_theta=self.rope_theta or before.rope_theta,
+            rope_scaling=scaling,
         )
 
 
 class PretrainRecipe(StageRecipe):
-    """Train a model from scratch on documents."""
+    """Train on documents: a model from scratch (`architecture`), or one that is there (`model`)."""
 
     shards: str = artifact_input(kinds=("shards",), description="shards artifact")
-    architecture: ArchitectureRecipe = Field(default=ArchitectureRecipe(), description="the model's shape")
+    model: str | None = artifact_input(
+        None, kinds=("model",), description="model artifact to go on with; none: start from scratch"
+    )
+    architecture: ArchitectureRecipe | None = Field(
+        default=None, description="the model's shape; none: that of `model`"
+    )
+    extend: ExtendRecipe | None = Field(default=None, description="a longer context for `model`")
     loop: LoopRecipe = Field(default=LoopRecipe(), description="length, batch, precision")
     optim: OptimRecipe = Field(default=OptimRecipe(stable_share=1.0), description="rates and schedule")
 
+    @model_validator(mode="after")
+    def _one_start(self) -> PretrainRecipe:
+        if self.architecture is None and self.model is None:
+            raise ValueError(
+                "states no model; give architecture (a preset, say: architecture.preset=26m) or model"
+            )
+        if self.extend and self.model is None:
+            raise ValueError("extend is for a model that is there; set architecture.max_positions instead")
+        return self
 
-@stage("pretrain", "model", version=2)
+
+@stage("pretrain", "model", version=3)
 def run(recipe: PretrainRecipe, work: Workspace) -> None:
-    """Initialise, train on every rank, save the HF directory."""
-    shards = work.inputs["shards"].path
+    """Initialise or load, train on every rank, save the HF directory."""
+    shards, model = work.inputs["shards"], work.inputs.get("model")
+    if model:
+        require_same_tokenizer(model, shards)
+    config = configuration(recipe, shards, model)
     work.processes = processes(recipe.parallel)
     warn_idle("pretrain", recipe.parallel, recipe.loop.batch_rows, recipe.loop.micro_rows)
-    if launch(recipe.parallel, _rank, recipe, shards, work.path):
-        copy_files(shards / "tokenizer", work.path)
+    start = model.path if model else None
+    if launch(recipe.parallel, _rank, recipe, config, start, shards.path, work.path):
+        copy_files(shards.path / "tokenizer", work.path)
         work.metrics.update(json.loads((work.logs / SUMMARY).read_bytes()))
 
 
-def _rank(ranks: Ranks, recipe: PretrainRecipe, shards: Path, out: Path) -> None:
+def configuration(recipe: PretrainRecipe, shards: Artifact, model: Artifact | None) -> ModelConfig:
+    """The architecture that is trained; one that contradicts the model to go on with is refused."""
+    if model is None:
+        assert recipe.architecture is not None
+        return recipe.architecture.config(shards.json("index.json"))
+    found = directory.read_config(model.path)
+    if recipe.architecture:
+        stated = recipe.architecture.config(shards.json("index.json"))
+        for name in SHAPE:
+            ours, theirs = getattr(stated, name), getattr(found, name)
+            if ours != theirs:
+                raise UserError(
+                    f"architecture: {name} is {ours} here and {theirs} in {model.url}; "
+                    "leave architecture out, it comes with the model"
+                )
+    return recipe.extend.config(found, _trained_positions(found, model)) if recipe.extend else found
+
+
+def _trained_positions(config: ModelConfig, model: Artifact) -> int:
+    """The length that a model knows without scaling: what its config says, or its last training's context."""
+    if config.rope_scaling and config.rope_scaling.original_max_position_embeddings:
+        return config.rope_scaling.original_max_position_embeddings
+    loop = model.manifest.get("recipe", {}).get("loop", {})
+    return int(loop.get("context", config.max_position_embeddings))
+
+
+def require_same_tokenizer(model: Artifact, shards: Artifact) -> None:
+    """The shards' ids mean something only to the tokenizer that made them."""
+    if hash_file(model.file(TOKENIZER)) != hash_file(shards.file(f"tokenizer/{TOKENIZER}")):
+        raise UserError(
+            f"{shards.url}: was made with another tokenizer than that of {model.url}; "
+            "tokenize the data with the tokenizer that the model was trained with"
+        )
+
+
+def _rank(
+    ranks: Ranks, recipe: PretrainRecipe, config: ModelConfig, start: Path | None, shards: Path, out: Path
+) -> None:
     runtime.set_seed(recipe.seed)
-    index = json.loads((shards / "index.json").read_bytes())
-    decoder = Decoder(recipe.architecture.config(index), recipe.loop.compute_dtype())
-    initialise(decoder, torch.Generator().manual_seed(runtime.derive_seed(recipe.seed, "init")))
-    rows = PackedRows(open_sets(shards, "documents", "train"), {}, recipe.loop.context, recipe.seed)
-    validation = held_out_rows(open_sets(shards, "documents", "validation"), {}, recipe.loop.context)
+    if start:
+        decoder = directory.load(start, recipe.loop.compute_dtype(), config)
+    else:
+        decoder = Decoder(config, recipe.loop.compute_dtype())
+        initialise(decoder, torch.Generator().manual_seed(runtime.derive_seed(recipe.seed, "init")))
+    context, mask = recipe.loop.context, recipe.loop.document_mask
+    rows = PackedRows(open_sets(shards, "documents", "train"), {}, context, recipe.seed, mask)
+    validation = held_out_rows(open_sets(shards, "documents", "validation"), {}, context, mask)
     job = Job(recipe.loop, recipe.optim, objectives.next_token, rows, validation, out, "pretrain")
     at = train(ranks, decoder, job)
     if ranks.rank == 0:
