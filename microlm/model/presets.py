@@ -87,7 +87,8 @@ def shape_of_size(budget: int, vocab_size: int, fixed: Mapping[str, Any]) -> Sha
     shapes = list(_candidates(budget, vocab_size, fixed))
     if not shapes:
         raise UserError(
-            f"architecture: nothing of {budget:,} weights has {_told(fixed)}; leave some of it out"
+            f"architecture: no model of {budget:,} weights has {_told(fixed)} and a vocabulary of "
+            f"{vocab_size:,}; raise the size, or leave some of it out"
         )
 
     def miss(shape: Shape) -> float:

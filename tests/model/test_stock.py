@@ -121,6 +121,12 @@ def edit(path: Path, **changes: Any) -> None:
         ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported"),
         ({"model_type": ["llama"]}, "is not supported"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0}}, "rotary scaling"),
+        (
+            {"model_type": "qwen3_moe"},
+            "'qwen3_moe' is not supported; supported: llama,",
+        ),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partly rotated"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding-window"),
         ({"rope_parameters": "default"}, "rope_parameters must be an object"),
         ({"use_sliding_window": True}, "sliding-window"),
         ({"hidden_act": "gelu"}, "activation 'gelu'"),
@@ -179,3 +185,57 @@ def test_an_unknown_tensor_is_named(tmp_path: Path) -> None:
     save_file(load_file(file) | {"model.extra": torch.zeros(2)}, file)
     with pytest.raises(UserError, match=r"unknown 'model\.extra'"):
         directory.load(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_weights_go_into_shards_that_transformers_reads(tmp_path: Path, dtype: torch.dtype) -> None:
+    decoder = random_decoder(tiny_config("qwen2", tie_word_embeddings=True))
+    directory.save(decoder, tmp_path, dtype)  # a single file first: it must not survive
+    directory.save(decoder, tmp_path, dtype, shard_bytes=20_000)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_bytes())
+    files = sorted(p.name for p in tmp_path.glob("*.safetensors"))
+    assert files == sorted(set(index["weight_map"].values()))
+    assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    assert len(files) > 2
+    sizes = {f: sum(t.nbytes for t in load_file(tmp_path / f).values()) for f in files}
+    assert sum(sizes.values()) == index["metadata"]["total_size"]
+    table = 300 * 32 * dtype.itemsize  # one tensor may be larger than a shard
+    assert max(sizes.values()) <= max(20_000, table)
+    back = directory.load(tmp_path)
+    theirs, report = AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(report[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    with torch.no_grad():
+        assert (back(IDS) - theirs(IDS).logits).abs().max() <= 1e-4
+    directory.save(decoder, tmp_path, dtype)
+    assert [p.name for p in tmp_path.glob("model*")] == ["model.safetensors"]
+
+
+def test_a_shard_that_is_missing_or_outside_is_named(tmp_path: Path) -> None:
+    directory.save(random_decoder(tiny_config()), tmp_path, shard_bytes=20_000)
+    file = tmp_path / "model.safetensors.index.json"
+    index = json.loads(file.read_bytes())
+    gone = sorted(tmp_path.glob("model-*"))[1]
+    gone.rename(tmp_path / "kept")
+    with pytest.raises(UserError, match=r"index\.json: names the file 'model-00002-of"):
+        directory.load(tmp_path)
+    (tmp_path / "kept").rename(gone)
+    for content, told in (
+        ({"weight_map": {"a": "../x.safetensors"}}, "names the file '../x.safetensors'"),
+        ({"weight_map": []}, "holds no 'weight_map'"),
+        ({"weight_map": index["weight_map"] | {"model.norm.weight": 3}}, "holds no 'weight_map'"),
+    ):
+        file.write_text(json.dumps(content), encoding="utf-8")
+        with pytest.raises(UserError, match=told):
+            directory.load(tmp_path)
+
+
+def test_qwen3_without_a_head_dim_means_what_transformers_takes(tmp_path: Path) -> None:
+    directory.save(random_decoder(tiny_config("qwen3", head_dim=128)), tmp_path)
+    data = json.loads((tmp_path / "config.json").read_bytes())
+    data.pop("head_dim")
+    (tmp_path / "config.json").write_text(json.dumps(data), encoding="utf-8")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    with torch.no_grad():
+        assert (directory.load(tmp_path)(IDS) - theirs(IDS).logits).abs().max() <= 1e-4

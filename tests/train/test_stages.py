@@ -14,11 +14,12 @@ from microlm.core.artifact import Artifact, Workspace
 from microlm.core.errors import UserError
 from microlm.core.recipe import build
 from microlm.model import directory, lora
+from microlm.model.architecture import ArchitectureRecipe
 from microlm.text import shards
 from microlm.text.shards import TokenizeRecipe
 from microlm.train import pretrain, sft
 from microlm.train.batches import IGNORE
-from microlm.train.pretrain import ArchitectureRecipe, PretrainRecipe
+from microlm.train.pretrain import PretrainRecipe
 from microlm.train.sft import SftRecipe
 
 SHAPE = {"hidden_size": 32, "layers": 2, "heads": 2, "kv_heads": 1, "head_dim": 16, "intermediate_size": 64}
@@ -154,7 +155,7 @@ def test_no_conversations_is_a_sentence(made: tuple[Artifact, Artifact, Artifact
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_shape_becomes_a_stock_configuration(kind: str, tied: bool) -> None:
     index = {"vocab_size": 129, "eos_token_id": 2, "pad_token_id": 0}
-    config = ArchitectureRecipe(model_type=kind, tied=tied, layers=3).config(index)
+    config = ArchitectureRecipe(preset="4m", model_type=kind, tied=tied, layers=3).config(index)
     assert (config.model_type, config.tie_word_embeddings, config.num_hidden_layers) == (kind, tied, 3)
     assert config.vocab_size == 192
 
@@ -162,7 +163,7 @@ def test_the_shape_becomes_a_stock_configuration(kind: str, tied: bool) -> None:
 def test_a_shape_that_cannot_be_is_refused() -> None:
     for wrong in ({"heads": 3, "kv_heads": 2}, {"head_dim": 7}):
         with pytest.raises(UserError, match=r"heads must be a multiple of kv_heads, and head_dim even"):
-            build(ArchitectureRecipe, wrong, "architecture")
+            build(ArchitectureRecipe, {"preset": "4m", **wrong}, "architecture")
 
 
 @pytest.mark.parametrize(
@@ -187,7 +188,7 @@ def test_a_shape_that_cannot_be_is_refused() -> None:
 )
 def test_a_shape_beyond_all_bounds_is_refused(wrong: dict[str, float], told: str) -> None:
     with pytest.raises(UserError, match=told):
-        build(ArchitectureRecipe, wrong, "architecture")
+        build(ArchitectureRecipe, {"preset": "4m", **wrong}, "architecture")
 
 
 def test_labels_of_padding_are_ignored_by_torch_too() -> None:
