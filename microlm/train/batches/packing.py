@@ -60,6 +60,7 @@ class Packer:
         ]
         self._debts: list[float] = list(state.get("debts") or [0.0] * len(mixture.sets))
         self._held = [Piece(*piece) for piece in state.get("held", [])]
+        self._fill()
         self.rows, self.padding = state.get("rows", 0), state.get("padding", 0)
 
     def state(self) -> dict[str, Any]:
@@ -73,24 +74,31 @@ class Packer:
         }
 
     def row(self) -> list[Piece]:
-        """The pieces of the next row, from left to right."""
+        """The pieces of the next row: who waits longest, conversations that fill the rest, else documents."""
         found: list[Piece] = []
-        room = self.mixture.context
+        room = self._place(0, self.mixture.context, found)
+        talks = [i for i, piece in enumerate(self._held) if self._whole[piece.group]]
+        for i in best_sum([self._held[i].size for i in talks], room):
+            room = self._place(talks[i], room, found)
         while room:
-            self._fill()
-            number = self._fitting(room) if found else 0
-            if number is None:
+            texts = (i for i, piece in enumerate(self._held) if not self._whole[piece.group])
+            first = next(texts, None)
+            if first is None:
                 break
-            piece = self._held.pop(number)
-            if piece.size > room:
-                rest = piece._replace(start=piece.start + room, size=piece.size - room)
-                self._held.insert(0, rest)
-                piece = piece._replace(size=room)
-            found.append(piece)
-            room -= piece.size
+            room = self._place(first, room, found)
         self.rows += 1
         self.padding += room
         return found
+
+    def _place(self, number: int, room: int, row: list[Piece]) -> int:
+        """Move a held piece into the row, as much of it as has room; returns the room that is left."""
+        piece = self._held.pop(number)
+        if piece.size > room:
+            self._held.insert(0, piece._replace(start=piece.start + room, size=piece.size - room))
+            piece = piece._replace(size=room)
+        row.append(piece)
+        self._fill()
+        return room - piece.size
 
     def _fill(self) -> None:
         """Hold enough samples, always of the set that lags most behind its share."""
@@ -103,15 +111,21 @@ class Packer:
             debts[chosen] -= piece.size
             self._held.append(piece)
 
-    def _fitting(self, room: int) -> int | None:
-        """The first document, or before it the longest conversation that fits: short ones fill later gaps."""
-        best, longest = None, 0
-        for number, piece in enumerate(self._held):
-            if not self._whole[piece.group]:
-                return number if best is None else best
-            if longest < piece.size <= room:
-                best, longest = number, piece.size
-        return best
+
+def best_sum(sizes: Sequence[int], room: int) -> list[int]:
+    """Places, last first, of the sizes whose sum comes closest to `room` from below; early ones if possible."""
+    reach = [1]  # bit n: some of the first sizes add up to n
+    within = (1 << room + 1) - 1
+    for size in sizes:
+        reach.append((reach[-1] | reach[-1] << size) & within)
+        if reach[-1] >> room:
+            break
+    total, chosen = reach[-1].bit_length() - 1, []
+    for i in range(len(reach) - 1, 0, -1):
+        if not reach[i - 1] >> total & 1:
+            chosen.append(i - 1)
+            total -= sizes[i - 1]
+    return chosen
 
 
 class _Reader:
