@@ -117,6 +117,11 @@ def merge(decoder: Decoder) -> None:
     decoder.requires_grad_(True)
 
 
+def stored_name(parameter: str) -> str:
+    """What PEFT's file calls a trainable matrix."""
+    return f"{_PREFIX}{parameter}.weight"
+
+
 def save_adapter(decoder: Decoder, path: Path, base_name: str, base_digest: str) -> None:
     """Write `adapter_model.safetensors` and `adapter_config.json` as PEFT reads them.
 
@@ -127,7 +132,7 @@ def save_adapter(decoder: Decoder, path: Path, base_name: str, base_digest: str)
         raise UserError("lora: the model carries no adapter to save")
     config = next(iter(modules.values())).config
     tensors = {
-        f"{_PREFIX}{name}.lora_{side}.weight": weight.detach().to("cpu", torch.float32).contiguous()
+        stored_name(f"{name}.lora_{side}"): weight.detach().to("cpu", torch.float32).contiguous()
         for name, m in modules.items()
         for side, weight in (("A", m.lora_A), ("B", m.lora_B))
     }
@@ -166,7 +171,7 @@ def load_adapter(decoder: Decoder, path: Path, base_digest: str | None = None) -
     tensors = _read_tensors(path)
     apply(decoder, LoraConfig(config["r"], config["lora_alpha"], tuple(config["target_modules"])), None)
     wanted = {
-        f"{_PREFIX}{name}.lora_{side}.weight": weight
+        stored_name(f"{name}.lora_{side}"): weight
         for name, m in adapted(decoder).items()
         for side, weight in (("A", m.lora_A), ("B", m.lora_B))
     }

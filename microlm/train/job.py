@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
 
 from microlm.core import runtime
 from microlm.core.artifact import LOGS, RESUME
-from microlm.core.recipe import Recipe, unkeyed
+from microlm.core.manifest import Artifact, hash_file
+from microlm.core.recipe import Recipe, StageRecipe, unkeyed
+from microlm.model import directory
 from microlm.train import optim
 from microlm.train.batches import PackedRows
+from microlm.train.checkpoint import Plan, SaveWeights
 from microlm.train.objectives import Objective
 
 
@@ -33,6 +37,17 @@ class LoopRecipe(Recipe):
     compile: bool = Field(default=True, description="torch.compile (faster; needs a C++ compiler)")
     workers: int = unkeyed(1, ge=0, le=64, description="threads that make batches ahead of time; 0: none")
     checkpoint_steps: int = unkeyed(100, ge=1, description="steps between resume checkpoints")
+    keep: int = unkeyed(2, ge=1, description="resume checkpoints that are kept")
+    keep_best: bool = Field(
+        default=False, description="also keep the weights of the lowest validation loss, in best/"
+    )
+    allow_mismatch: bool = unkeyed(
+        False, description="go on from a checkpoint of other settings or data; the manifest tells it"
+    )
+    nonfinite: Literal["stop", "skip", "roll_back"] = unkeyed(
+        "stop", description="what to do when a loss or gradient is not finite"
+    )
+    nonfinite_limit: int = unkeyed(10, ge=0, description="how often that may happen in a run")
     log_steps: int = unkeyed(10, ge=1, description="steps between logged rows")
     validation_steps: int = unkeyed(200, ge=1, description="steps between validations")
     validation_rows: int = unkeyed(32, ge=0, description="rows of one validation; 0 for none")
@@ -64,6 +79,14 @@ class Job:
     validation: PackedRows | None
     folder: Path
     name: str
+    save_weights: SaveWeights = directory.save
+    fingerprint: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def checkpoints(self) -> Plan:
+        """How checkpoints are written."""
+        loop = self.loop
+        return Plan(self.resume, loop.keep, loop.keep_best, self.save_weights, self.fingerprint)
 
     @property
     def resume(self) -> Path:
@@ -74,3 +97,15 @@ class Job:
     def logs(self) -> Path:
         """Where the metrics lie."""
         return self.folder / LOGS
+
+
+def fingerprint(
+    stage: str, recipe: StageRecipe, inputs: Mapping[str, Artifact], tokenizer: Path
+) -> dict[str, Any]:
+    """What a checkpoint is good for: this stage and version, these settings, these bytes."""
+    return {
+        "stage": stage,
+        "recipe": recipe.keyed(),
+        "inputs": {name: artifact.digest for name, artifact in inputs.items()},
+        "tokenizer": hash_file(tokenizer),
+    }

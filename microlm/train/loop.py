@@ -5,63 +5,151 @@ Enters: a decoder and a job. Leaves: the decoder trained in place, rows of metri
 
 from __future__ import annotations
 
+import json
 import math
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
+from microlm.core import storage
 from microlm.core.errors import CheckFailed, UserError
 from microlm.model.transformer import Decoder
-from microlm.train import checkpoint, optim
-from microlm.train.checkpoint import Position
+from microlm.train import optim
+from microlm.train.batches import Batch
+from microlm.train.checkpoint import Position, Saver, Trained, random_state, restore, set_random_state
 from microlm.train.job import Job
 from microlm.train.ranks import Ranks
 from microlm.train.reporter import Reporter
 from microlm.train.step import accumulate, make_forward, reduce, warm_up
 
+NONFINITE = "nonfinite.jsonl"
+
 
 def train(ranks: Ranks, decoder: Decoder, job: Job) -> Position:
-    """Train to the end, from the last checkpoint if any; Ctrl-C saves, then raises KeyboardInterrupt."""
+    """Train to the end, from the last checkpoint if any; Ctrl-C saves, then raises KeyboardInterrupt.
+
+    A step that a Ctrl-C meets is given up: it is done again when the run goes on.
+    """
     loop = job.loop
     _require_room(decoder, job)
-    parameters = {n: p for n, p in decoder.named_parameters() if p.requires_grad}
-    optimizers = optim.make(decoder, job.optim, ranks)
-    at = checkpoint.restore(job.resume, parameters, optimizers)
-    ranks.require_equal(at.step, "the checkpoint that they found")
+    trained = Trained(decoder, optim.make(decoder, job.optim, ranks))
+    parameters = list(trained.parameters.values())
+    at = _resume(ranks, trained, job)
     forward = make_forward(decoder, loop)
     warm_up(ranks, forward, decoder, job)
+    set_random_state(at.random)
+    stop = False
     with (
-        _stop_flag() as stopped,
+        _stop_flag(ranks) as stopped,
+        Saver(trained, job.checkpoints, active=ranks.rank == 0) as saver,
         job.train.batches(loop.batch_rows, at.data, loop.workers) as stream,
         Reporter(ranks, job, at, stream) as report,
     ):
         report.validate_first(forward, decoder)
+        saver.save(at, due=loop.nonfinite == "roll_back" and at.step == 0)
         while at.step < loop.steps:
-            factor = optim.set_rates(optimizers, job.optim, at.step, loop.steps)
+            saver.check()
+            factor = optim.set_rates(trained.optimizers, job.optim, at.step, loop.steps)
             batch = next(stream)
-            loss = accumulate(ranks, forward, decoder, batch, job)
-            total, stop = reduce(ranks, list(parameters.values()), loss, stopped())
-            mean = total / max(1, batch.label_count)
-            if not math.isfinite(mean):
-                where = f"{job.name}: loss is {mean} at step {at.step}"
-                raise CheckFailed(f"{where}; lower the rates (optim.*) and run again")
-            norm = torch.nn.utils.clip_grad_norm_(parameters.values(), job.optim.clip_norm)
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-            at.step += 1
-            at.tokens += loop.batch_rows * loop.context
-            at.data = stream.state()
-            report.step(mean, factor, float(norm), forward, decoder)
-            stop = stop or (at.step == loop.steps and stopped())  # nobody sums after the last step
-            due = at.step % loop.checkpoint_steps == 0 and at.step < loop.steps
-            if ranks.rank == 0 and (stop or due):
-                checkpoint.save(job.resume, parameters, optimizers, at)
+            loss = accumulate(ranks, forward, decoder, batch, job, stopped)
+            total, stop = reduce(ranks, parameters, loss, stopped())
             if stop:
-                raise KeyboardInterrupt
+                break
+            mean = total / max(1, batch.label_count)
+            norm = float(torch.nn.utils.clip_grad_norm_(parameters, job.optim.clip_norm))
+            if math.isfinite(mean) and math.isfinite(norm):
+                trained.step()
+                at.step += 1
+                at.tokens += loop.batch_rows * loop.context
+                at.data, at.random = stream.state(), random_state()
+                report.step(mean, factor, norm, forward, decoder)
+                saver.save(at, due=at.step % loop.checkpoint_steps == 0 and at.step < loop.steps)
+            else:
+                trained.forget_gradients()
+                _leave_out(ranks, trained, saver, job, at, batch, {"loss": mean, "grad_norm": norm})
+                at.data = stream.state()
+                report.rewind()
+        if stop or stopped():
+            saver.save(at, due=at.step > 0)
+            saver.wait()
+            raise KeyboardInterrupt
     return at
+
+
+def _resume(ranks: Ranks, trained: Trained, job: Job) -> Position:
+    """The position of the last checkpoint, or the first one."""
+    quiet = ranks.rank != 0
+    allow = job.loop.allow_mismatch
+    found = restore(job.resume, trained, job.fingerprint, allow_mismatch=allow, quiet=quiet)
+    at = found or Position(random=random_state())
+    ranks.require_equal(at.step, "the checkpoint that they found")
+    return at
+
+
+def _leave_out(
+    ranks: Ranks,
+    trained: Trained,
+    saver: Saver,
+    job: Job,
+    at: Position,
+    batch: Batch,
+    found: dict[str, float],
+) -> None:
+    """A step whose loss or gradient is not finite is not applied: end, go on, or go back and then on."""
+    numbers: dict[str, list[int]] = {}
+    for name, sample in sorted({s for row in batch.samples for s in row}):
+        numbers.setdefault(name, []).append(sample)
+    event: dict[str, Any] = {"step": at.step, "policy": job.loop.nonfinite}
+    event |= {k: str(v) for k, v in found.items()} | {"samples": numbers}
+    earlier = at.nonfinite
+    at.nonfinite = [*earlier, event]
+    at.left_out += 1
+    file = job.logs / NONFINITE
+    if job.loop.nonfinite == "roll_back" and len(earlier) < job.loop.nonfinite_limit:
+        _roll_back(ranks, trained, saver, job, at)
+    if ranks.rank == 0:
+        storage.write_atomic(file, "".join(json.dumps(e) + "\n" for e in at.nonfinite).encode())
+    what = next(f"{k} is {v}" for k, v in found.items() if not math.isfinite(v))
+    where = f"{job.name}: {what} at step {event['step']}"
+    if job.loop.nonfinite == "stop":
+        raise CheckFailed(
+            f"{where}; lower the rates (optim.*), look at the samples that {file} lists, or set "
+            "loop.nonfinite=skip (or roll_back), and run again"
+        )
+    if len(earlier) >= job.loop.nonfinite_limit:
+        raise CheckFailed(
+            f"{where}, after {len(earlier)} such steps (loop.nonfinite_limit; {file} lists them); "
+            "lower the rates (optim.*) and run again"
+        )
+
+
+def _roll_back(ranks: Ranks, trained: Trained, saver: Saver, job: Job, at: Position) -> None:
+    """Return to the last checkpoint, or to one before it if no step was made since the last return.
+
+    The batches since then stay left out, as PaLM's were (2204.02311, 5.1): the steps before a loss that
+    is not finite may have caused it.
+    """
+    saver.wait()
+    ranks.sum_(torch.zeros(1))  # the others read what rank 0 has written
+    last = next((e["back_to"] for e in reversed(at.nonfinite) if "back_to" in e), None)
+    before = at.step if last == at.step else None
+    found = restore(
+        job.resume, trained, job.fingerprint, allow_mismatch=True, before=before, quiet=ranks.rank != 0
+    )
+    if found is None:
+        raise CheckFailed(
+            f"{job.name}: no checkpoint before step {at.step} is left to go back to; "
+            "lower the rates (optim.*) and start anew"
+        )
+    at.nonfinite[-1]["back_to"] = found.step
+    found.left_out = at.left_out + at.step - found.step
+    found.nonfinite, found.mismatches = at.nonfinite, at.mismatches
+    at.become(found)
+    set_random_state(at.random)
+    saver.forget()
 
 
 def _require_room(decoder: Decoder, job: Job) -> None:
@@ -74,8 +162,8 @@ def _require_room(decoder: Decoder, job: Job) -> None:
 
 
 @contextmanager
-def _stop_flag() -> Iterator[Callable[[], bool]]:
-    """Turn SIGINT and SIGTERM into a flag that the loop reads between steps."""
+def _stop_flag(ranks: Ranks) -> Iterator[Callable[[], bool]]:
+    """Turn SIGINT and SIGTERM on any rank into a flag that all read in their steps."""
     hit = False
 
     def remember(number: int, frame: object) -> None:
@@ -84,12 +172,17 @@ def _stop_flag() -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
         hit = True
 
+    def stopped() -> bool:
+        if hit and not ranks.told_stop():
+            ranks.tell_stop()
+        return hit or ranks.told_stop()
+
     try:
         before = {s: signal.signal(s, remember) for s in (signal.SIGINT, signal.SIGTERM)}
     except ValueError:  # not the main thread: nobody to interrupt
         before = {}
     try:
-        yield lambda: hit
+        yield stopped
     finally:
         for number, handler in before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)

@@ -6,9 +6,10 @@ The only place that states an architecture.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -27,12 +28,14 @@ from microlm.text.shards import open_sets
 from microlm.text.tokenizer import FILES, copy_files
 from microlm.train import objectives
 from microlm.train.batches import PackedRows, held_out_rows
-from microlm.train.job import Job, LoopRecipe
+from microlm.train.checkpoint import Position, publish_best
+from microlm.train.job import Job, LoopRecipe, fingerprint
 from microlm.train.loop import train
 from microlm.train.optim import OptimRecipe
 from microlm.train.ranks import Ranks, launch, processes, warn_idle
 
 SUMMARY = "summary.json"
+BEST = "best"  # the weights of the lowest validation loss, where loop.keep_best asks for them
 TOKENIZER = FILES[0]
 SHAPE = (
     "model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
@@ -97,7 +100,10 @@ class PretrainRecipe(StageRecipe):
         return self
 
 
-@stage("pretrain", "model", version=3)
+VERSION = 4
+
+
+@stage("pretrain", "model", VERSION)
 def run(recipe: PretrainRecipe, work: Workspace) -> None:
     """Initialise or load, train on every rank, save the HF directory."""
     shards, model = work.inputs["shards"], work.inputs.get("model")
@@ -107,9 +113,9 @@ def run(recipe: PretrainRecipe, work: Workspace) -> None:
     work.processes = processes(recipe.parallel)
     warn_idle("pretrain", recipe.parallel, recipe.loop.batch_rows, recipe.loop.micro_rows)
     start = model.path if model else None
-    if launch(recipe.parallel, _rank, recipe, config, start, shards.path, work.path):
-        copy_files(shards.path / "tokenizer", work.path)
-        work.metrics.update(json.loads((work.logs / SUMMARY).read_bytes()))
+    made_for = fingerprint(f"pretrain {VERSION}", recipe, work.inputs, shards.file(f"tokenizer/{TOKENIZER}"))
+    if launch(recipe.parallel, _rank, recipe, config, start, shards.path, work.path, made_for):
+        finish(work, shards.path / "tokenizer")
 
 
 def configuration(recipe: PretrainRecipe, shards: Artifact, model: Artifact | None) -> ModelConfig:
@@ -147,8 +153,22 @@ def require_same_tokenizer(model: Artifact, shards: Artifact) -> None:
         )
 
 
+def finish(work: Workspace, tokenizer: Path) -> None:
+    """Put the tokenizer beside the weights, and what is to be told into the manifest."""
+    copy_files(tokenizer, work.path)
+    if publish_best(work.resume, work.path / BEST):
+        copy_files(tokenizer, work.path / BEST)
+    work.metrics.update(json.loads((work.logs / SUMMARY).read_bytes()))
+
+
 def _rank(
-    ranks: Ranks, recipe: PretrainRecipe, config: ModelConfig, start: Path | None, shards: Path, out: Path
+    ranks: Ranks,
+    recipe: PretrainRecipe,
+    config: ModelConfig,
+    start: Path | None,
+    shards: Path,
+    out: Path,
+    made_for: Mapping[str, Any],
 ) -> None:
     runtime.set_seed(recipe.seed)
     if start:
@@ -159,25 +179,29 @@ def _rank(
     context, mask = recipe.loop.context, recipe.loop.document_mask
     rows = PackedRows(open_sets(shards, "documents", "train"), {}, context, recipe.seed, mask)
     validation = held_out_rows(open_sets(shards, "documents", "validation"), {}, context, mask)
-    job = Job(recipe.loop, recipe.optim, objectives.next_token, rows, validation, out, "pretrain")
+    job = Job(
+        recipe.loop, recipe.optim, objectives.next_token, rows, validation, out, "pretrain",
+        fingerprint=made_for,
+    )  # fmt: skip
     at = train(ranks, decoder, job)
     if ranks.rank == 0:
-        directory.save(decoder, out)
-        write_summary(job.logs, decoder, at.history, at.tokens, rows.dropped)
+        job.save_weights(decoder, out)
+        write_summary(job.logs, decoder, at, rows.dropped)
 
 
-def write_summary(
-    logs: Path, decoder: Decoder, history: list[dict[str, float]], tokens: int, dropped: dict[str, int]
-) -> None:
-    """What the manifest reports of a training run: size, tokens, last losses, samples too long to use."""
-    last = next((r for r in reversed(history) if "validation_loss" in r), {})
+def write_summary(logs: Path, decoder: Decoder, at: Position, dropped: dict[str, int]) -> None:
+    """What the manifest reports of a training run: size, tokens, last losses, what was left out."""
+    last = next((r for r in reversed(at.history) if "validation_loss" in r), {})
     summary = {
         "parameters": sum(p.numel() for p in decoder.parameters()),
         "trained_parameters": sum(p.numel() for p in decoder.parameters() if p.requires_grad),
-        "tokens": tokens,
-        "loss": next((r["loss"] for r in reversed(history) if "loss" in r), None),
+        "tokens": at.tokens,
+        "loss": next((r["loss"] for r in reversed(at.history) if "loss" in r), None),
         "validation_loss": last.get("validation_loss"),
         "samples_longer_than_context": dropped,
+        "nonfinite_steps": len(at.nonfinite),
+        "batches_left_out": at.left_out,
+        "allowed_mismatches": at.mismatches,
         "peak_rss_bytes": runtime.peak_rss_bytes(),
     }
     (logs / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")

@@ -61,9 +61,11 @@ class Interrupts:
 class Ranks:
     """The group: `rank` of `size`, `sum_` in place over all."""
 
-    def __init__(self, rank: int, size: int, interrupts: Interrupts | None = None) -> None:
+    def __init__(
+        self, rank: int, size: int, interrupts: Interrupts | None = None, store: Store | None = None
+    ) -> None:
         self.rank, self.size = rank, size
-        self._interrupts = interrupts or Interrupts()
+        self._interrupts, self._store = interrupts or Interrupts(), store
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """Add up a tensor over all ranks, in place; RankLost when one of them is gone."""
@@ -75,6 +77,15 @@ class Ranks:
                 reason = str(e).partition("\n")[0][:120]
                 raise RankLost(f"a training process ended early ({reason}); {_AGAIN}") from e
         return tensor
+
+    def tell_stop(self) -> None:
+        """Let all ranks know that they should stop soon."""
+        if self._store is not None:
+            self._store.set("stop", "")
+
+    def told_stop(self) -> bool:
+        """Whether one of them has said so."""
+        return self._store is not None and self._store.check(["stop"])
 
     def require_equal(self, number: int, what: str) -> None:
         """Refuse to go on when the ranks do not agree on a number."""
@@ -94,8 +105,9 @@ def launch(parallel: Parallel, target: Callable[..., None], *args: Any) -> bool:
         if group := runtime.torchrun():
             if group.rank == 0:
                 group.say("launch")
-            with _joined(group.group_store(), group.rank, group.size):
-                target(Ranks(group.rank, group.size, interrupts), *args)
+            store = group.group_store()
+            with _joined(store, group.rank, group.size):
+                target(Ranks(group.rank, group.size, interrupts, store), *args)
             return group.rank == 0
         if parallel.processes == 1:
             target(Ranks(0, 1, interrupts), *args)
@@ -131,7 +143,7 @@ def _spawn(
         _await(store, workers, interrupts)
         _stay_here()
         with _joined(store, 0, parallel.processes):
-            target(Ranks(0, parallel.processes, interrupts), *args)
+            target(Ranks(0, parallel.processes, interrupts, store), *args)
         for worker in workers:
             worker.join(timeout=60)
     except RankLost as e:
@@ -214,7 +226,7 @@ def _worker(
     _stay_here()
     try:
         with _threads(parallel.threads), _joined(store, rank, parallel.processes):
-            target(Ranks(rank, parallel.processes), *args)
+            target(Ranks(rank, parallel.processes, store=store), *args)
     except (KeyboardInterrupt, RankLost):
         pass  # rank 0 knows: it told us, or it is the one that is gone
     except (UserError, CheckFailed) as e:

@@ -54,6 +54,13 @@ class Reporter:
         if self.at.step == 0:
             self._validate(forward, decoder, {"tokens": 0.0})
 
+    def rewind(self) -> None:
+        """The run went back: what was logged since is no part of it."""
+        if self.active:
+            self.bar.done = float(self.at.tokens)
+            self.log.close()
+            self.log = _reopen_log(self.job.logs, self.at)
+
     def step(self, loss: float, factor: float, norm: float, forward: Forward, decoder: Decoder) -> None:
         """Report a finished step."""
         if not self.active:

@@ -5,8 +5,10 @@ Architecture, tokenizer, template come from the input artifact; labels are assis
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import Field
@@ -17,13 +19,12 @@ from microlm.core.manifest import Artifact, Kind
 from microlm.core.recipe import Recipe, StageRecipe, artifact_input
 from microlm.model import directory, lora
 from microlm.text.shards import open_sets
-from microlm.text.tokenizer import copy_files
 from microlm.train import objectives
 from microlm.train.batches import PackedRows, held_out_rows
-from microlm.train.job import Job, LoopRecipe
+from microlm.train.job import Job, LoopRecipe, fingerprint
 from microlm.train.loop import train
 from microlm.train.optim import OptimRecipe
-from microlm.train.pretrain import SUMMARY, require_same_tokenizer, write_summary
+from microlm.train.pretrain import TOKENIZER, finish, require_same_tokenizer, write_summary
 from microlm.train.ranks import Ranks, launch, processes, warn_idle
 
 
@@ -58,19 +59,29 @@ def _kind(recipe: SftRecipe) -> Kind:
     return "adapter" if recipe.lora else "model"
 
 
-@stage("sft", _kind, version=3)
+VERSION = 4
+
+
+@stage("sft", _kind, VERSION)
 def run(recipe: SftRecipe, work: Workspace) -> None:
     """Load the model, train on every rank, save weights or adapter with the model's own tokenizer files."""
     model, shards = work.inputs["model"], work.inputs["shards"]
     require_same_tokenizer(model, shards)
     work.processes = processes(recipe.parallel)
     warn_idle("sft", recipe.parallel, recipe.loop.batch_rows, recipe.loop.micro_rows)
-    if launch(recipe.parallel, _rank, recipe, model, shards.path, work.path):
-        copy_files(model.path, work.path)
-        work.metrics.update(json.loads((work.logs / SUMMARY).read_bytes()))
+    made_for = fingerprint(f"sft {VERSION}", recipe, work.inputs, model.file(TOKENIZER))
+    if launch(recipe.parallel, _rank, recipe, model, shards.path, work.path, made_for):
+        finish(work, model.path)
 
 
-def _rank(ranks: Ranks, recipe: SftRecipe, model: Artifact, shards: Path, out: Path) -> None:
+def _rank(
+    ranks: Ranks,
+    recipe: SftRecipe,
+    model: Artifact,
+    shards: Path,
+    out: Path,
+    made_for: Mapping[str, Any],
+) -> None:
     runtime.set_seed(recipe.seed)
     decoder = directory.load(model.path, recipe.loop.compute_dtype())
     if recipe.lora:
@@ -81,13 +92,14 @@ def _rank(ranks: Ranks, recipe: SftRecipe, model: Artifact, shards: Path, out: P
     rows = PackedRows(open_sets(shards, prefix, "train"), recipe.mixture, context, recipe.seed, mask)
     validation = held_out_rows(open_sets(shards, prefix, "validation"), recipe.mixture, context, mask)
     name = "lora" if recipe.lora else "sft"
-    job = Job(recipe.loop, recipe.optim, objectives.next_token, rows, validation, out, name)
+    job = Job(
+        recipe.loop, recipe.optim, objectives.next_token, rows, validation, out, name,
+        fingerprint=made_for,
+    )  # fmt: skip
+    if recipe.lora:
+        base = model.url.rstrip("/").rpartition("/")[2]
+        job.save_weights = partial(lora.save_adapter, base_name=base, base_digest=model.digest)
     at = train(ranks, decoder, job)
     if ranks.rank == 0:
-        write_summary(job.logs, decoder, at.history, at.tokens, rows.dropped)
-        if recipe.lora:
-            lora.save_adapter(
-                decoder, out, base_name=model.url.rstrip("/").rpartition("/")[2], base_digest=model.digest
-            )
-        else:
-            directory.save(decoder, out)
+        job.save_weights(decoder, out)
+        write_summary(job.logs, decoder, at, rows.dropped)

@@ -69,12 +69,17 @@ def losses(forward: Forward, decoder: Decoder, batch: Batch, objective: Objectiv
     return objective(forward(batch.input_ids, batch.positions, mask), decoder, batch)
 
 
-def accumulate(ranks: Ranks, forward: Forward, decoder: Decoder, batch: Batch, job: Job) -> Tensor:
-    """Gradients of this rank's micro-batches, over the labels of the whole batch; returns the summed loss."""
+def accumulate(
+    ranks: Ranks, forward: Forward, decoder: Decoder, batch: Batch, job: Job, stopped: Callable[[], bool]
+) -> Tensor:
+    """Gradients of this rank's micro-batches, over the labels of the whole batch; returns the summed loss.
+
+    Nothing more is computed once `stopped()`: a step may take longer than a person waits.
+    """
     size = job.loop.micro_rows
     total = torch.zeros(())
     for number, start in enumerate(range(0, job.loop.batch_rows, size)):
-        if number % ranks.size == ranks.rank:
+        if number % ranks.size == ranks.rank and not stopped():
             loss = losses(forward, decoder, batch.rows(start, start + size), job.objective)
             (loss / max(1, batch.label_count)).backward()
             total += loss.detach()
