@@ -141,6 +141,16 @@ def has_fast_bfloat16() -> bool:
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
+@cache
+def cpu_name() -> str:
+    """The processor's name, as Linux tells it."""
+    try:
+        found = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1] if found else platform.processor() or platform.machine()
+
+
 def torch_dtype(name: Dtype) -> torch.dtype:
     """The torch dtype of a recipe's word."""
     import torch

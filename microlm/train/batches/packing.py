@@ -113,7 +113,7 @@ class Packer:
 
 
 def best_sum(sizes: Sequence[int], room: int) -> list[int]:
-    """Places, last first, of the sizes whose sum comes closest to `room` from below; early ones if possible."""
+    """Places, last first, of the sizes whose sum is closest to `room` from below; early ones if possible."""
     reach = [1]  # bit n: some of the first sizes add up to n
     within = (1 << room + 1) - 1
     for size in sizes:
