@@ -20,8 +20,9 @@ from microlm.core.errors import UserError
 from microlm.model import directory, lora
 from microlm.model.transformer import Decoder, initialise
 from microlm.text.shards import TokenSet
-from microlm.train import objectives
+from microlm.train import objectives, optim
 from microlm.train.batches import Batch, PackedRows
+from microlm.train.checkpoint import Trained
 from microlm.train.job import Job, LoopRecipe
 from microlm.train.loop import train
 from microlm.train.optim import Muon, OptimRecipe
@@ -58,6 +59,24 @@ def tiny_decoder(seed: int = 0, **fields: Any) -> Decoder:
     decoder = Decoder(config)
     initialise(decoder, torch.Generator().manual_seed(seed))
     return decoder
+
+
+def tiny_trained(seed: int = 0, steps: int = 0, decoder: Decoder | None = None) -> Trained:
+    """A decoder and its optimizers, with some steps of noise behind them."""
+    decoder = decoder or tiny_decoder(seed)
+    trained = Trained(decoder, optim.make(decoder, OptimRecipe()))
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        for p in trained.parameters.values():
+            p.grad = torch.randn(p.shape, generator=generator)
+        trained.step()
+    return trained
+
+
+def states(trained: Trained) -> dict[str, Tensor]:
+    """Copies of all that a run changes."""
+    weights = {n: p.detach().clone() for n, p in trained.parameters.items()}
+    return weights | {n: t.clone() for n, t in trained.states().items()}
 
 
 def tiny_loop(steps: int = 10, **fields: Any) -> LoopRecipe:

@@ -1,168 +1,346 @@
-"""Checkpoints: what is written comes back bit for bit; what is damaged is passed over."""
+"""Checkpoints: what is written comes back bit for bit; what is damaged is passed over by name."""
 
 from __future__ import annotations
 
-import errno
 import json
-import os
+import random
+import shutil
+import threading
+import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from torch import nn
-from training import make_job, tiny_decoder, tiny_loop
+from training import VOCAB, add_lora, make_job, states, tiny_decoder, tiny_loop, tiny_trained
+from transformers import AutoModelForCausalLM
 
-from microlm.core import storage
 from microlm.core.errors import UserError
-from microlm.train import checkpoint, optim
-from microlm.train.checkpoint import Position
+from microlm.model import directory, lora
+from microlm.train.checkpoint import Plan, Position, Saver, Trained, restore
+from microlm.train.checkpoint import folder as folders
+from microlm.train.checkpoint import trained as tensors
+from microlm.train.checkpoint.position import random_state, set_random_state
 from microlm.train.loop import train
-from microlm.train.optim import OptimRecipe
 from microlm.train.ranks import Ranks
 
-Parts = tuple[dict[str, nn.Parameter], list[torch.optim.Optimizer]]
+RANDOM = random_state()
+MADE_FOR = {"stage": "tiny 1", "recipe": {"optim": {"matrix_lr": 0.02}}, "inputs": {"shards": "a"}}
 
 
-def parts(seed: int = 0, steps: int = 0) -> Parts:
-    """Parameters and optimizers, with some steps of noise behind them."""
-    decoder = tiny_decoder(seed)
-    named = dict(decoder.named_parameters())
-    optimizers = optim.make(decoder, OptimRecipe())
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(steps):
-        for p in named.values():
-            p.grad = torch.randn(p.shape, generator=generator)
-        for optimizer in optimizers:
-            optimizer.step()
-    return named, optimizers
+def plan(folder: Path, **fields: Any) -> Plan:
+    values: dict[str, Any] = {
+        "folder": folder, "keep": 2, "keep_best": False, "save_weights": directory.save,
+        "fingerprint": MADE_FOR,
+    }  # fmt: skip
+    return Plan(**(values | fields))
 
 
-def states(
-    named: dict[str, nn.Parameter], optimizers: list[torch.optim.Optimizer]
-) -> dict[str, torch.Tensor]:
-    found = {n: p.detach().clone() for n, p in named.items()}
-    for n, p in named.items():
-        for optimizer in optimizers:
-            found |= {f"{n}/{k}": v.clone() for k, v in optimizer.state.get(p, {}).items()}
-    return found
-
-
-def same(a: Parts, b: Parts) -> bool:
-    left, right = states(*a), states(*b)
-    return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
-
-
-def write_three(folder: Path) -> dict[int, Parts]:
-    """Checkpoints of steps 1, 2 and 3, each with weights of its own."""
+def write(folder: Path, steps: tuple[int, ...] = (1, 2, 3), **fields: Any) -> dict[int, Trained]:
+    """Checkpoints of some steps, each with weights of its own."""
     made = {}
-    for step in (1, 2, 3):
-        made[step] = parts(step, steps=step)
-        at = Position(step, step * 10, [{"step": float(i), "loss": 0.1} for i in range(step)], [0.25])
-        checkpoint.save(folder, *made[step], at)
+    for step in steps:
+        made[step] = tiny_trained(step, steps=step)
+        with Saver(made[step], plan(folder, **fields)) as saver:
+            saver.save(position(step))
     return made
 
 
+def position(step: int, **fields: Any) -> Position:
+    rows = [{"step": float(i), "loss": 0.1} for i in range(step)]
+    return Position(step, step * 10, rows, [0.25], {"places": [[0, step]]}, RANDOM, **fields)
+
+
+def same(a: Trained, b: Trained) -> bool:
+    left, right = states(a), states(b)
+    return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir() if p.is_dir())
+
+
 def test_what_is_saved_comes_back(tmp_path: Path) -> None:
-    made = write_three(tmp_path)
-    fresh = parts(9)
-    at = checkpoint.restore(tmp_path, *fresh)
-    assert at == Position(3, 30, [{"step": float(i), "loss": 0.1} for i in range(3)], [0.25])
+    made = write(tmp_path)
+    fresh = tiny_trained(9)
+    at = restore(tmp_path, fresh, MADE_FOR)
+    assert at == position(3)
     assert same(fresh, made[3])
 
 
-def test_the_last_two_are_kept(tmp_path: Path) -> None:
-    write_three(tmp_path)
-    names = sorted(p.name for p in tmp_path.iterdir())
-    assert names == [f"step-0000000{s}.{e}" for s in (2, 3) for e in ("json", "safetensors")]
+def test_an_adapter_comes_back(tmp_path: Path) -> None:
+    save = partial(lora.save_adapter, base_name="base", base_digest="0")
+    made = tiny_trained(1, steps=3, decoder=add_lora(tiny_decoder()))
+    with Saver(made, plan(tmp_path, save_weights=save)) as saver:
+        saver.save(position(3))
+    fresh = tiny_trained(9, decoder=add_lora(tiny_decoder()))
+    assert restore(tmp_path, fresh, MADE_FOR) == position(3)
+    assert same(fresh, made)
+    files = {p.name for p in (tmp_path / "step-00000003").iterdir()}
+    assert files == {
+        "adapter_config.json", "adapter_model.safetensors", "state-00001-of-00001.safetensors",
+        "checkpoint.json",
+    }  # fmt: skip
+
+
+def test_shards_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensors, "SHARD_BYTES", 20_000)
+    made = write(tmp_path, (3,), save_weights=partial(directory.save, shard_bytes=20_000))
+    files = [p.name for p in (tmp_path / "step-00000003").iterdir()]
+    assert sum(name.startswith("state-") for name in files) > 2
+    assert sum(name.startswith("model-") for name in files) > 2
+    assert all((tmp_path / "step-00000003" / n).stat().st_size < 30_000 for n in files if "-of-" in n)
+    fresh = tiny_trained(9)
+    restore(tmp_path, fresh, MADE_FOR)
+    assert same(fresh, made[3])
+
+
+def test_a_checkpoint_is_a_model_for_transformers(tmp_path: Path) -> None:
+    made = write(tmp_path, (3,))
+    ids = torch.arange(20)[None] % VOCAB
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "step-00000003", dtype=torch.float32)
+    with torch.no_grad():
+        assert torch.allclose(theirs(ids).logits, made[3].decoder(ids), atol=1e-4)
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_the_last_ones_are_kept(tmp_path: Path, keep: int) -> None:
+    write(tmp_path, (1, 2, 3, 4), keep=keep)
+    assert names(tmp_path) == [f"step-0000000{s}" for s in (1, 2, 3, 4)][-keep:]
+
+
+def test_those_of_later_steps_go_when_the_run_has_gone_back(tmp_path: Path) -> None:
+    write(tmp_path, (4, 6))
+    write(tmp_path, (5,))
+    assert names(tmp_path) == ["step-00000004", "step-00000005"]
 
 
 def test_without_a_checkpoint_nothing_moves(tmp_path: Path) -> None:
-    fresh = parts(9)
-    assert checkpoint.restore(tmp_path, *fresh) == Position()
-    assert same(fresh, parts(9))
+    fresh = tiny_trained(9)
+    assert restore(tmp_path, fresh, MADE_FOR) is None
+    assert same(fresh, tiny_trained(9))
 
 
 def flip(path: Path, at: int) -> None:
     data = bytearray(path.read_bytes())
-    data[at] ^= 1
+    data[at] ^= 1 << (at % 8)
     path.write_bytes(data)
 
 
-DAMAGE: dict[str, Callable[[Path, Path], object]] = {
-    "cut off": lambda head, tensors: tensors.write_bytes(tensors.read_bytes()[:1000]),
-    "a flipped bit of a weight": lambda head, tensors: flip(tensors, -5),
-    "a flipped bit of the step": lambda head, tensors: head.write_text(
-        head.read_text().replace('\\"step\\": 3', '\\"step\\": 2')
-    ),
-    "no tensors": lambda head, tensors: tensors.unlink(),
-    "an empty head": lambda head, tensors: head.write_text(""),
-    "half a head": lambda head, tensors: head.write_text(head.read_text()[:40]),
-    "another head": lambda head, tensors: head.write_text(json.dumps([1])),
-    "a head of an older format": lambda head, tensors: head.write_text(json.dumps({"step": 3})),
+FILES = ("checkpoint.json", "config.json", "generation_config.json", "model.safetensors")
+
+
+@pytest.mark.parametrize("file", [*FILES, "state-00001-of-00001.safetensors"])
+def test_one_flipped_bit_in_any_file_is_named_and_passed_over(tmp_path: Path, file: str) -> None:
+    made = write(tmp_path / "whole")
+    size = (tmp_path / "whole/step-00000003" / file).stat().st_size
+    rng = random.Random(file)
+    for i, at in enumerate([0, size - 1, *(rng.randrange(size) for _ in range(6))]):
+        folder = shutil.copytree(tmp_path / "whole", tmp_path / str(i))
+        flip(folder / "step-00000003" / file, at)
+        fresh = tiny_trained(9)
+        with pytest.warns(UserWarning, match=rf"step-00000003/{file}: .*; going on from step-00000002"):
+            at_2 = restore(folder, fresh, MADE_FOR)
+        assert at_2 is not None and at_2.step == 2
+        assert same(fresh, made[2])
+
+
+def test_a_bit_of_json_that_stays_json_is_seen(tmp_path: Path) -> None:
+    write(tmp_path)
+    index = tmp_path / "step-00000003/checkpoint.json"
+    index.write_text(index.read_text().replace('"tokens": 30', '"tokens": 31'))
+    with pytest.warns(UserWarning, match=r"checkpoint.json: changed since it was written"):
+        assert restore(tmp_path, tiny_trained(9), MADE_FOR) == position(2)
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "cut off": lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:1000]),
+    "no weights": lambda f: (f / "model.safetensors").unlink(),
+    "no index": lambda f: (f / "checkpoint.json").unlink(),
+    "an empty index": lambda f: (f / "checkpoint.json").write_text(""),
+    "another index": lambda f: (f / "checkpoint.json").write_text(json.dumps([1])),
+    "an index of nothing": lambda f: (f / "checkpoint.json").write_text("{}"),
+    "of an older format": lambda f: (f / "checkpoint.json").write_text(json.dumps({"step": 3, "seal": "0"})),
 }
 
 
 @pytest.mark.parametrize("what", DAMAGE)
-def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path: Path, what: str) -> None:
-    made = write_three(tmp_path)
-    before = (tmp_path / "step-00000003.json").read_bytes()
-    DAMAGE[what](tmp_path / "step-00000003.json", tmp_path / "step-00000003.safetensors")
-    if "no tensors" not in what and "weight" not in what and "cut" not in what:
-        assert (tmp_path / "step-00000003.json").read_bytes() != before
-    fresh = parts(9)
-    assert checkpoint.restore(tmp_path, *fresh).step == 2
+def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, what: str) -> None:
+    made = write(tmp_path)
+    DAMAGE[what](tmp_path / "step-00000003")
+    fresh = tiny_trained(9)
+    with pytest.warns(UserWarning, match=r"step-00000003/.*; going on from step-00000002"):
+        assert restore(tmp_path, fresh, MADE_FOR) == position(2)
     assert same(fresh, made[2])
 
 
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
-@pytest.mark.parametrize("call", [1, 2])
-def test_a_disk_that_refuses_leaves_the_earlier_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, call: int
-) -> None:
-    made = write_three(tmp_path)
-    left = [call]
-    sync = os.fsync
+def test_without_an_intact_one_the_files_are_named(tmp_path: Path) -> None:
+    write(tmp_path)
+    flip(tmp_path / "step-00000003/model.safetensors", -5)
+    (tmp_path / "step-00000002/config.json").unlink()
+    with pytest.raises(UserError) as told:
+        restore(tmp_path, tiny_trained(9), MADE_FOR)
+    assert "step-00000003/model.safetensors: changed since it was written" in str(told.value)
+    assert "step-00000002/config.json: cannot be read (No such file or directory)" in str(told.value)
+    assert f"no intact checkpoint is left: remove {tmp_path} to start anew" in str(told.value)
 
-    def refuse(handle: int) -> None:
-        left[0] -= 1
-        if left[0] == 0:
-            raise OSError(code, "injected")
-        sync(handle)
 
-    monkeypatch.setattr(storage.os, "fsync", refuse)
-    words = "the disk is full" if code == errno.ENOSPC else "input/output error"
-    with pytest.raises(UserError, match=words):
-        checkpoint.save(tmp_path, *parts(4, 1), Position(4))
-    monkeypatch.undo()
-    assert not list(tmp_path.glob("*.part"))
-    fresh = parts(9)
-    assert checkpoint.restore(tmp_path, *fresh).step == 3
+OTHER = {"stage": "tiny 1", "recipe": {"optim": {"matrix_lr": 0.01}}, "inputs": {"shards": "a"}}
+
+
+def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
+    made = write(tmp_path)
+    fresh = tiny_trained(9)
+    with pytest.raises(UserError, match=r"matrix_lr was 0.02, is 0.01.; .*loop.allow_mismatch=true"):
+        restore(tmp_path, fresh, OTHER)
+    assert same(fresh, tiny_trained(9))
+    with pytest.warns(UserWarning, match=r"going on although settings differ .recipe.optim.matrix_lr was"):
+        at = restore(tmp_path, fresh, OTHER, allow_mismatch=True)
+    assert at == position(3, mismatches=["from step 3: recipe.optim.matrix_lr was 0.02, is 0.01"])
     assert same(fresh, made[3])
 
 
-def test_a_full_disk_in_the_loop_is_a_sentence_and_the_run_goes_on_later(
+def test_the_place_in_other_data_means_nothing(tmp_path: Path) -> None:
+    write(tmp_path)
+    other = MADE_FOR | {"inputs": {"shards": "b" * 64}}
+    with pytest.warns(UserWarning, match=r"inputs.shards was a, is bbbbbbbbbbbb…"):
+        at = restore(tmp_path, tiny_trained(9), other, allow_mismatch=True)
+    assert at is not None and at.data == {}
+
+
+def test_another_shape_is_refused_even_where_a_mismatch_is_allowed(tmp_path: Path) -> None:
+    write(tmp_path)
+    wide = tiny_trained(9, decoder=tiny_decoder(intermediate_size=96))
+    words = r"'model.*mlp.*weight' is .*there and .* in this model; remove"
+    with pytest.raises(UserError, match=words), pytest.warns(UserWarning, match="settings differ"):
+        restore(tmp_path, wide, OTHER, allow_mismatch=True)
+
+
+def test_every_random_state_comes_back() -> None:
+    def draw() -> list[float]:
+        return [
+            random.random(),
+            random.gauss(0, 1),
+            np.random.rand(),
+            np.random.randn(),
+            float(torch.rand(())),
+        ]
+
+    draw()  # leaves half a pair of normal numbers behind
+    state = json.loads(json.dumps(random_state()))
+    first = [draw() for _ in range(3)]
+    set_random_state(state)
+    assert [draw() for _ in range(3)] == first
+
+
+def validated(step: int, loss: float) -> Position:
+    return Position(step, history=[{"step": float(step), "validation_loss": loss}])
+
+
+def test_the_best_weights_are_kept(tmp_path: Path) -> None:
+    losses = {1: 2.0, 2: 1.5, 3: 1.7}
+    made = {}
+    for step, loss in losses.items():
+        made[step] = tiny_trained(step, steps=1)
+        with Saver(made[step], plan(tmp_path, keep_best=True)) as saver:
+            saver.save(validated(step, loss), due=step == 3)
+    assert names(tmp_path) == ["best-00000002", "step-00000003"]
+    best = directory.load(tmp_path / "best-00000002")
+    for name, p in best.named_parameters():
+        assert torch.equal(p, dict(made[2].decoder.named_parameters())[name])
+    assert folders.read(tmp_path / "best-00000002")["validation_loss"] == 1.5
+
+
+def test_a_disk_without_room_is_a_sentence_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, broken = tiny_decoder(), tiny_decoder()
+    room = [10_000]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, room[0]))
+    made = tiny_trained(1, steps=1)
+    with pytest.raises(UserError, match=r"training .3 more checkpoints. needs \d MB, 0 MB are free; .*keep"):
+        Saver(made, plan(tmp_path)).__enter__()
+    room[0] = 10_000_000
+    with Saver(made, plan(tmp_path)) as saver:
+        room[0] = 10_000
+        with pytest.raises(UserError, match=r"a checkpoint needs \d+ MB, 0 MB are free"):
+            saver.save(position(1))
+    assert names(tmp_path) == []
+
+
+class Slow:
+    """Writes weights when it is let."""
+
+    def __init__(self) -> None:
+        self.go, self.failure = threading.Event(), None
+
+    def __call__(self, decoder: Any, folder: Path) -> None:
+        assert self.go.wait(20)
+        if self.failure is not None:
+            raise self.failure
+        directory.save(decoder, folder)
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path) -> None:
+    """The snapshot is of the step of the call, whatever happens to the weights meanwhile."""
+    slow, made = Slow(), tiny_trained(1, steps=2)
+    before = states(made)
+    with Saver(made, plan(tmp_path, save_weights=slow)) as saver:
+        saver.save(position(2))
+        with torch.no_grad():
+            for p in made.parameters.values():
+                p.add_(1.0)
+        assert names(tmp_path) == ["step-00000002.part"]
+        slow.go.set()
+        saver.wait()
+    fresh = tiny_trained(9)
+    assert restore(tmp_path, fresh, MADE_FOR) == position(2)
+    assert all(torch.equal(v, before[k]) for k, v in states(fresh).items())
+
+
+def test_a_save_waits_for_the_one_before(tmp_path: Path) -> None:
+    slow, made = Slow(), tiny_trained(1, steps=2)
+    with Saver(made, plan(tmp_path, save_weights=slow)) as saver:
+        saver.save(position(2))
+        threading.Timer(0.2, slow.go.set).start()
+        started = time.monotonic()
+        saver.save(position(3))
+        assert time.monotonic() - started > 0.15
+    assert names(tmp_path) == ["step-00000002", "step-00000003"]
+
+
+def test_what_the_writer_meets_is_raised_by_the_next_step(tmp_path: Path) -> None:
+    slow, made = Slow(), tiny_trained(1, steps=2)
+    slow.failure = OSError(28, "No space left on device", str(tmp_path / "x"))
+    slow.go.set()
+    with Saver(made, plan(tmp_path, save_weights=slow)) as saver:
+        saver.check()
+        saver.save(position(2))
+        assert saver._thread is not None
+        saver._thread.join()
+        with pytest.raises(UserError, match="the disk is full; free some space and run the same"):
+            saver.check()
+        saver.check()  # it is told once
+    assert names(tmp_path) == []
+
+
+def test_a_full_disk_in_the_loop_is_a_sentence_and_the_run_goes_on_later(tmp_path: Path) -> None:
+    whole, broken, again = (tiny_decoder() for _ in range(3))
     train(Ranks(0, 1), whole, make_job(tmp_path / "whole", tiny_loop()))
-    job = make_job(tmp_path / "broken", tiny_loop())
     left = [2]
-    write = storage.write_atomic
 
-    def refuse(path: Path, data: bytes) -> None:
-        left[0] -= path.name.endswith(".json")
+    def full(decoder: Any, folder: Path) -> None:
+        left[0] -= 1
         if left[0] == 0:
-            with storage.explain_write(path):
-                raise OSError(errno.ENOSPC, "injected")
-        write(path, data)
+            raise OSError(28, "No space left on device", str(folder / "model.safetensors"))
+        directory.save(decoder, folder)
 
-    monkeypatch.setattr(storage, "write_atomic", refuse)
-    with pytest.raises(UserError, match="the disk is full; free some space and run the same command again"):
-        train(Ranks(0, 1), broken, job)
-    monkeypatch.undo()
-    again = tiny_decoder()
-    at = train(Ranks(0, 1), again, job)
-    assert at.step == 10
+    loop = tiny_loop(checkpoint_steps=2)
+    with pytest.raises(UserError, match="the disk is full; free some space and run the same"):
+        train(Ranks(0, 1), broken, make_job(tmp_path / "broken", loop, save_weights=full))
+    assert names(tmp_path / "broken/resume") == ["step-00000002"]
+    assert train(Ranks(0, 1), again, make_job(tmp_path / "broken", loop)).step == 10
     for p, q in zip(whole.parameters(), again.parameters(), strict=True):
         assert torch.equal(p, q)

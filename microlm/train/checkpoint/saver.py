@@ -53,7 +53,9 @@ class Saver:
             with storage.explain_write(folder):
                 folder.mkdir(parents=True, exist_ok=True)
                 folders.sweep(folder)
-            self._best = min((loss for _, loss in _bests(folder)), default=math.inf)
+            for _, place in _bests(folder)[1:]:
+                folders.discard(place)
+            self._best = next((loss for loss, _ in _bests(folder)), math.inf)
             kept = len(checkpoints(folder))
             new = max(1, self.plan.keep + 1 - kept)
             extra = 2 * self.trained.weight_bytes if self.plan.keep_best else 0
@@ -139,19 +141,19 @@ class Saver:
 
 def publish_best(resume: Path, target: Path) -> bool:
     """Copy the weights of the best validation to `target`; False when there was none."""
-    found = sorted(_bests(resume), key=lambda item: item[1])
+    found = _bests(resume)
     if found:
         with storage.explain_write(target):
-            shutil.copytree(found[0][0], target, dirs_exist_ok=True)
+            shutil.copytree(found[0][1], target, dirs_exist_ok=True)
     return bool(found)
 
 
-def _bests(folder: Path) -> list[tuple[Path, float]]:
-    """The intact folders of best weights with their losses."""
+def _bests(folder: Path) -> list[tuple[float, Path]]:
+    """The losses and intact folders of best weights, the best one first."""
     found = []
     for place in checkpoints(folder, "best"):
         try:
-            found.append((place, float(folders.read(place)["validation_loss"])))
+            found.append((float(folders.read(place)["validation_loss"]), place))
         except folders.Damaged as e:
             warnings.warn(f"{e}; left out", stacklevel=2)
-    return found
+    return sorted(found)
