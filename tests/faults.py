@@ -86,7 +86,8 @@ class Disk:
                 self._count("sync", path)
                 self._unsynced.discard(path)
                 self._renames = [(a, b) for a, b in self._renames if b.parent != path]
-            real(handle)
+            else:
+                real(handle)
 
         return sync
 

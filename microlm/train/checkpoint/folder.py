@@ -71,11 +71,13 @@ def discard(folder: Path) -> None:
     """Delete a folder; cut off in the middle, it leaves no half of it under the old name."""
     if not folder.exists():
         return
-    if not folder.name.endswith(PART):
-        gone = folder.with_name(folder.name + ".old" + PART)
-        discard(gone)
-        folder = folder.rename(gone)
-    shutil.rmtree(folder)
+    with storage.explain_write(folder):
+        if not folder.name.endswith(PART):
+            gone = folder.with_name(folder.name + ".old" + PART)
+            discard(gone)
+            folder = folder.rename(gone)
+            storage.sync_folder(folder.parent)
+        shutil.rmtree(folder)
 
 
 def sweep(parent: Path) -> None:
