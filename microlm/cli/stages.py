@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from microlm.core.errors import UserError
 
@@ -28,6 +29,13 @@ STAGES: dict[str, str] = {
 }
 
 
+# stage → what it is passed from rooms that it may not import: argument → function
+TOOLS: dict[str, dict[str, str]] = {
+    "pretrain": {"sample": "microlm.cli.samples:sample"},
+    "sft": {"sample": "microlm.cli.samples:sample"},
+}
+
+
 class Stage(NamedTuple):
     """A stage that has been imported."""
 
@@ -46,7 +54,15 @@ def load(name: str) -> Stage:
         raise UserError(
             f"stage {name}: needs the package '{e.name}'; install it with pip install {e.name}"
         ) from e
-    return Stage(getattr(module, recipe_name), getattr(module, run_name))
+    return Stage(getattr(module, recipe_name), functools.partial(getattr(module, run_name), **_tools(name)))
+
+
+def _tools(name: str) -> dict[str, Callable[..., Any]]:
+    found = {}
+    for argument, place in TOOLS.get(name, {}).items():
+        module, function = place.split(":")
+        found[argument] = getattr(importlib.import_module(module), function)
+    return found
 
 
 def recipe_name(name: str) -> str:

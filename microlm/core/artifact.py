@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Concatenate, TypeVar
 
 from microlm import __version__
 from microlm.core import runtime, storage
@@ -92,21 +92,22 @@ class Workspace:
         return count
 
 
-Body = Callable[[R, Workspace], None]
+Body = Callable[Concatenate[R, Workspace, ...], None]
 Fingerprint = Callable[[R], Mapping[str, Any]]
 
 
 def stage(
     name: str, kind: Kind | Callable[[Any], Kind], version: int, fingerprint: Fingerprint[Any] | None = None
-) -> Callable[[Body[R]], Callable[[R], Artifact]]:
-    """Make a body `(recipe, workspace) → None` into `run(recipe) → Artifact`.
+) -> Callable[[Body[R]], Callable[Concatenate[R, ...], Artifact]]:
+    """Make a body `(recipe, workspace, **tools) → None` into `run(recipe, **tools) → Artifact`.
 
     `run` returns the finished artifact of the same key if it is there, resumes `<out>.tmp` otherwise, and
-    finishes atomically. `fingerprint` adds what else changes the result (the digest of a user's file, say).
+    finishes atomically. `fingerprint` adds what else changes the result (the digest of a user's file, say);
+    `tools`, passed in by the cli from other rooms, change none.
     """
 
-    def wrap(body: Body[R]) -> Callable[[R], Artifact]:
-        def make(recipe: R) -> Artifact:
+    def wrap(body: Body[R]) -> Callable[Concatenate[R, ...], Artifact]:
+        def make(recipe: R, bound: Body[R]) -> Artifact:
             inputs = _open_inputs(recipe)
             extra = dict(fingerprint(recipe)) if fingerprint else {}
             key = compute_key(name, version, recipe, inputs, extra)
@@ -120,14 +121,14 @@ def stage(
             head = {"format": FORMAT, "kind": actual, "stage": name, "stage_version": version, "key": key}
             busy = f"{recipe.out}: another process is making this artifact; wait for it, or stop it"
             with storage.locked(lock_path(recipe.out), busy):
-                return _finished(recipe.out, key, inputs) or _make(body, recipe, inputs, head)
+                return _finished(recipe.out, key, inputs) or _make(bound, recipe, inputs, head)
 
         @functools.wraps(body)
-        def run(recipe: R) -> Artifact:
-            group = runtime.torchrun()
+        def run(recipe: R, **tools: Any) -> Artifact:
+            group, bound = runtime.torchrun(), functools.partial(body, **tools)
             if group is None:
-                return make(recipe)
-            return _follow(group, body, recipe) if group.rank else _lead(group, make, recipe)
+                return make(recipe, bound)
+            return _follow(group, bound, recipe) if group.rank else _lead(group, lambda: make(recipe, bound))
 
         run.stage_kind = kind  # type: ignore[attr-defined]
         return run
@@ -148,9 +149,9 @@ def _open_inputs(recipe: StageRecipe) -> dict[str, Artifact]:
     return found
 
 
-def _lead(group: runtime.Torchrun, make: Callable[[R], Artifact], recipe: R) -> Artifact:
+def _lead(group: runtime.Torchrun, make: Callable[[], Artifact]) -> Artifact:
     """Rank 0 under torchrun: make the artifact, then let the others go on."""
-    made = make(recipe)
+    made = make()
     group.say("done")
     group.stage += 1
     return made

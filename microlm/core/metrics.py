@@ -10,6 +10,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -62,6 +63,10 @@ class Progress:
     def update(self, n: float = 1, **values: float | str) -> None:
         """`n` more are done; `values` are shown beside the count."""
         self.done += n
+        self.show(**values)
+
+    def show(self, **values: float | str) -> None:
+        """Set values that are shown beside the count."""
         self._values |= values
         if self._bar is not None and self._task is not None:
             self._bar.update(
@@ -73,13 +78,24 @@ class Progress:
     def _write_line(self) -> None:
         self._shown = time.monotonic()
         of = f"/{self.total:,.0f} ({self.done / self.total:.0%})" if self.total else ""
-        line = f"{self.name}: {self.done:,.0f}{of} {self.unit}, {self._rate()} {self._shown_values()}"
-        sys.stderr.write(line.rstrip() + "\n")
+        line = f"{self.name}: {self.done:,.0f}{of} {self.unit}, {self._rate()}{self._left()}"
+        sys.stderr.write(f"{line} {self._shown_values()}".rstrip() + "\n")
         sys.stderr.flush()
 
-    def _rate(self) -> str:
+    def _per_second(self) -> float:
         seconds = time.monotonic() - self._started
-        return f"{(self.done - self.start) / seconds:,.0f} {self.unit}/s" if seconds > 0 else ""
+        return (self.done - self.start) / seconds if seconds > 0 else 0.0
+
+    def _rate(self) -> str:
+        rate = self._per_second()
+        return f"{rate:,.0f} {self.unit}/s" if rate else ""
+
+    def _left(self) -> str:
+        """The time that the rest takes at this rate."""
+        rate = self._per_second()
+        if not self.total or self.done >= self.total or rate <= 0:
+            return ""
+        return f", {timedelta(seconds=round((self.total - self.done) / rate))} left"
 
     def _shown_values(self) -> str:
         shown = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in self._values.items())

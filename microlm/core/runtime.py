@@ -183,6 +183,13 @@ def peak_rss_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def peak_memory_bytes() -> int:
+    """Peak memory so far: of the GPU where there is one, else of this process."""
+    import torch
+
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_rss_bytes()
+
+
 def package_version(name: str) -> str | None:
     """An installed package's version, or None."""
     try:

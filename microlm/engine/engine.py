@@ -20,18 +20,23 @@ from microlm.engine.runner import Runner
 from microlm.engine.sampling import RandomStream, check_sampling, draw
 from microlm.engine.scheduler import Scheduler
 from microlm.model import directory as hf_directory
+from microlm.model.transformer import Decoder
 from microlm.text.tokenizer import Tokenizer
 
 Step = list[tuple[Request, Delta]]
 
 
 class Engine:
-    """A loaded model with a fixed number of slots. Not for many threads: `EngineService` is."""
+    """A loaded model with a fixed number of slots. Not for many threads: `EngineService` is.
+
+    Weights that are in memory already come as `decoder`; the directory then gives the tokenizer only.
+    """
 
     def __init__(
         self,
         directory: str | Path,
         *,
+        decoder: Decoder | None = None,
         dtype: runtime.Dtype = "float32",
         max_seqs: int = 64,
         max_seq_len: int | None = None,
@@ -39,8 +44,12 @@ class Engine:
     ) -> None:
         if max_seqs < 1:
             raise UserError(f"max_seqs: {max_seqs} is below 1; the engine needs a slot")
-        path, device, precision = Path(directory), runtime.device(), runtime.torch_dtype(dtype)
-        decoder = hf_directory.load(path, precision).to(device=device, dtype=precision).eval()
+        path = Path(directory)
+        if decoder is None:
+            device, precision = runtime.device(), runtime.torch_dtype(dtype)
+            decoder = hf_directory.load(path, precision).to(device=device, dtype=precision).eval()
+        else:
+            device, precision = decoder.cos.device, decoder.compute_dtype
         self.directory = path
         self.config = decoder.config
         self.tokenizer = Tokenizer.load(path)

@@ -2,23 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
 from microlm.core import runtime
 from microlm.core.artifact import LOGS, RESUME
 from microlm.core.manifest import Artifact, hash_file
 from microlm.core.recipe import Recipe, StageRecipe, unkeyed
 from microlm.model import directory
+from microlm.model.transformer import Decoder
 from microlm.train import optim
 from microlm.train.batches import PackedRows
 from microlm.train.checkpoint import Plan, SaveWeights
 from microlm.train.objectives import Objective
+
+
+class SamplesRecipe(Recipe):
+    """What the model is asked to go on with while it is trained."""
+
+    steps: int = Field(default=0, ge=0, description="steps between samples; 0: none")
+    prompts: tuple[str, ...] = Field(default=(), max_length=32, description="beginnings of texts")
+    tokens: int = Field(default=64, ge=1, le=4096, description="new tokens of each sample")
+
+    @model_validator(mode="after")
+    def _has_prompts(self) -> SamplesRecipe:
+        if self.steps and not all(self.prompts or [""]):
+            raise ValueError(
+                "steps asks for samples, so prompts needs beginnings of texts, none of them empty"
+            )
+        return self
 
 
 class LoopRecipe(Recipe):
@@ -52,6 +70,18 @@ class LoopRecipe(Recipe):
     validation_steps: int = unkeyed(200, ge=1, description="steps between validations")
     validation_rows: int = unkeyed(32, ge=0, description="rows of one validation; 0 for none")
 
+    samples: SamplesRecipe = unkeyed(SamplesRecipe(), description="texts that the model writes on the way")
+    tracker: Literal["none", "wandb", "trackio"] = unkeyed(
+        "none", description="who else gets the metrics"
+    )
+
+    @field_validator("tracker")
+    @classmethod
+    def _installed(cls, value: str) -> str:
+        if value != "none" and importlib.util.find_spec(value) is None:
+            raise ValueError(f"{value} is not installed; pip install {value}, or leave tracker out")
+        return value
+
     @property
     def steps(self) -> int:
         """Optimizer steps of the whole run."""
@@ -68,9 +98,16 @@ class LoopRecipe(Recipe):
         return runtime.torch_dtype(self.dtype)
 
 
+Sampler = Callable[[Decoder, Path, Sequence[str], int], list[str]]
+"""`(decoder, tokenizer's directory, prompts, new tokens) → texts`; the engine's, passed in from above."""
+
+
 @dataclass
 class Job:
-    """What a run needs besides the decoder; `folder` is the stage's workspace."""
+    """What a run needs besides the decoder; `folder` is the stage's workspace.
+
+    With the tokenizer's directory, validation is also told in bits per byte.
+    """
 
     loop: LoopRecipe
     optim: optim.OptimRecipe
@@ -81,6 +118,8 @@ class Job:
     name: str
     save_weights: SaveWeights = directory.save
     fingerprint: Mapping[str, Any] = field(default_factory=dict)
+    tokenizer: Path | None = None
+    sampler: Sampler | None = None
 
     @property
     def checkpoints(self) -> Plan:

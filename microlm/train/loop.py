@@ -46,9 +46,9 @@ def train(ranks: Ranks, decoder: Decoder, job: Job) -> Position:
         _stop_flag(ranks) as stopped,
         Saver(trained, job.checkpoints, active=ranks.rank == 0) as saver,
         job.train.batches(loop.batch_rows, at.data, loop.workers) as stream,
-        Reporter(ranks, job, at, stream) as report,
+        Reporter(ranks, job, at, stream, decoder) as report,
     ):
-        report.validate_first(forward, decoder)
+        report.begin(forward)
         saver.save(at, due=loop.nonfinite == "roll_back" and at.step == 0)
         while at.step < loop.steps:
             saver.check()
@@ -65,7 +65,7 @@ def train(ranks: Ranks, decoder: Decoder, job: Job) -> Position:
                 at.step += 1
                 at.tokens += loop.batch_rows * loop.context
                 at.data, at.random = stream.state(), random_state()
-                report.step(mean, factor, norm, forward, decoder)
+                report.step(mean, factor, norm, forward)
                 saver.save(at, due=at.step % loop.checkpoint_steps == 0 and at.step < loop.steps)
             else:
                 trained.forget_gradients()

@@ -28,13 +28,13 @@ from microlm.text.shards import open_sets
 from microlm.text.tokenizer import FILES, copy_files
 from microlm.train import objectives
 from microlm.train.batches import PackedRows, held_out_rows
-from microlm.train.checkpoint import Position, publish_best
-from microlm.train.job import Job, LoopRecipe, fingerprint
+from microlm.train.checkpoint import publish_best
+from microlm.train.job import Job, LoopRecipe, Sampler, fingerprint
 from microlm.train.loop import train
 from microlm.train.optim import OptimRecipe
 from microlm.train.ranks import Ranks, launch, processes, warn_idle
+from microlm.train.reporter import SUMMARY, write_summary
 
-SUMMARY = "summary.json"
 BEST = "best"  # the weights of the lowest validation loss, where loop.keep_best asks for them
 TOKENIZER = FILES[0]
 SHAPE = (
@@ -104,8 +104,8 @@ VERSION = 4
 
 
 @stage("pretrain", "model", VERSION)
-def run(recipe: PretrainRecipe, work: Workspace) -> None:
-    """Initialise or load, train on every rank, save the HF directory."""
+def run(recipe: PretrainRecipe, work: Workspace, sample: Sampler | None = None) -> None:
+    """Initialise or load, train on every rank, save the HF directory; `sample` writes texts on the way."""
     shards, model = work.inputs["shards"], work.inputs.get("model")
     if model:
         require_same_tokenizer(model, shards)
@@ -114,7 +114,8 @@ def run(recipe: PretrainRecipe, work: Workspace) -> None:
     warn_idle("pretrain", recipe.parallel, recipe.loop.batch_rows, recipe.loop.micro_rows)
     start = model.path if model else None
     made_for = fingerprint(f"pretrain {VERSION}", recipe, work.inputs, shards.file(f"tokenizer/{TOKENIZER}"))
-    if launch(recipe.parallel, _rank, recipe, config, start, shards.path, work.path, made_for):
+    prepared = (config, start, shards.path, work.path, made_for, sample)
+    if launch(recipe.parallel, _rank, recipe, *prepared):
         finish(work, shards.path / "tokenizer")
 
 
@@ -169,6 +170,7 @@ def _rank(
     shards: Path,
     out: Path,
     made_for: Mapping[str, Any],
+    sample: Sampler | None,
 ) -> None:
     runtime.set_seed(recipe.seed)
     if start:
@@ -181,27 +183,9 @@ def _rank(
     validation = held_out_rows(open_sets(shards, "documents", "validation"), {}, context, mask)
     job = Job(
         recipe.loop, recipe.optim, objectives.next_token, rows, validation, out, "pretrain",
-        fingerprint=made_for,
+        fingerprint=made_for, tokenizer=shards / "tokenizer", sampler=sample,
     )  # fmt: skip
     at = train(ranks, decoder, job)
     if ranks.rank == 0:
         job.save_weights(decoder, out)
-        write_summary(job.logs, decoder, at, rows.dropped)
-
-
-def write_summary(logs: Path, decoder: Decoder, at: Position, dropped: dict[str, int]) -> None:
-    """What the manifest reports of a training run: size, tokens, last losses, what was left out."""
-    last = next((r for r in reversed(at.history) if "validation_loss" in r), {})
-    summary = {
-        "parameters": sum(p.numel() for p in decoder.parameters()),
-        "trained_parameters": sum(p.numel() for p in decoder.parameters() if p.requires_grad),
-        "tokens": at.tokens,
-        "loss": next((r["loss"] for r in reversed(at.history) if "loss" in r), None),
-        "validation_loss": last.get("validation_loss"),
-        "samples_longer_than_context": dropped,
-        "nonfinite_steps": len(at.nonfinite),
-        "batches_left_out": at.left_out,
-        "allowed_mismatches": at.mismatches,
-        "peak_rss_bytes": runtime.peak_rss_bytes(),
-    }
-    (logs / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+        write_summary(job, decoder, at)

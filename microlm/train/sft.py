@@ -21,11 +21,12 @@ from microlm.model import directory, lora
 from microlm.text.shards import open_sets
 from microlm.train import objectives
 from microlm.train.batches import PackedRows, held_out_rows
-from microlm.train.job import Job, LoopRecipe, fingerprint
+from microlm.train.job import Job, LoopRecipe, Sampler, fingerprint
 from microlm.train.loop import train
 from microlm.train.optim import OptimRecipe
-from microlm.train.pretrain import TOKENIZER, finish, require_same_tokenizer, write_summary
+from microlm.train.pretrain import TOKENIZER, finish, require_same_tokenizer
 from microlm.train.ranks import Ranks, launch, processes, warn_idle
+from microlm.train.reporter import write_summary
 
 
 class LoraRecipe(Recipe):
@@ -63,14 +64,17 @@ VERSION = 4
 
 
 @stage("sft", _kind, VERSION)
-def run(recipe: SftRecipe, work: Workspace) -> None:
-    """Load the model, train on every rank, save weights or adapter with the model's own tokenizer files."""
+def run(recipe: SftRecipe, work: Workspace, sample: Sampler | None = None) -> None:
+    """Load the model, train on every rank, save weights or adapter with the model's own tokenizer files.
+
+    `sample` writes texts on the way.
+    """
     model, shards = work.inputs["model"], work.inputs["shards"]
     require_same_tokenizer(model, shards)
     work.processes = processes(recipe.parallel)
     warn_idle("sft", recipe.parallel, recipe.loop.batch_rows, recipe.loop.micro_rows)
     made_for = fingerprint(f"sft {VERSION}", recipe, work.inputs, model.file(TOKENIZER))
-    if launch(recipe.parallel, _rank, recipe, model, shards.path, work.path, made_for):
+    if launch(recipe.parallel, _rank, recipe, model, shards.path, work.path, made_for, sample):
         finish(work, model.path)
 
 
@@ -81,6 +85,7 @@ def _rank(
     shards: Path,
     out: Path,
     made_for: Mapping[str, Any],
+    sample: Sampler | None,
 ) -> None:
     runtime.set_seed(recipe.seed)
     decoder = directory.load(model.path, recipe.loop.compute_dtype())
@@ -94,7 +99,7 @@ def _rank(
     name = "lora" if recipe.lora else "sft"
     job = Job(
         recipe.loop, recipe.optim, objectives.next_token, rows, validation, out, name,
-        fingerprint=made_for,
+        fingerprint=made_for, tokenizer=shards / "tokenizer", sampler=sample,
     )  # fmt: skip
     if recipe.lora:
         base = model.url.rstrip("/").rpartition("/")[2]
@@ -102,4 +107,4 @@ def _rank(
     at = train(ranks, decoder, job)
     if ranks.rank == 0:
         job.save_weights(decoder, out)
-        write_summary(job.logs, decoder, at, rows.dropped)
+        write_summary(job, decoder, at)

@@ -23,7 +23,7 @@ def test_progress_off_a_terminal_writes_plain_lines(
     out, err = capsys.readouterr()
     assert out == ""
     assert err.splitlines() == [
-        "pretrain: 2,000/4,000 (50%) tokens, 167 tokens/s loss 1.235 phase warm",
+        "pretrain: 2,000/4,000 (50%) tokens, 167 tokens/s, 0:00:12 left loss 1.235 phase warm",
         "pretrain: 4,000/4,000 (100%) tokens, 167 tokens/s loss 1.235 phase warm",
         "pretrain: 4,000/4,000 (100%) tokens, 167 tokens/s loss 1.235 phase warm",
     ]

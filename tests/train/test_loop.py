@@ -22,6 +22,7 @@ from microlm.train.job import Job
 from microlm.train.loop import train
 from microlm.train.optim import OptimRecipe
 from microlm.train.ranks import Ranks
+from microlm.train.reporter import TIMED
 
 ALONE = Ranks(0, 1)
 
@@ -34,7 +35,8 @@ def weights(decoder: Decoder, folder: Path) -> bytes:
 def rows(folder: Path) -> list[dict[str, Any]]:
     """The metrics but for their times."""
     return [
-        {k: v for k, v in row.items() if k != "time"} for row in read_metrics(folder / "logs/metrics.jsonl")
+        {k: v for k, v in row.items() if k not in ("time", *TIMED)}
+        for row in read_metrics(folder / "logs/metrics.jsonl")
     ]
 
 

@@ -47,13 +47,16 @@ class Batch:
         """The same batch on a device; from pinned memory the copy runs beside what the device does."""
         if self.input_ids.device == device:
             return self
-        moved = self._with(lambda t: t.to(device, non_blocking=True), self.samples)
-        moved.__dict__["label_count"] = self.label_count  # counted here, so that nobody waits for the device
-        return moved
+        return self._same(lambda t: t.to(device, non_blocking=True))
 
     def pinned(self) -> Batch:
         """The same batch in memory that a GPU can fetch by itself."""
-        return self._with(Tensor.pin_memory, self.samples)
+        return self._same(Tensor.pin_memory)
+
+    def _same(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        moved = self._with(change, self.samples)
+        moved.__dict__["label_count"] = self.label_count  # counted here, so that nobody waits for the device
+        return moved
 
     def _with(self, change: Callable[[Tensor], Tensor], samples: tuple[tuple[Sample, ...], ...]) -> Batch:
         return Batch(change(self.input_ids), change(self.labels), change(self.segments), samples)

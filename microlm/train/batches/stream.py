@@ -16,17 +16,18 @@ AHEAD = 2  # batches that each worker may have ready
 
 Assemble = Callable[[Sequence[Sequence[Piece]]], Batch]
 Plan = tuple[list[list[Piece]], dict[str, Any]]  # the pieces of each row, the place after them
-Made = tuple[Batch, dict[str, Any]]
+Made = tuple[Batch, int, dict[str, Any]]  # a batch, its labels (counted by who made it), the place after it
 
 
 class BatchStream:
-    """An endless iterator. `workers` 0 makes each batch when it is asked for; `waited_s` grows by the wait.
+    """An endless iterator. `workers` 0 makes each batch when it is asked for.
 
-    Rows are planned by one thread at a time, in their order, and filled side by side.
+    `waited_s` and `labels` grow by the wait for each batch that is taken and by its labels. Rows are planned
+    by one thread at a time, in their order, and filled side by side.
     """
 
     def __init__(self, packer: Packer, assemble: Assemble, rows: int, workers: int = 0) -> None:
-        self.waited_s = 0.0
+        self.waited_s, self.labels = 0.0, 0
         self._packer, self._assemble, self._rows = packer, assemble, rows
         self._pins = torch.cuda.is_available()
         self._state = packer.state()
@@ -45,8 +46,9 @@ class BatchStream:
 
     def __next__(self) -> Batch:
         started = time.perf_counter()
-        batch, self._state = self._take() if self._threads else self._make(self._plan())
+        batch, labels, self._state = self._take() if self._threads else self._make(self._plan())
         self.waited_s += time.perf_counter() - started
+        self.labels += labels
         return batch
 
     def __enter__(self) -> Self:
@@ -73,7 +75,8 @@ class BatchStream:
 
     def _make(self, plan: Plan) -> Made:
         batch = self._assemble(plan[0])
-        return batch.pinned() if self._pins else batch, plan[1]
+        labels = batch.label_count
+        return batch.pinned() if self._pins else batch, labels, plan[1]
 
     def _take(self) -> Made:
         """The next batch that a thread has made, or the error that ended one."""

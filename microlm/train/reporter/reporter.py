@@ -1,0 +1,115 @@
+"""The progress line, rows of metrics, and what happens at intervals: validation, samples. Rank 0 speaks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from microlm.core.metrics import FILE, MetricsLog, Progress, read_metrics
+from microlm.model.transformer import Decoder
+from microlm.train.batches import BatchStream
+from microlm.train.checkpoint import Position
+from microlm.train.job import Job
+from microlm.train.ranks import Ranks
+from microlm.train.reporter.samples import SampleLog
+from microlm.train.reporter.speed import Speed
+from microlm.train.reporter.trackers import Tracker
+from microlm.train.reporter.validation import token_byte_counts, validate
+from microlm.train.step import Forward
+
+
+class Reporter:
+    """Silent on all ranks but the first."""
+
+    def __init__(self, ranks: Ranks, job: Job, at: Position, stream: BatchStream, decoder: Decoder) -> None:
+        self.job, self.at, self.decoder, self.active = job, at, decoder, ranks.rank == 0
+        if not self.active:
+            return
+        total = job.loop.steps * job.loop.batch_rows * job.loop.context
+        self.bar = Progress(job.name, total, "tokens", start=at.tokens)
+        self.log = _reopen_log(job.logs, at)
+        self.samples = SampleLog(job, at)
+        self.tracker = Tracker(job) if job.loop.tracker != "none" else None
+        self.speed = Speed(decoder, job.loop, stream, ranks.size)
+        self.byte_counts = token_byte_counts(job.tokenizer) if job.tokenizer else None
+
+    def __enter__(self) -> Reporter:
+        if self.active:
+            self.bar.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self.active:
+            self.bar.__exit__(*error)
+            self.log.close()
+            self.samples.close()
+            if self.tracker:
+                self.tracker.close()
+
+    def begin(self, forward: Forward) -> None:
+        """The loss before any step, so that a curve starts where the run did."""
+        if self.active and self.at.step == 0 and (found := self._validated(forward)):
+            self._write({"tokens": 0.0, **found}, {})
+        if self.active:
+            self.speed.start()
+
+    def rewind(self) -> None:
+        """The run went back: what was logged since is no part of it."""
+        if self.active:
+            self.bar.done = float(self.at.tokens)
+            self.log.close()
+            self.log = _reopen_log(self.job.logs, self.at)
+            self.samples.reopen()
+            self.speed.start()
+
+    def step(self, loss: float, rate: float, norm: float, forward: Forward) -> None:
+        """Report a finished step: `loss` per label, `rate` as a share of the recipe's, `norm` unclipped."""
+        if not self.active:
+            return
+        self.speed.step()
+        loop, at = self.job.loop, self.at
+        at.recent = [*at.recent, loss][-loop.log_steps :]
+        mean = sum(at.recent) / len(at.recent)
+        self.bar.update(loop.batch_rows * loop.context, loss=mean)
+        last = at.step == loop.steps
+        if last or at.step % loop.log_steps == 0:
+            timed = self.speed.row()
+            row = {"tokens": float(at.tokens), "loss": mean, "rate": rate, "grad_norm": norm}
+            if last or at.step % loop.validation_steps == 0:
+                row |= self._validated(forward)
+            self._write(row, timed)
+            self._show(row, timed)
+        if self.samples.due():
+            self.samples.add(self.decoder)
+        self.speed.start()
+
+    def _validated(self, forward: Forward) -> dict[str, float]:
+        if self.job.validation is None or not self.job.loop.validation_rows:
+            return {}
+        return validate(forward, self.decoder, self.job, self.byte_counts)
+
+    def _show(self, row: dict[str, float], timed: dict[str, float]) -> None:
+        known = {"bpb": "bits_per_byte", "val": "validation_loss"}
+        shown: dict[str, float | str] = {k: row[name] for k, name in known.items() if name in row}
+        shown |= {"MFU": f"{timed['mfu']:.0%}", "mem": f"{timed['peak_memory_bytes'] / 1e9:.2g} GB"}
+        if timed["data_wait_share"] >= 0.01:
+            shown["data wait"] = f"{timed['data_wait_share']:.0%}"
+        self.bar.show(**shown)
+
+    def _write(self, row: dict[str, float], timed: dict[str, float]) -> None:
+        """What an equal run would repeat is part of the history that checkpoints keep; times are not."""
+        self.at.history.append({"step": float(self.at.step), **row})
+        self.log.log(self.at.step, **row, **timed)
+        if self.tracker:
+            self.tracker.log(self.at.step, row | timed)
+
+
+def _reopen_log(logs: Path, at: Position) -> MetricsLog:
+    """The metrics as they stood at the checkpoint: the file's rows (they hold the times) if none is lost."""
+    kept = [row for row in read_metrics(logs / FILE) if row["step"] <= at.step]
+    if at.step and len(kept) == len(at.history):
+        return MetricsLog(logs, at.step + 1)
+    log = MetricsLog(logs)
+    for row in at.history:
+        log.log(int(row["step"]), **{k: v for k, v in row.items() if k != "step"})
+    return log

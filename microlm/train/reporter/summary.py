@@ -1,0 +1,61 @@
+"""The end of a run: what its manifest tells of it, and its curves as a page."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from microlm.core import runtime, storage
+from microlm.core.metrics import FILE, read_metrics
+from microlm.model.transformer import Decoder
+from microlm.train.checkpoint import Position
+from microlm.train.job import Job
+from microlm.train.reporter.curves import write_curves
+from microlm.train.reporter.speed import TIMED
+
+SUMMARY = "summary.json"
+
+
+def write_summary(job: Job, decoder: Decoder, at: Position) -> None:
+    """Size, tokens, last losses, speed, what was left out: into `summary.json`; then the page."""
+    rows = read_metrics(job.logs / FILE)
+    summary = {
+        "parameters": sum(p.numel() for p in decoder.parameters()),
+        "trained_parameters": sum(p.numel() for p in decoder.parameters() if p.requires_grad),
+        "tokens": at.tokens,
+        "epochs": {name: round(times, 4) for name, times in job.train.epochs(at.data).items()},
+        "padding_share": at.data["padding"] / (at.data["rows"] * job.loop.context),
+        "loss": _last(rows, "loss"),
+        "validation_loss": _last(rows, "validation_loss"),
+        "bits_per_byte": _last(rows, "bits_per_byte"),
+        **speed(rows),
+        "samples_longer_than_context": job.train.dropped,
+        "nonfinite_steps": len(at.nonfinite),
+        "batches_left_out": at.left_out,
+        "allowed_mismatches": at.mismatches,
+        "peak_rss_bytes": runtime.peak_rss_bytes(),
+    }
+    storage.write_atomic(job.logs / SUMMARY, (json.dumps(summary, indent=1) + "\n").encode())
+    write_curves(job, rows, summary)
+
+
+def speed(rows: list[dict[str, Any]]) -> dict[str, float | None]:
+    """Tokens/s, MFU and wait for data over all steps, from the rows that tell them; memory at its highest."""
+    seconds, tokens, before = 0.0, 0.0, 0.0
+    weighted = dict.fromkeys(("mfu", "data_wait_share"), 0.0)
+    for row in rows:
+        if row.get("tokens_per_s"):
+            spent = (row["tokens"] - before) / row["tokens_per_s"]
+            seconds, tokens = seconds + spent, tokens + row["tokens"] - before
+            for name in weighted:
+                weighted[name] += spent * row[name]
+        before = row.get("tokens", before)
+    if not seconds:
+        return dict.fromkeys(TIMED)
+    highest = max(row.get("peak_memory_bytes", 0.0) for row in rows)
+    shares = {name: total / seconds for name, total in weighted.items()}
+    return {"tokens_per_s": tokens / seconds, **shares, "peak_memory_bytes": highest}
+
+
+def _last(rows: list[dict[str, Any]], name: str) -> float | None:
+    return next((row[name] for row in reversed(rows) if name in row), None)
