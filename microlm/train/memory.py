@@ -1,0 +1,163 @@
+"""What a training process needs in memory, part by part, and what the machine has. Enters: shape and recipe.
+
+N positions of a micro-batch, D width, A width of all heads, F of the SwiGLU, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import re
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from microlm.core import runtime
+from microlm.core.errors import UserError
+from microlm.model.config import ModelConfig
+from microlm.model.transformer import Block, masked_attention
+from microlm.train import optim
+from microlm.train.job import LoopRecipe
+
+MASTER = 4  # bytes of a weight, its gradient and each moment
+RUNTIME = 350 << 20  # python, torch and its kernels' workspace in a process
+COMPILER = 80 << 20  # what torch.compile leaves in it
+EAGER_HOLES, COMPILED_HOLES, CUDA_HOLES = 1.35, 1.2, 1.1  # allocated over used: benchmarks/train_plan.py
+SLACK = 0.8  # a prediction may be this much too high: only what cannot fit even then is refused
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one process. Activations and the optimizer's scratch are never there together."""
+
+    weights: int
+    gradients: int
+    moments: int
+    activations: int
+    logits: int
+    scratch: int
+    sums: int
+    snapshot: int
+    runtime: int
+    holes: float
+
+    @property
+    def total(self) -> int:
+        """The peak: what stays, the larger of the two phases, and the allocator's holes."""
+        stays = self.weights + self.gradients + self.moments + self.sums + self.snapshot
+        return self.runtime + round(self.holes * (stays + max(self.activations + self.logits, self.scratch)))
+
+
+def predict(
+    config: ModelConfig, loop: LoopRecipe, optimizers: list[torch.optim.Optimizer], weights: int, ranks: int
+) -> Memory:
+    """The memory of rank 0; `weights` counts all of them, the optimizers hold those that are trained."""
+    groups = [(o, p) for o in optimizers for g in o.param_groups for p in g["params"]]
+    trained = sum(p.numel() for _, p in groups)
+    moments = sum(p.numel() * (1 if isinstance(o, optim.Muon) else 2) for o, p in groups)
+    item = loop.compute_dtype().itemsize
+    rows = min(loop.micro_rows, loop.batch_rows)
+    mask = rows * loop.context**2 * item
+    logits = rows * loop.context * config.vocab_size
+    saves = loop.checkpoint_steps < loop.steps or loop.keep_best
+    return Memory(
+        weights=MASTER * weights,
+        gradients=MASTER * trained,
+        moments=MASTER * moments,
+        activations=config.num_hidden_layers * block_bytes(config, loop, rows) + mask,
+        logits=logits * (item + 3 * 4),  # as computed, in fp32, their softmax, their gradient
+        scratch=_scratch(optimizers, item),
+        sums=MASTER * trained if ranks > 1 else 0,
+        snapshot=MASTER * (trained + moments) if saves else 0,
+        runtime=RUNTIME + (COMPILER if loop.compiles() else 0),
+        holes=CUDA_HOLES if runtime.device().type == "cuda" else _holes(loop),
+    )
+
+
+def block_bytes(config: ModelConfig, loop: LoopRecipe, rows: int) -> int:
+    """What one block keeps for its backward pass, with its copies of the matrices in the products' dtype."""
+    item = loop.compute_dtype().itemsize
+    if not loop.compiles():
+        return _kept_by_eager_block(config, loop, rows)
+    c, positions = config, rows * loop.context
+    wide = c.num_attention_heads * c.head_dim
+    scores = rows * c.num_attention_heads * loop.context**2
+    matrices = sum(c.parameter_parts()[part] for part in ("attention", "mlp")) // c.num_hidden_layers
+    kept = positions * (4 * c.hidden_size + 4 * wide + 3 * c.intermediate_size) + scores + matrices
+    return kept * item
+
+
+def _kept_by_eager_block(config: ModelConfig, loop: LoopRecipe, rows: int) -> int:
+    """Counted on tensors without content: every tensor that autograd keeps of a forward pass, once."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    dtype, kept = loop.compute_dtype(), dict[int, Tensor]()
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.setdefault(tensor.untyped_storage()._cdata, tensor)
+        return tensor
+
+    with FakeTensorMode():
+        block = Block(config)
+        x = torch.empty(rows, loop.context, config.hidden_size, dtype=dtype, requires_grad=True)
+        angles = torch.empty(rows, 1, loop.context, config.head_dim, dtype=dtype)
+        mask = torch.empty(rows, 1, loop.context, loop.context, dtype=dtype)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            block(x, (angles, angles), 0, lambda layer, q, k, v: masked_attention(q, k, v, mask))
+    shared = {t.untyped_storage()._cdata for t in (*block.parameters(), angles, mask)}
+    return sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in shared)
+
+
+def _scratch(optimizers: list[torch.optim.Optimizer], item: int) -> int:
+    """Muon's step: every update, the stacks of equal shapes, the directions; the polar steps of one stack."""
+    stacks: dict[tuple[int, ...], int] = {}
+    for optimizer in optimizers:
+        if isinstance(optimizer, optim.Muon):
+            for p in (p for g in optimizer.param_groups for p in g["params"]):
+                shape = tuple(sorted(p.shape))
+                stacks[shape] = stacks.get(shape, 0) + p.numel()
+    return 3 * MASTER * sum(stacks.values()) + 4 * item * max(stacks.values(), default=0)
+
+
+def _holes(loop: LoopRecipe) -> float:
+    return COMPILED_HOLES if loop.compiles() else EAGER_HOLES
+
+
+def available() -> int:
+    """Bytes that training may take here: free memory of the GPU, or of this machine and its container."""
+    device = runtime.device()
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    free = [1 << 62]
+    with suppress(OSError):
+        found = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
+        free += [int(found[1]) << 10] if found else []
+    with suppress(OSError, ValueError):
+        group = Path("/sys/fs/cgroup")
+        free.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    return min(free)
+
+
+def require_fit(memory: Memory, loop: LoopRecipe, ranks: int, room: int | None = None) -> None:
+    """Refuse a run that cannot fit, before it starts; the sentence says what to lower."""
+    shared = 1 if runtime.device().type == "cuda" else ranks  # each rank has its own GPU
+    room = available() if room is None else room
+    if SLACK * memory.total * shared <= room:
+        return
+    each = f"{memory.total / 2**30:.1f} GiB" + (f" in each of {shared} processes" if shared > 1 else "")
+    raise UserError(
+        f"training needs about {each}, {room / 2**30:.1f} GiB are free; {_advice(memory, loop, shared, room)}"
+    )
+
+
+def _advice(memory: Memory, loop: LoopRecipe, shared: int, room: int) -> str:
+    """What makes it fit: fewer rows at once if that is enough, else fewer processes, else a smaller model."""
+    batch = memory.activations + memory.logits
+    stays = memory.total - round(memory.holes * max(batch, memory.scratch))
+    rows = int((room / shared - stays) / (memory.holes * batch) * loop.micro_rows)
+    if rows >= 1 and memory.scratch * memory.holes + stays <= room / shared:
+        return f"lower loop.micro_rows from {loop.micro_rows} to {min(rows, loop.micro_rows - 1) or 1}"
+    if shared > 1 and memory.total <= room:
+        return "lower parallel.processes"
+    return "choose a smaller architecture, a shorter loop.context or fewer loop.micro_rows"
