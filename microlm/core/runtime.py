@@ -48,6 +48,11 @@ def world_size() -> int:
     return int(env("WORLD_SIZE", "1"))
 
 
+def local_ranks(ranks: int) -> int:
+    """How many of `ranks` share this machine: torchrun says it, else all of them."""
+    return int(env("LOCAL_WORLD_SIZE") or ranks)
+
+
 class Torchrun:
     """The ranks that torchrun started: rank 0 owns every stage's directory, the others follow it.
 

@@ -9,22 +9,37 @@ import re
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from microlm.core import runtime
 from microlm.core.errors import UserError
+from microlm.core.recipe import Parallel
+from microlm.model import lora
 from microlm.model.config import ModelConfig
-from microlm.model.transformer import Block, masked_attention
+from microlm.model.transformer import Block, Decoder, masked_attention
 from microlm.train import optim
 from microlm.train.job import LoopRecipe
+from microlm.train.ranks import processes
 
 MASTER = 4  # bytes of a weight, its gradient and each moment
 RUNTIME = 350 << 20  # python, torch and its kernels' workspace in a process
 COMPILER = 80 << 20  # what torch.compile leaves in it
 EAGER_HOLES, COMPILED_HOLES, CUDA_HOLES = 1.35, 1.2, 1.1  # allocated over used: benchmarks/train_plan.py
 SLACK = 0.8  # a prediction may be this much too high: only what cannot fit even then is refused
+
+
+class TrainingRecipe(Protocol):
+    """What the recipes of the training stages have in common."""
+
+    @property
+    def loop(self) -> LoopRecipe: ...
+    @property
+    def optim(self) -> optim.OptimRecipe: ...
+    @property
+    def parallel(self) -> Parallel: ...
 
 
 @dataclass(frozen=True)
@@ -49,10 +64,27 @@ class Memory:
         return self.runtime + round(self.holes * (stays + max(self.activations + self.logits, self.scratch)))
 
 
-def predict(
-    config: ModelConfig, loop: LoopRecipe, optimizers: list[torch.optim.Optimizer], weights: int, ranks: int
-) -> Memory:
-    """The memory of rank 0; `weights` counts all of them, the optimizers hold those that are trained."""
+def check(config: ModelConfig, recipe: TrainingRecipe, adapter: lora.LoraConfig | None = None) -> None:
+    """Refuse a run that cannot fit into what is free here, before it starts."""
+    ranks = processes(recipe.parallel)
+    decoder = shadow(config, recipe.loop, adapter)
+    require_fit(predict(decoder, recipe.loop, recipe.optim, ranks), recipe.loop, runtime.local_ranks(ranks))
+
+
+def shadow(config: ModelConfig, loop: LoopRecipe, adapter: lora.LoraConfig | None = None) -> Decoder:
+    """The decoder that would be trained, without content: it takes no memory."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(), torch.device(runtime.device()):
+        decoder = Decoder(config, loop.compute_dtype())
+        if adapter:
+            lora.apply(decoder, adapter, None)
+    return decoder
+
+
+def predict(decoder: Decoder, loop: LoopRecipe, rates: optim.OptimRecipe, ranks: int) -> Memory:
+    """The memory of rank 0 of `ranks` that train a decoder (a `shadow` will do)."""
+    config, optimizers = decoder.config, optim.make(decoder, rates)
     groups = [(o, p) for o in optimizers for g in o.param_groups for p in g["params"]]
     trained = sum(p.numel() for _, p in groups)
     moments = sum(p.numel() * (1 if isinstance(o, optim.Muon) else 2) for o, p in groups)
@@ -62,7 +94,7 @@ def predict(
     logits = rows * loop.context * config.vocab_size
     saves = loop.checkpoint_steps < loop.steps or loop.keep_best
     return Memory(
-        weights=MASTER * weights,
+        weights=MASTER * sum(p.numel() for p in decoder.parameters()),
         gradients=MASTER * trained,
         moments=MASTER * moments,
         activations=config.num_hidden_layers * block_bytes(config, loop, rows) + mask,
@@ -98,7 +130,7 @@ def _kept_by_eager_block(config: ModelConfig, loop: LoopRecipe, rows: int) -> in
         kept.setdefault(tensor.untyped_storage()._cdata, tensor)
         return tensor
 
-    with FakeTensorMode():
+    with FakeTensorMode(), torch.device(runtime.device()):
         block = Block(config)
         x = torch.empty(rows, loop.context, config.hidden_size, dtype=dtype, requires_grad=True)
         angles = torch.empty(rows, 1, loop.context, config.head_dim, dtype=dtype)
@@ -140,7 +172,7 @@ def available() -> int:
 
 
 def require_fit(memory: Memory, loop: LoopRecipe, ranks: int, room: int | None = None) -> None:
-    """Refuse a run that cannot fit, before it starts; the sentence says what to lower."""
+    """Refuse what `ranks` on this machine cannot hold in `room` bytes (none: what is free now)."""
     shared = 1 if runtime.device().type == "cuda" else ranks  # each rank has its own GPU
     room = available() if room is None else room
     if SLACK * memory.total * shared <= room:

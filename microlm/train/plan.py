@@ -13,11 +13,8 @@ import torch
 
 from microlm.core import runtime
 from microlm.core.peak import peak_flops
-from microlm.model import lora
 from microlm.model.config import ModelConfig
-from microlm.model.transformer import Decoder
-from microlm.train import optim
-from microlm.train.memory import Memory, available, predict
+from microlm.train.memory import Memory, available, predict, shadow
 from microlm.train.pretrain import PretrainRecipe
 from microlm.train.ranks import processes
 from microlm.train.reporter.speed import position_flops
@@ -105,28 +102,21 @@ def plan(
     recipe: PretrainRecipe | SftRecipe, config: ModelConfig, index: Mapping[str, Any], peak: bool = True
 ) -> Plan:
     """What `recipe` takes to train `config` on shards with this index; `peak`: time the device as well."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     loop, ranks = recipe.loop, processes(recipe.parallel)
-    with FakeTensorMode():
-        decoder = Decoder(config, loop.compute_dtype())
-        if isinstance(recipe, SftRecipe) and recipe.lora:
-            lora.apply(decoder, recipe.lora.config(), None)
-        optimizers = optim.make(decoder, recipe.optim)
-        weights = sum(p.numel() for p in decoder.parameters())
-        memory = predict(config, loop, optimizers, weights, ranks)
-        body, head = position_flops(decoder, loop.context)
-        trained = sum(p.numel() for p in decoder.parameters() if p.requires_grad)
-    adapter = weights - config.parameters
+    adapter = recipe.lora.config() if isinstance(recipe, SftRecipe) and recipe.lora else None
+    decoder = shadow(config, loop, adapter)
+    weights = {p: p.numel() for p in decoder.parameters()}
+    added = sum(weights.values()) - config.parameters
+    body, head = position_flops(decoder, loop.context)
     sets = _sets(recipe, index)
     seen = sum(s["tokens"] for s in sets.values())
     labelled = sum(s["labels"] for s in sets.values()) / seen if seen else 1.0
     batch_tokens = loop.batch_rows * loop.context
     return Plan(
         config=config,
-        parameters=config.parameter_parts() | ({"adapter": adapter} if adapter else {}),
-        trained=trained,
-        memory=memory,
+        parameters=config.parameter_parts() | ({"adapter": added} if added else {}),
+        trained=sum(n for p, n in weights.items() if p.requires_grad),
+        memory=predict(decoder, loop, recipe.optim, ranks),
         memory_free=available(),
         processes=ranks,
         dtype=str(loop.compute_dtype()).removeprefix("torch."),

@@ -26,7 +26,7 @@ from microlm.model.rope import RopeScaling
 from microlm.model.transformer import Decoder, initialise
 from microlm.text.shards import open_sets
 from microlm.text.tokenizer import FILES, copy_files
-from microlm.train import objectives
+from microlm.train import memory, objectives
 from microlm.train.batches import PackedRows, held_out_rows
 from microlm.train.checkpoint import publish_best
 from microlm.train.job import Job, LoopRecipe, Sampler, fingerprint
@@ -110,6 +110,7 @@ def run(recipe: PretrainRecipe, work: Workspace, sample: Sampler | None = None) 
     if model:
         require_same_tokenizer(model, shards)
     config = configuration(recipe, shards, model)
+    memory.check(config, recipe)
     work.processes = processes(recipe.parallel)
     warn_idle("pretrain", recipe.parallel, recipe.loop.batch_rows, recipe.loop.micro_rows)
     start = model.path if model else None

@@ -19,7 +19,7 @@ from microlm.core.manifest import Artifact, Kind
 from microlm.core.recipe import Recipe, StageRecipe, artifact_input
 from microlm.model import directory, lora
 from microlm.text.shards import open_sets
-from microlm.train import objectives
+from microlm.train import memory, objectives
 from microlm.train.batches import PackedRows, held_out_rows
 from microlm.train.job import Job, LoopRecipe, Sampler, fingerprint
 from microlm.train.loop import train
@@ -71,6 +71,7 @@ def run(recipe: SftRecipe, work: Workspace, sample: Sampler | None = None) -> No
     """
     model, shards = work.inputs["model"], work.inputs["shards"]
     require_same_tokenizer(model, shards)
+    memory.check(directory.read_config(model.path), recipe, recipe.lora.config() if recipe.lora else None)
     work.processes = processes(recipe.parallel)
     warn_idle("sft", recipe.parallel, recipe.loop.batch_rows, recipe.loop.micro_rows)
     made_for = fingerprint(f"sft {VERSION}", recipe, work.inputs, model.file(TOKENIZER))
