@@ -33,9 +33,7 @@ class SamplesRecipe(Recipe):
     @model_validator(mode="after")
     def _has_prompts(self) -> SamplesRecipe:
         if self.steps and not all(self.prompts or [""]):
-            raise ValueError(
-                "steps asks for samples, so prompts needs beginnings of texts, none of them empty"
-            )
+            raise ValueError("steps asks for samples; give prompts: beginnings of texts, none empty")
         return self
 
 

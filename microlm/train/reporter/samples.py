@@ -42,8 +42,8 @@ class SampleLog:
 
     def due(self) -> bool:
         """Whether this step has samples; the last one always has."""
-        every = self._job.loop.samples.steps
-        return bool(every) and (self._at.step % every == 0 or self._at.step == self._job.loop.steps)
+        every, step = self._job.loop.samples.steps, self._at.step
+        return bool(every) and step > 0 and (step % every == 0 or step == self._job.loop.steps)
 
     def add(self, decoder: Decoder) -> None:
         """Let the decoder go on with every prompt."""

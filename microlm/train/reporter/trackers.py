@@ -21,24 +21,22 @@ class Tracker:
 
     def __init__(self, job: Job) -> None:
         kind = job.loop.tracker
-        package = importlib.import_module(kind)
+        self._package: Any = importlib.import_module(kind)
         name = _run_name(job)
         settings = {"loop": job.loop.model_dump(mode="json"), "optim": job.optim.model_dump(mode="json")}
-        options = _wandb(package, job.logs, name) if kind == "wandb" else _TRACKIO
+        options = _wandb(self._package, job.logs, name) if kind == "wandb" else _TRACKIO
         self._wandb = job.logs / "wandb"
         with contextlib.redirect_stdout(sys.stderr):  # stdout is the command's result
-            self._run: Any = package.init(
-                project=PROJECT, name=name, config=settings, resume="allow", **options
-            )
+            self._package.init(project=PROJECT, name=name, config=settings, resume="allow", **options)
 
     def log(self, step: int, row: dict[str, float]) -> None:
         """Hand over a row."""
-        self._run.log(row, step=step)
+        self._package.log(row, step=step)
 
     def close(self) -> None:
         """Write what is left. wandb's links to files of this run would break when the folder is renamed."""
         with contextlib.redirect_stdout(sys.stderr):
-            self._run.finish()
+            self._package.finish()
         for path in sorted(self._wandb.rglob("*")):
             if path.is_symlink():
                 path.unlink()
