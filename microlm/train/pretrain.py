@@ -173,6 +173,18 @@ def _rank(
     made_for: Mapping[str, Any],
     sample: Sampler | None,
 ) -> None:
+    decoder, job = prepare(recipe, config, start, shards, out)
+    job.fingerprint, job.sampler = made_for, sample
+    at = train(ranks, decoder, job)
+    if ranks.rank == 0:
+        job.save_weights(decoder, out)
+        write_summary(job, decoder, at)
+
+
+def prepare(
+    recipe: PretrainRecipe, config: ModelConfig, start: Path | None, shards: Path, out: Path
+) -> tuple[Decoder, Job]:
+    """The decoder as training begins, and the job that binds it to the documents and the folder `out`."""
     runtime.set_seed(recipe.seed)
     if start:
         decoder = directory.load(start, recipe.loop.compute_dtype(), config)
@@ -182,11 +194,6 @@ def _rank(
     context, mask = recipe.loop.context, recipe.loop.document_mask
     rows = PackedRows(open_sets(shards, "documents", "train"), {}, context, recipe.seed, mask)
     validation = held_out_rows(open_sets(shards, "documents", "validation"), {}, context, mask)
-    job = Job(
-        recipe.loop, recipe.optim, objectives.next_token, rows, validation, out, "pretrain",
-        fingerprint=made_for, tokenizer=shards / "tokenizer", sampler=sample,
-    )  # fmt: skip
-    at = train(ranks, decoder, job)
-    if ranks.rank == 0:
-        job.save_weights(decoder, out)
-        write_summary(job, decoder, at)
+    job = Job(recipe.loop, recipe.optim, objectives.next_token, rows, validation, out, "pretrain")
+    job.tokenizer = shards / "tokenizer"
+    return decoder, job

@@ -18,6 +18,7 @@ from microlm.core.artifact import Workspace, stage
 from microlm.core.manifest import Artifact, Kind
 from microlm.core.recipe import Recipe, StageRecipe, artifact_input
 from microlm.model import directory, lora
+from microlm.model.transformer import Decoder
 from microlm.text.shards import open_sets
 from microlm.train import memory, objectives
 from microlm.train.batches import PackedRows, held_out_rows
@@ -88,6 +89,16 @@ def _rank(
     made_for: Mapping[str, Any],
     sample: Sampler | None,
 ) -> None:
+    decoder, job = prepare(recipe, model, shards, out)
+    job.fingerprint, job.sampler = made_for, sample
+    at = train(ranks, decoder, job)
+    if ranks.rank == 0:
+        job.save_weights(decoder, out)
+        write_summary(job, decoder, at)
+
+
+def prepare(recipe: SftRecipe, model: Artifact, shards: Path, out: Path) -> tuple[Decoder, Job]:
+    """The decoder as tuning begins, and the job that binds it to the mixture and the folder `out`."""
     runtime.set_seed(recipe.seed)
     decoder = directory.load(model.path, recipe.loop.compute_dtype())
     if recipe.lora:
@@ -98,14 +109,9 @@ def _rank(
     rows = PackedRows(open_sets(shards, prefix, "train"), recipe.mixture, context, recipe.seed, mask)
     validation = held_out_rows(open_sets(shards, prefix, "validation"), recipe.mixture, context, mask)
     name = "lora" if recipe.lora else "sft"
-    job = Job(
-        recipe.loop, recipe.optim, objectives.next_token, rows, validation, out, name,
-        fingerprint=made_for, tokenizer=shards / "tokenizer", sampler=sample,
-    )  # fmt: skip
+    job = Job(recipe.loop, recipe.optim, objectives.next_token, rows, validation, out, name)
+    job.tokenizer = shards / "tokenizer"
     if recipe.lora:
         base = model.url.rstrip("/").rpartition("/")[2]
         job.save_weights = partial(lora.save_adapter, base_name=base, base_digest=model.digest)
-    at = train(ranks, decoder, job)
-    if ranks.rank == 0:
-        job.save_weights(decoder, out)
-        write_summary(job, decoder, at)
+    return decoder, job
