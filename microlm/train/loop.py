@@ -40,15 +40,15 @@ def train(ranks: Ranks, decoder: Decoder, job: Job) -> Position:
     at = _resume(ranks, trained, job)
     forward = make_forward(decoder, loop)
     warm_up(ranks, forward, decoder, job)
-    set_random_state(at.random)
     stop = False
     with (
         _stop_flag(ranks) as stopped,
         Saver(trained, job.checkpoints, active=ranks.rank == 0) as saver,
         job.train.batches(loop.batch_rows, at.data, loop.workers) as stream,
-        Reporter(ranks, job, at, stream, decoder) as report,
+        Reporter(ranks, job, at, stream, decoder, stopped) as report,
     ):
         report.begin(forward)
+        set_random_state(at.random)  # what people see changes nothing
         saver.save(at, due=loop.nonfinite == "roll_back" and at.step == 0)
         while at.step < loop.steps:
             saver.check()
@@ -66,6 +66,7 @@ def train(ranks: Ranks, decoder: Decoder, job: Job) -> Position:
                 at.tokens += loop.batch_rows * loop.context
                 at.data, at.random = stream.state(), random_state()
                 report.step(mean, factor, norm, forward)
+                set_random_state(at.random)
                 saver.save(at, due=at.step % loop.checkpoint_steps == 0 and at.step < loop.steps)
             else:
                 trained.forget_gradients()

@@ -117,6 +117,20 @@ def test_a_stop_in_the_last_step_still_stops(tmp_path: Path, calls: int) -> None
     assert (weights(decoder, tmp_path / "cut"), rows(tmp_path / "cut")) == whole
 
 
+@pytest.mark.parametrize("call", [15, 16, 25, 26])
+def test_a_stop_in_a_validation_gives_it_up_until_later(tmp_path: Path, call: int) -> None:
+    """Calls 15 and 16 validate after step 6; calls 25 and 26 after the last step, 10."""
+    whole = run(tmp_path / "whole")
+    job = interrupted(tmp_path / "cut", call, lambda: signal.raise_signal(signal.SIGINT))
+    step = 6 if call < 20 else 10
+    assert max(p.name for p in job.resume.glob("step-*")) == f"step-{step:08d}"
+    lost = call in (15, 25)
+    assert [r["step"] for r in rows(tmp_path / "cut")][-1] == (step - 3 + 2 * (step == 10) if lost else step)
+    decoder = tiny_decoder(seed=5)
+    train(ALONE, decoder, job)
+    assert (weights(decoder, tmp_path / "cut"), rows(tmp_path / "cut")) == whole
+
+
 def test_a_second_interrupt_does_not_wait(tmp_path: Path) -> None:
     def twice() -> None:
         signal.raise_signal(signal.SIGINT)

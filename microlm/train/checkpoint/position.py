@@ -18,6 +18,7 @@ class Position:
     tokens: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
     recent: list[float] = field(default_factory=list)
+    owed: dict[str, float] = field(default_factory=dict)  # the row of this step, not written yet
     data: dict[str, Any] = field(default_factory=dict)
     random: dict[str, Any] = field(default_factory=dict)
     left_out: int = 0  # batches whose step was not kept

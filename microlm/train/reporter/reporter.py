@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,24 @@ from microlm.train.ranks import Ranks
 from microlm.train.reporter.samples import SampleLog
 from microlm.train.reporter.speed import Speed
 from microlm.train.reporter.trackers import Tracker
-from microlm.train.reporter.validation import token_byte_counts, validate
+from microlm.train.reporter.validation import Stopped, token_byte_counts, validate
 from microlm.train.step import Forward
 
 
 class Reporter:
     """Silent on all ranks but the first."""
 
-    def __init__(self, ranks: Ranks, job: Job, at: Position, stream: BatchStream, decoder: Decoder) -> None:
+    def __init__(
+        self,
+        ranks: Ranks,
+        job: Job,
+        at: Position,
+        stream: BatchStream,
+        decoder: Decoder,
+        stopped: Callable[[], bool],
+    ) -> None:
         self.job, self.at, self.decoder, self.active = job, at, decoder, ranks.rank == 0
+        self.stopped = stopped
         if not self.active:
             return
         total = job.loop.steps * job.loop.batch_rows * job.loop.context
@@ -47,11 +57,14 @@ class Reporter:
                 self.tracker.close()
 
     def begin(self, forward: Forward) -> None:
-        """The loss before any step, so that a curve starts where the run did."""
-        if self.active and self.at.step == 0 and (found := self._validated(forward)):
-            self._write({"tokens": 0.0, **found}, {})
-        if self.active:
-            self.speed.start()
+        """The loss before any step, so that a curve starts where the run did; or what a stop cut off."""
+        if not self.active:
+            return
+        if self.at.step == 0 and self._validates():
+            self.at.owed = {"tokens": 0.0}
+        if self.at.owed:
+            self._settle(forward, {})
+        self.speed.start()
 
     def rewind(self) -> None:
         """The run went back: what was logged since is no part of it."""
@@ -72,27 +85,39 @@ class Reporter:
         mean = sum(at.recent) / len(at.recent)
         self.bar.update(loop.batch_rows * loop.context, loss=mean)
         last = at.step == loop.steps
+        timed = {}
         if last or at.step % loop.log_steps == 0:
             timed = self.speed.row()
-            row = {"tokens": float(at.tokens), "loss": mean, "rate": rate, "grad_norm": norm}
-            if last or at.step % loop.validation_steps == 0:
-                row |= self._validated(forward)
-            self._write(row, timed)
-            self._show(row, timed)
-        if self.samples.due():
-            self.samples.add(self.decoder)
+            at.owed = {"tokens": float(at.tokens), "loss": mean, "rate": rate, "grad_norm": norm}
+        self._settle(forward, timed)
         self.speed.start()
 
-    def _validated(self, forward: Forward) -> dict[str, float]:
-        if self.job.validation is None or not self.job.loop.validation_rows:
-            return {}
-        return validate(forward, self.decoder, self.job, self.byte_counts)
+    def _settle(self, forward: Forward, timed: dict[str, float]) -> None:
+        """Validate, write the row, let the model speak; a stop leaves the row owed."""
+        row = dict(self.at.owed)
+        try:
+            if row and self._validates():
+                row |= validate(forward, self.decoder, self.job, self.byte_counts, self.stopped)
+        except Stopped:
+            return
+        if row:
+            self._write(row, timed)
+            self._show(row, timed)
+        if self.at.step and self.samples.due():
+            self.samples.add(self.decoder)
+        self.at.owed = {}
+
+    def _validates(self) -> bool:
+        loop, step = self.job.loop, self.at.step
+        due = step == loop.steps or step % loop.validation_steps == 0
+        return due and self.job.validation is not None and loop.validation_rows > 0
 
     def _show(self, row: dict[str, float], timed: dict[str, float]) -> None:
         known = {"bpb": "bits_per_byte", "val": "validation_loss"}
         shown: dict[str, float | str] = {k: row[name] for k, name in known.items() if name in row}
-        shown |= {"MFU": f"{timed['mfu']:.0%}", "mem": f"{timed['peak_memory_bytes'] / 1e9:.2g} GB"}
-        if timed["data_wait_share"] >= 0.01:
+        if timed:
+            shown |= {"MFU": f"{timed['mfu']:.0%}", "mem": f"{timed['peak_memory_bytes'] / 1e9:.2g} GB"}
+        if timed.get("data_wait_share", 0.0) >= 0.01:
             shown["data wait"] = f"{timed['data_wait_share']:.0%}"
         self.bar.show(**shown)
 

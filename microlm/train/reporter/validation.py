@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -15,7 +16,17 @@ from microlm.train.job import Job
 from microlm.train.step import Forward, losses
 
 
-def validate(forward: Forward, decoder: Decoder, job: Job, byte_counts: Tensor | None) -> dict[str, float]:
+class Stopped(Exception):
+    """Somebody wants the run to stop: the validation is given up."""
+
+
+def validate(
+    forward: Forward,
+    decoder: Decoder,
+    job: Job,
+    byte_counts: Tensor | None,
+    stopped: Callable[[], bool],
+) -> dict[str, float]:
     """`validation_loss` in nats per label, and `bits_per_byte` of the text that the labels stand for.
 
     Gradients stay on, unused: without them torch.compile would build every block a second time.
@@ -24,6 +35,8 @@ def validate(forward: Forward, decoder: Decoder, job: Job, byte_counts: Tensor |
     total, count, text = 0.0, 0, 0
     stream = job.validation.batches(job.loop.micro_rows)
     for _ in range(max(1, job.loop.validation_rows // job.loop.micro_rows)):
+        if stopped():
+            raise Stopped
         batch = next(stream)
         total += float(losses(forward, decoder, batch, job.objective).detach())
         count += batch.label_count
