@@ -185,3 +185,17 @@ def test_a_closed_stream_leaves_no_thread() -> None:
         next(stream)
         assert threading.active_count() == before + 4
     assert threading.active_count() == before
+
+
+@pytest.mark.gpu
+def test_batches_come_pinned_and_reach_the_gpu_unchanged() -> None:
+    expected = list(islice(mixed().batches(4), 5))
+    with mixed().batches(4, workers=2) as stream:
+        for batch in expected:
+            found = next(stream)
+            assert found.input_ids.is_pinned()
+            moved = found.to(torch.device("cuda", 0))
+            assert moved.labels.device.type == "cuda"
+            assert moved.label_count == batch.label_count
+            assert same(moved.to(torch.device("cpu")), batch)
+            assert torch.equal(moved.positions.cpu(), batch.positions)
