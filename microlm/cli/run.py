@@ -30,6 +30,7 @@ Overrides = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="show the resolved plan and run nothing")]
+TRAINING = ("pretrain", "sft")  # their --dry-run tells what the run takes
 
 # command words → (stage type, what it does, example)
 COMMANDS: dict[str, tuple[str, str, str]] = {
@@ -131,7 +132,11 @@ def _run(path: Path, words: Sequence[str], stage: str | None, *, as_json: bool, 
     recipes = build_all(plan, str(path))
     speaks = runtime.rank() == 0  # under torchrun all ranks come here
     if dry_run:
-        if speaks:
+        if speaks and stage in TRAINING:
+            from microlm.cli import train
+
+            train.show(plan, recipes, stage, as_json=as_json)
+        elif speaks:
             _show_plan(plan, recipes, as_json)
         return
     results: list[Result] = []

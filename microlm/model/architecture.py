@@ -12,11 +12,12 @@ from microlm.model.config import ModelConfig, ModelType
 from microlm.model.presets import POSITIONS, PresetName, Shape, preset_fields, shape_of_size, swiglu
 
 MAX_WEIGHTS = 8_000_000_000  # each process holds them all, their gradients and two moments
+_CORE = ("hidden_size", "layers", "heads", "intermediate_size")  # who changes two of them has another model
 _UNITS = {"k": 1e3, "m": 1e6, "b": 1e9}
 
 
 class ArchitectureRecipe(Recipe):
-    """The shape of the model: `preset` or `size`, or a shape by its fields; fields override a preset's."""
+    """The shape of the model: `preset` or `size`, or its fields; one of them may differ from the preset."""
 
     preset: PresetName | None = Field(default=None, description="a named shape; fills every field below")
     size: int | None = Field(
@@ -58,7 +59,15 @@ class ArchitectureRecipe(Recipe):
         if "size" in given:
             return {"max_positions": POSITIONS, **given}
         if given.get("preset") in get_args(PresetName):
-            return {**preset_fields(given["preset"]), **given}
+            filled = preset_fields(given["preset"])
+            other = [f"{n} {given[n]}" for n in _CORE if n in given and given[n] != filled[n]]
+            if len(other) > 1:
+                twice = f"preset {given['preset']} and {', '.join(other)}"
+                raise ValueError(
+                    f"{twice} state the model twice; keep one (architecture={{preset: "
+                    f"{given['preset']}}} on the command line replaces the whole block)"
+                )
+            return {**filled, **given}
         return given
 
     @field_validator("size", mode="before")

@@ -16,7 +16,7 @@ from microlm.core.peak import peak_flops
 from microlm.model.config import ModelConfig
 from microlm.train.memory import Memory, available, predict, shadow
 from microlm.train.pretrain import PretrainRecipe
-from microlm.train.ranks import processes
+from microlm.train.ranks import limited_threads, processes
 from microlm.train.reporter.speed import position_flops
 from microlm.train.sft import SftRecipe
 
@@ -126,7 +126,7 @@ def plan(
         tokens=loop.steps * batch_tokens,
         flops_per_token=body + labelled * head,
         epochs=_epochs(recipe, sets, loop.steps * batch_tokens),
-        peak_flops=peak_flops(loop.compute_dtype()) if peak else None,
+        peak_flops=_peak(recipe) if peak else None,
     )
 
 
@@ -150,6 +150,12 @@ def _epochs(
     mixture = getattr(recipe, "mixture", {})
     total = sum(mixture.get(n, 1.0) for n in sets)
     return {n: tokens * mixture.get(n, 1.0) / total / max(1, s["tokens"]) for n, s in sets.items()}
+
+
+def _peak(recipe: PretrainRecipe | SftRecipe) -> float:
+    """Of one process, with its threads."""
+    with limited_threads(recipe.parallel.threads):
+        return peak_flops(recipe.loop.compute_dtype())
 
 
 def _device_name() -> str:

@@ -101,7 +101,7 @@ def launch(parallel: Parallel, target: Callable[..., None], *args: Any) -> bool:
 
     Under torchrun its ranks are taken, else `parallel.processes` are started, the caller being the first.
     """
-    with _interrupts() as interrupts, _threads(parallel.threads):
+    with _interrupts() as interrupts, limited_threads(parallel.threads):
         if group := runtime.torchrun():
             if group.rank == 0:
                 group.say("launch")
@@ -225,7 +225,7 @@ def _worker(
     store.add("there", 1)
     _stay_here()
     try:
-        with _threads(parallel.threads), _joined(store, rank, parallel.processes):
+        with limited_threads(parallel.threads), _joined(store, rank, parallel.processes):
             target(Ranks(rank, parallel.processes, store=store), *args)
     except (KeyboardInterrupt, RankLost):
         pass  # rank 0 knows: it told us, or it is the one that is gone
@@ -266,7 +266,8 @@ def _stay_here() -> None:
 
 
 @contextmanager
-def _threads(count: int) -> Iterator[None]:
+def limited_threads(count: int) -> Iterator[None]:
+    """Let torch use so many threads for a while."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

@@ -112,6 +112,10 @@ def test_a_shape_by_its_fields_fills_in_the_rest() -> None:
     ("fields", "told"),
     [
         ({"preset": "26m", "size": "40m"}, "preset 26m and size 40m state the model twice; keep one"),
+        (
+            {"preset": "26m", "hidden_size": 128, "layers": 4},
+            "26m and hidden_size 128, layers 4 state",
+        ),
         ({"preset": "27m"}, "preset: input should be '4m', '26m', '31m', '64m' or '110m'"),
         ({"size": "many"}, "size: .*valid integer"),
         ({"size": 10}, "size: .*100000"),

@@ -163,7 +163,7 @@ def test_the_shape_becomes_a_stock_configuration(kind: str, tied: bool) -> None:
 def test_a_shape_that_cannot_be_is_refused() -> None:
     for wrong in ({"heads": 3, "kv_heads": 2}, {"head_dim": 7}):
         with pytest.raises(UserError, match=r"heads must be a multiple of kv_heads, and head_dim even"):
-            build(ArchitectureRecipe, {"preset": "4m", **wrong}, "architecture")
+            build(ArchitectureRecipe, {**SHAPE, **wrong}, "architecture")
 
 
 @pytest.mark.parametrize(
@@ -182,13 +182,13 @@ def test_a_shape_that_cannot_be_is_refused() -> None:
         ({"rope_theta": 0.1}, "rope_theta: .* greater than or equal to 1"),
         (
             {"hidden_size": 16_384, "intermediate_size": 65_536, "layers": 256},
-            "a shape of 826.8 billion weights without the embedding, at most 8 billion are trained; lower",
+            "a shape of 825.0 billion weights without the embedding, at most 8 billion are trained; lower",
         ),
     ],
 )
 def test_a_shape_beyond_all_bounds_is_refused(wrong: dict[str, float], told: str) -> None:
     with pytest.raises(UserError, match=told):
-        build(ArchitectureRecipe, {"preset": "4m", **wrong}, "architecture")
+        build(ArchitectureRecipe, {**SHAPE, **wrong}, "architecture")
 
 
 def test_labels_of_padding_are_ignored_by_torch_too() -> None:

@@ -1,0 +1,192 @@
+"""`microlm plan` and `microlm train overfit`: what a run takes, whether it can learn, before it starts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+import typer
+
+from microlm.cli.run import TRAINING, AsJson, Overrides, RecipeFile, build_all, plan_of, run_all
+
+if TYPE_CHECKING:
+    from microlm.cli.pipeline import Planned
+    from microlm.core.recipe import StageRecipe
+    from microlm.model.config import ModelConfig
+    from microlm.train.plan import Plan
+
+SCHEMA = 1
+Measure = Annotated[
+    bool, typer.Option("--measure", help="run a few real steps of each stage whose inputs are there")
+]
+StageName = Annotated[str, typer.Option("--stage", metavar="NAME", help="which training stage; the first")]
+Steps = Annotated[int, typer.Option("--steps", min=10, help="optimizer steps")]
+RowsOption = Annotated[int, typer.Option("--rows", min=1, help="rows of the batch")]
+
+
+class Staged(NamedTuple):
+    """A stage of a plan with its checked recipe."""
+
+    planned: Planned
+    recipe: StageRecipe
+
+
+def register(app: typer.Typer) -> None:
+    """Add `plan`, and the group `train` with `overfit`."""
+    app.command("plan")(plan)
+    group = typer.Typer(no_args_is_help=True, help="Checks of training.")
+    app.add_typer(group, name="train")
+    group.command("overfit")(overfit)
+
+
+def plan(
+    recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = False, measure: Measure = False
+) -> None:
+    """What each training stage of a recipe takes: weights, memory, arithmetic, data, time.
+
+    Nothing is made. Without --measure the time is that at the device's measured peak, which no run reaches.
+
+    \b
+    Examples:
+      microlm plan recipes/quickstart.yaml
+      microlm plan recipes/quickstart.yaml pretrain.architecture.preset=26m --measure
+    """
+    planned = plan_of(recipe, overrides or [])
+    show(planned, build_all(planned, str(recipe)), None, as_json=as_json, measure=measure)
+
+
+def show(
+    planned: Sequence[Planned],
+    recipes: Sequence[StageRecipe],
+    only: str | None,
+    *,
+    as_json: bool,
+    measure: bool = False,
+) -> None:
+    """Print the plans of the training stages; `only`: of the last one of that type."""
+    from microlm.core.errors import UserError
+    from microlm.train.overfit import tokens_per_s
+
+    stages = [Staged(p, r) for p, r in zip(planned, recipes, strict=True)]
+    wanted = [s for s in stages if s.planned.stage in TRAINING]
+    wanted = wanted if only is None else [s for s in wanted if s.planned.stage == only][-1:]
+    if not wanted:
+        raise UserError(f"the recipe trains nothing; its stages: {', '.join(s.planned.name for s in stages)}")
+    found: dict[str, Plan] = {}
+    for staged in wanted:
+        made = plan_stage(staged, stages)
+        if measure:
+            made = replace(made, tokens_per_s=tokens_per_s(_trainable(staged)))
+        found[staged.planned.name] = made
+    if as_json:
+        rows = [{"name": s.planned.name, "stage": s.planned.stage, **found[s.planned.name].to_json()}
+                for s in wanted]  # fmt: skip
+        typer.echo(json.dumps({"schema": SCHEMA, "plans": rows}, ensure_ascii=False))
+        return
+    for name, made in found.items():
+        typer.echo("\n".join([f"stage '{name}'", *(f"  {line}" for line in made.lines())]))
+
+
+def plan_stage(staged: Staged, stages: Sequence[Staged]) -> Plan:
+    """The plan of a training stage, from its inputs or (before they are made) from their recipes."""
+    from microlm.train.plan import plan as make
+
+    recipe = _trainable(staged)
+    index = _index(recipe.shards, stages)
+    return make(recipe, _config(staged, stages, index), index)
+
+
+def overfit(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    stage: StageName = "",
+    steps: Steps = 300,
+    rows: RowsOption = 2,
+    as_json: AsJson = False,
+) -> None:
+    """Learn one batch by heart: a loss below 0.05 says that model, data and rates are sound.
+
+    The stages before are run first, or skipped if they are finished; nothing else is kept. The exit code is
+    1 if the batch was not learnt.
+
+    \b
+    Examples:
+      microlm train overfit recipes/quickstart.yaml
+      microlm train overfit recipes/quickstart.yaml --stage sft --json
+    """
+    from microlm.train import overfit as trials
+
+    planned = plan_of(recipe, overrides or [])
+    recipes = build_all(planned, str(recipe))
+    number = _chosen(planned, stage, str(recipe))
+    for result in run_all(planned[:number], recipes[:number]):
+        typer.echo(f"{result.name:<12} {'skipped' if result.skipped else 'done'}", err=True)
+    found = trials.overfit(_trainable(Staged(planned[number], recipes[number])), steps, rows)
+    if as_json:
+        typer.echo(json.dumps({"schema": SCHEMA, "ok": found.ok, **asdict(found)}))
+    elif found.ok:
+        typer.echo(found.sentence())
+    trials.require_overfit(found)
+
+
+def _chosen(planned: Sequence[Planned], name: str, where: str) -> int:
+    """Which stage of a plan is tried: the named one, or the first that trains."""
+    from microlm.core.errors import UserError
+
+    names = [p.name for p in planned if p.stage in TRAINING]
+    if not names or (name and name not in names):
+        asked = f"no training stage '{name}'" if name else "no stage that trains"
+        raise UserError(f"{where}: holds {asked}; training stages: {', '.join(names) or 'none'}")
+    return next(i for i, p in enumerate(planned) if p.name == (name or names[0]))
+
+
+def _trainable(staged: Staged) -> Any:
+    """The recipe as what it is: a PretrainRecipe or an SftRecipe."""
+    assert staged.planned.stage in TRAINING
+    return staged.recipe
+
+
+def _maker(place: str, stages: Sequence[Staged]) -> Staged | None:
+    """The stage that makes what lies, or will lie, at a place."""
+    return next((s for s in stages if s.recipe.out == place), None)
+
+
+def _index(shards: str, stages: Sequence[Staged]) -> Mapping[str, Any]:
+    """The shards' index; before they are made what the tokenizer's recipe says, and no sets."""
+    from microlm.core import manifest
+    from microlm.core.errors import UserError
+
+    if made := manifest.find(shards):
+        return dict(made.json("index.json"))
+    maker = _maker(shards, stages)
+    tokenizer = getattr(maker.recipe, "tokenizer", "") if maker else ""
+    if found := manifest.find(tokenizer) if tokenizer else None:
+        size = found.manifest["metrics"].get("vocab_size")
+    else:
+        trainer = _maker(tokenizer, stages)
+        size = getattr(trainer.recipe, "vocab_size", None) if trainer else None
+    if size is None:
+        raise UserError(f"{shards}: is not made yet, so its vocabulary is unknown; make the shards first")
+    return {"vocab_size": size, "eos_token_id": None, "pad_token_id": None, "sets": {}}
+
+
+def _config(staged: Staged, stages: Sequence[Staged], index: Mapping[str, Any]) -> ModelConfig:
+    """The architecture that a stage trains: of its recipe, its model, or the stage that will make that."""
+    from microlm.core import manifest
+    from microlm.core.errors import UserError
+    from microlm.model.directory import read_config
+
+    recipe = _trainable(staged)
+    if not recipe.model:
+        return recipe.architecture.config(dict(index))
+    extend = getattr(recipe, "extend", None)
+    if made := manifest.find(recipe.model):
+        config, loop = read_config(made.path), made.manifest.get("recipe", {}).get("loop", {})
+        trained = loop.get("context")
+    elif (maker := _maker(recipe.model, stages)) and maker.planned.stage in TRAINING:
+        config, trained = _config(maker, stages, index), _trainable(maker).loop.context
+    else:
+        raise UserError(f"{recipe.model}: is not made yet, so its shape is unknown; make it first")
+    return extend.config(config, trained or config.max_position_embeddings) if extend else config
