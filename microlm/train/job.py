@@ -69,9 +69,7 @@ class LoopRecipe(Recipe):
     validation_rows: int = unkeyed(32, ge=0, description="rows of one validation; 0 for none")
 
     samples: SamplesRecipe = unkeyed(SamplesRecipe(), description="texts that the model writes on the way")
-    tracker: Literal["none", "wandb", "trackio"] = unkeyed(
-        "none", description="who else gets the metrics"
-    )
+    tracker: Literal["none", "wandb", "trackio"] = unkeyed("none", description="who else gets the metrics")
 
     @field_validator("tracker")
     @classmethod

@@ -83,7 +83,14 @@ def test_the_summary_is_in_the_manifest(made: tuple[Artifact, Artifact, Artifact
     assert metrics["parameters"] == sum(p.numel() for p in directory.load(made[2].path).parameters())
     assert 0 < metrics["loss"] < 7
     assert 0 < metrics["validation_loss"] < 7
+    assert 0 < metrics["bits_per_byte"] < metrics["validation_loss"] * 1.4427  # an id is a byte or more
     assert metrics["peak_rss_bytes"] > 1e7
+    assert metrics["padding_share"] == 0.0
+    assert metrics["epochs"]["documents"] > 0
+    assert 0 <= metrics["data_wait_share"] <= 1
+    assert metrics["tokens_per_s"] > 0
+    for name in ("loss.html", "metrics.jsonl", "summary.json"):
+        assert made[2].file(f"logs/{name}").is_file()
 
 
 def test_sft_leaves_a_model_and_lora_an_adapter(

@@ -103,7 +103,7 @@ class Reporter:
         if row:
             self._write(row, timed)
             self._show(row, timed)
-        if self.at.step and self.samples.due():
+        if self.samples.due():
             self.samples.add(self.decoder)
         self.at.owed = {}
 
