@@ -19,7 +19,7 @@ from microlm.model import directory
 from microlm.model.transformer import Decoder
 from microlm.train import optim
 from microlm.train.batches import PackedRows
-from microlm.train.checkpoint import Plan, SaveWeights
+from microlm.train.checkpoint import SavePlan, SaveWeights
 from microlm.train.objectives import Objective
 
 
@@ -118,10 +118,10 @@ class Job:
     sampler: Sampler | None = None
 
     @property
-    def checkpoints(self) -> Plan:
+    def checkpoints(self) -> SavePlan:
         """How checkpoints are written."""
         loop = self.loop
-        return Plan(self.resume, loop.keep, loop.keep_best, self.save_weights, self.fingerprint)
+        return SavePlan(self.resume, loop.keep, loop.keep_best, self.save_weights, self.fingerprint)
 
     @property
     def resume(self) -> Path:

@@ -43,7 +43,7 @@ def train(ranks: Ranks, decoder: Decoder, job: Job) -> Position:
     stop = False
     with (
         _stop_flag(ranks) as stopped,
-        Saver(trained, job.checkpoints, active=ranks.rank == 0) as saver,
+        Saver(trained, job.checkpoints, ranks.rank == 0, saved=at.step or None) as saver,
         job.train.batches(loop.batch_rows, at.data, loop.workers) as stream,
         Reporter(ranks, job, at, stream, decoder, stopped) as report,
     ):

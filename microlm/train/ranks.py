@@ -84,8 +84,11 @@ class Ranks:
             self._store.set("stop", "")
 
     def told_stop(self) -> bool:
-        """Whether one of them has said so."""
-        return self._store is not None and self._store.check(["stop"])
+        """Whether one of them has said so; RankLost when rank 0, who keeps the store, is gone."""
+        try:
+            return self._store is not None and self._store.check(["stop"])
+        except RuntimeError as e:
+            raise RankLost(f"the first training process ended early; {_AGAIN}") from e
 
     def require_equal(self, number: int, what: str) -> None:
         """Refuse to go on when the ranks do not agree on a number."""

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from microlm.core.errors import UserError
 from microlm.model import directory, lora
-from microlm.train.checkpoint import Plan, Position, Saver, Trained, restore
+from microlm.train.checkpoint import Position, SavePlan, Saver, Trained, restore
 from microlm.train.checkpoint import folder as folders
 from microlm.train.checkpoint import trained as tensors
 from microlm.train.checkpoint.position import random_state, set_random_state
@@ -31,12 +31,12 @@ RANDOM = random_state()
 MADE_FOR = {"stage": "tiny 1", "recipe": {"optim": {"matrix_lr": 0.02}}, "inputs": {"shards": "a"}}
 
 
-def plan(folder: Path, **fields: Any) -> Plan:
+def plan(folder: Path, **fields: Any) -> SavePlan:
     values: dict[str, Any] = {
         "folder": folder, "keep": 2, "keep_best": False, "save_weights": directory.save,
         "fingerprint": MADE_FOR,
     }  # fmt: skip
-    return Plan(**(values | fields))
+    return SavePlan(**(values | fields))
 
 
 def write(folder: Path, steps: tuple[int, ...] = (1, 2, 3), **fields: Any) -> dict[int, Trained]:

@@ -13,7 +13,7 @@ from training import states, tiny_trained
 from microlm.core import storage
 from microlm.core.errors import UserError
 from microlm.model import directory
-from microlm.train.checkpoint import Plan, Position, Saver, Trained, publish_best, restore
+from microlm.train.checkpoint import Position, SavePlan, Saver, Trained, publish_best, restore
 from microlm.train.checkpoint import trained as tensors
 
 MODULES = (directory, tensors)
@@ -21,7 +21,7 @@ LAST, NEXT = 3, 4
 
 
 def saver(folder: Path, trained: Trained) -> Saver:
-    return Saver(trained, Plan(folder, 2, True, directory.save, {"stage": "tiny 1"}))
+    return Saver(trained, SavePlan(folder, 2, True, directory.save, {"stage": "tiny 1"}))
 
 
 def position(step: int) -> Position:

@@ -7,10 +7,17 @@ each file. A folder `best-N` holds the weights of the lowest validation loss alo
 
 from microlm.train.checkpoint.position import Position, random_state, set_random_state
 from microlm.train.checkpoint.restore import restore
-from microlm.train.checkpoint.saver import Plan, Saver, publish_best
+from microlm.train.checkpoint.saver import SavePlan, Saver, publish_best
 from microlm.train.checkpoint.trained import SaveWeights, Trained
 
 __all__ = [
-    "Plan", "Position", "SaveWeights", "Saver", "Trained", "publish_best", "random_state", "restore",
+    "Position",
+    "SavePlan",
+    "SaveWeights",
+    "Saver",
+    "Trained",
+    "publish_best",
+    "random_state",
+    "restore",
     "set_random_state",
 ]  # fmt: skip

@@ -22,7 +22,7 @@ _HINT = "free some space, lower loop.keep, or choose another place with output=D
 
 
 @dataclass(frozen=True)
-class Plan:
+class SavePlan:
     """Where checkpoints go, how many stay, how weights are written, what the run was made for."""
 
     folder: Path
@@ -35,17 +35,19 @@ class Plan:
 class Saver:
     """`with Saver(trained, plan) as saver: saver.check(); saver.save(at)`; `active` on rank 0 alone.
 
-    A save waits for the one before. What goes wrong in the thread is raised by the next `check`, `save`
-    or `wait`.
+    `saved` is the step of a checkpoint that lies there already. A save waits for the one before. What goes
+    wrong in the thread is raised by the next `check`, `save` or `wait`.
     """
 
-    def __init__(self, trained: Trained, plan: Plan, active: bool = True) -> None:
+    def __init__(
+        self, trained: Trained, plan: SavePlan, active: bool = True, saved: int | None = None
+    ) -> None:
         self.trained, self.plan, self.active = trained, plan, active
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
         self._snapshot: Snapshot | None = None
         self._best = math.inf
-        self._saved: int | None = None
+        self._saved = saved
 
     def __enter__(self) -> Saver:
         if self.active:
