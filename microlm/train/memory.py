@@ -1,6 +1,6 @@
-"""What a training process needs in memory, part by part, and what the machine has. Enters: shape and recipe.
+"""What a training process needs in memory, part by part, and what the machine has.
 
-N positions of a micro-batch, D width, A width of all heads, F of the SwiGLU, V vocabulary.
+Enters: a decoder (or its shadow) and the recipe. Leaves: bytes, or a sentence that says what to lower.
 """
 
 from __future__ import annotations
@@ -92,7 +92,8 @@ def predict(decoder: Decoder, loop: LoopRecipe, rates: optim.OptimRecipe, ranks:
     rows = min(loop.micro_rows, loop.batch_rows)
     mask = rows * loop.context**2 * item
     logits = rows * loop.context * config.vocab_size
-    saves = loop.checkpoint_steps < loop.steps or loop.keep_best
+    on_gpu = runtime.device().type == "cuda"  # snapshots, and python's own memory, lie in the host's
+    saves = not on_gpu and (loop.checkpoint_steps < loop.steps or loop.keep_best)
     return Memory(
         weights=MASTER * sum(p.numel() for p in decoder.parameters()),
         gradients=MASTER * trained,
@@ -102,8 +103,8 @@ def predict(decoder: Decoder, loop: LoopRecipe, rates: optim.OptimRecipe, ranks:
         scratch=_scratch(optimizers, item),
         sums=MASTER * trained if ranks > 1 else 0,
         snapshot=MASTER * (trained + moments) if saves else 0,
-        runtime=RUNTIME + (COMPILER if loop.compiles() else 0),
-        holes=CUDA_HOLES if runtime.device().type == "cuda" else _holes(loop),
+        runtime=0 if on_gpu else RUNTIME + (COMPILER if loop.compiles() else 0),
+        holes=CUDA_HOLES if on_gpu else COMPILED_HOLES if loop.compiles() else EAGER_HOLES,
     )
 
 
@@ -152,10 +153,6 @@ def _scratch(optimizers: list[torch.optim.Optimizer], item: int) -> int:
     return 3 * MASTER * sum(stacks.values()) + 4 * item * max(stacks.values(), default=0)
 
 
-def _holes(loop: LoopRecipe) -> float:
-    return COMPILED_HOLES if loop.compiles() else EAGER_HOLES
-
-
 def available() -> int:
     """Bytes that training may take here: free memory of the GPU, or of this machine and its container."""
     device = runtime.device()
@@ -163,12 +160,20 @@ def available() -> int:
         return int(torch.cuda.mem_get_info(device)[0])
     free = [1 << 62]
     with suppress(OSError):
-        found = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
-        free += [int(found[1]) << 10] if found else []
-    with suppress(OSError, ValueError):
+        free.append(_number(Path("/proc/meminfo"), r"^MemAvailable:\s+(\d+) kB") << 10)
+    with suppress(OSError, ValueError):  # a container without a limit says max
         group = Path("/sys/fs/cgroup")
-        free.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+        cache = _number(group / "memory.stat", r"^inactive_file (\d+)")
+        used = int((group / "memory.current").read_text()) - cache
+        free.append(int((group / "memory.max").read_text()) - used)
     return min(free)
+
+
+def _number(file: Path, pattern: str) -> int:
+    found = re.search(pattern, file.read_text(), re.MULTILINE)
+    if found is None:
+        raise OSError(f"{file}: holds no {pattern}")
+    return int(found[1])
 
 
 def require_fit(memory: Memory, loop: LoopRecipe, ranks: int, room: int | None = None) -> None:

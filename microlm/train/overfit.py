@@ -68,9 +68,7 @@ class Overfit:
 
     def _suspicion(self) -> str:
         if self.last > 0.9 * self.first:
-            return (
-                "it hardly moves: suspect rates that are far too low or too high (optim.*), or frozen weights"
-            )
+            return "it hardly moves: suspect rates far too low or too high (optim.*), or frozen weights"
         if self.last > 1.5 * self.lowest and self.last - self.lowest > 0.1:
             return f"it was at {self.lowest:.3f} and rose again: suspect rates that are too high (optim.*)"
         return (
@@ -87,10 +85,8 @@ def overfit(
         update={"tokens": steps * rows * recipe.loop.context, "batch_rows": rows, "micro_rows": rows}
     )
     rates = recipe.optim.model_copy(update={"schedule": "constant"})
-    threads = recipe.parallel.processes * recipe.parallel.threads
-    once = recipe.model_copy(
-        update={"loop": loop, "optim": rates, "parallel": Parallel(processes=1, threads=threads)}
-    )
+    alone = Parallel(processes=1, threads=recipe.parallel.threads)
+    once = recipe.model_copy(update={"loop": loop, "optim": rates, "parallel": alone})
     found = trial(once, repeat=True)
     losses = [row["loss"] for row in found if "loss" in row]
     below = next((i for i, loss in enumerate(losses, 1) if loss < target), None)

@@ -88,7 +88,21 @@ def one(recipe: Path) -> Path:
 
 
 def test_tuning_is_tried_on_the_model_before_it(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert call("train", "overfit", str(recipe), "--stage", "sft", "--steps", "120", "--rows", "1") == 0
+    assert (
+        call(
+            "train",
+            "overfit",
+            str(recipe),
+            "parallel.processes=1",
+            "--stage",
+            "sft",
+            "--steps",
+            "120",
+            "--rows",
+            "1",
+        )
+        == 0
+    )
     out, err = capsys.readouterr()
     assert "one batch: loss" in out and "(below 0.05 after" in out
     assert "pretrain" in err

@@ -27,7 +27,7 @@ def test_the_same_batch_comes_again() -> None:
 
 def test_the_loop_learns_it(tmp_path: Path) -> None:
     job = make_job(
-        tmp_path, tiny_loop(80, batch_rows=2, micro_rows=2, tokens=80 * 2 * CONTEXT), validation=None
+        tmp_path, tiny_loop(100, batch_rows=2, micro_rows=2, tokens=100 * 2 * CONTEXT), validation=None
     )
     job.train = OneBatch(job.train, 2)
     at = train(Ranks(0, 1), tiny_decoder(), job)
