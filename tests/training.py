@@ -129,6 +129,31 @@ def train_on_rank(ranks: Ranks, folder: Path, loop: LoopRecipe) -> None:
         directory.save(decoder, folder)
 
 
+def nan_on_rank(ranks: Ranks, folder: Path) -> None:
+    """Train with `roll_back` while the second micro-batch of the seventh batch has no finite loss."""
+    calls = 2 // ranks.size  # a step's calls of this rank
+    spoiled = 7 * calls if ranks.rank == ranks.size - 1 else 0
+    number = 0
+
+    def objective(hidden: Tensor, decoder: Decoder, batch: Batch) -> Tensor:
+        nonlocal number
+        number += 1
+        loss = objectives.next_token(hidden, decoder, batch)
+        return loss * torch.nan if number == spoiled else loss
+
+    decoder = tiny_decoder()
+    loop = tiny_loop(nonfinite="roll_back", validation_rows=0)
+    train(ranks, decoder, make_job(folder, loop, objective=objective, validation=None))
+    if ranks.rank == 0:
+        directory.save(decoder, folder)
+
+
+def stop_on_rank(ranks: Ranks, folder: Path, loop: LoopRecipe, call: int) -> None:
+    """Train, but rank 0 meets a Ctrl-C in its n-th micro-batch."""
+    act = (lambda: os.kill(os.getpid(), signal.SIGINT)) if ranks.rank == 0 else (lambda: None)
+    train(ranks, tiny_decoder(), make_job(folder, loop, objective=Disturbed(call, act)))
+
+
 def muon_on_rank(ranks: Ranks, folder: Path, dtype: torch.dtype) -> None:
     """Three steps of Muon on two matrices of one shape and one of another, the same gradients everywhere."""
     generator = torch.Generator().manual_seed(0)
