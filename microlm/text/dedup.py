@@ -11,12 +11,13 @@ import re
 import unicodedata
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
-from microlm.core.records import Conversation, Document, Extraction
+from microlm.core.records import Conversation, Document, Extraction, words_of
 from microlm.text.clean import normalised
+from microlm.text.compiled import njit
 from microlm.text.read import Record
+from microlm.text.rules.profile import code_points
 
 DIGEST_BYTES = 16
 _EMPTY = bytes(DIGEST_BYTES)
@@ -33,7 +34,7 @@ _THEMSELVES = ((0x3400, 0x4DC0), (0x4E00, 0xA000), (0xAC00, 0xD7A4), (0xE000, 0x
 
 def digest(text: str) -> bytes:
     """16 bytes of sha256 over the normalised text (NFKC, casefold, without whitespace and punctuation)."""
-    codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
+    codes = code_points(text)
     out = np.empty(3 * len(codes), dtype=np.uint8)
     size = _fold(codes, _fold_table(), out)  # the same as `fold`, in a tenth of its time
     said = out[:size].data if size >= 0 else fold(text).encode("utf-8")
@@ -60,7 +61,7 @@ def _fold_table() -> NDArray[np.uint32]:
     return table
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@njit
 def _fold(codes, table, out):  # type: ignore[no-untyped-def]
     """Write `fold` of a text into `out` in UTF-8; its size, or -1 if a character is hard."""
     size = 0
@@ -95,7 +96,7 @@ def record_digest(record: Record) -> bytes:
     if isinstance(record, Document | Extraction):
         return digest(record.text)
     turns = record.messages if isinstance(record, Conversation) else record.prompt
-    said = [part for turn in turns for part in (turn.role, turn.content)]
+    said = [*record.tools, *(part for turn in turns for part in (turn.role, *words_of(turn)))]
     if not isinstance(record, Conversation):
         said += [record.chosen, record.rejected]
     return digest(_BETWEEN.join(said))

@@ -9,12 +9,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from microlm.core import storage
 from microlm.core.metrics import Progress
 from microlm.text.clean import Effects
+from microlm.text.compiled import njit
 from microlm.text.corpus.pool import Pool
 from microlm.text.corpus.refine import document, serialised
 from microlm.text.corpus.store import KEPT, LINES, Entries, Store, ranges, save_array, split_digest
@@ -108,7 +108,7 @@ def _spans(entries: Entries) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     return entries["offset"].astype(np.int64), entries["size"].astype(np.int64)
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@njit
 def hash_lines(text, starts, sizes):  # type: ignore[no-untyped-def]
     """(hash, document) of every line of 10 to 400 characters of the documents text[start : start + size]."""
     count = 0

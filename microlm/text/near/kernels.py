@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
+
+from microlm.text.compiled import njit
 
 Codes = NDArray[np.uint32]
 Hashes = NDArray[np.uint64]
@@ -42,7 +43,7 @@ def fold_table() -> Codes:
     return table
 
 
-@njit(cache=True, nogil=True)
+@njit
 def mix(value: np.uint64) -> np.uint64:
     """Spread 64 bits (the end of splitmix64)."""
     value = (value ^ (value >> np.uint64(30))) * _MIX_1
@@ -50,7 +51,7 @@ def mix(value: np.uint64) -> np.uint64:
     return value ^ (value >> np.uint64(31))
 
 
-@njit(cache=True, nogil=True)
+@njit
 def is_in_characters(codes: Codes, fold: Codes) -> bool:
     """Whether a text has at least as many characters that stand alone as words, and one of them."""
     alone = words = 0
@@ -65,7 +66,7 @@ def is_in_characters(codes: Codes, fold: Codes) -> bool:
     return alone > 0 and alone >= words
 
 
-@njit(cache=True, nogil=True)
+@njit
 def tokens(codes: Codes, fold: Codes, has_words: bool, out: Hashes) -> int:
     """Hash the tokens of a text into `out` (as long as `codes`); without words each letter is a token.
 
@@ -94,26 +95,30 @@ def tokens(codes: Codes, fold: Codes, has_words: bool, out: Hashes) -> int:
     return count
 
 
-@njit(cache=True, nogil=True)
+@njit
 def join(hashes: Hashes, count: int, size: int) -> int:
     """Put hashes of `size` tokens in a row in the place of `count` hashes of tokens; returns how many."""
     found = max(0, count - size + 1)
+    value, power = np.uint64(0), np.uint64(1)
+    for k in range(size if found else 0):
+        value = value * _BASE + hashes[k]
+        power *= _BASE
     for i in range(found):
-        value = hashes[i]
-        for k in range(1, size):
-            value = value * _BASE + hashes[i + k]
+        first = hashes[i]
         hashes[i] = mix(value)
+        if i + 1 < found:
+            value = value * _BASE + hashes[i + size] - first * power
     return found
 
 
-@njit(cache=True, nogil=True)
+@njit
 def shingle(codes: Codes, fold: Codes, size: int, out: Hashes) -> int:
     """Hash the shingles of a text into `out`; fewer than `size` tokens make one shingle, no token none."""
     count = tokens(codes, fold, not is_in_characters(codes, fold), out)
     return join(out, count, min(size, count)) if count else 0
 
 
-@njit(cache=True, nogil=True)
+@njit
 def fill(shingles: Hashes, bins: Hashes) -> None:
     """Fast similarity sketch: P(two texts have the same value in a bin) is the Jaccard of their shingles.
 
@@ -141,7 +146,7 @@ def fill(shingles: Hashes, bins: Hashes) -> None:
         done[:] = bins != 0
 
 
-@njit(cache=True, nogil=True)
+@njit
 def sign(
     codes: Codes, ends: NDArray[np.int64], fold: Codes, size: int, rows: int
 ) -> tuple[Signatures, Hashes]:
@@ -171,7 +176,7 @@ def sign(
     return signatures, bands
 
 
-@njit(cache=True, nogil=True)
+@njit
 def overlap(a: Hashes, b: Hashes) -> int:
     """How many values two sorted sets share."""
     i = j = shared = 0

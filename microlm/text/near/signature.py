@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from microlm.text.near import kernels
-from microlm.text.near.kernels import BINS, Codes, Hashes, Signatures
+from microlm.text.near.kernels import BINS, Hashes, Signatures
+from microlm.text.rules.profile import code_points
 
 SHINGLE = 5
 RECALL = 0.97
@@ -23,7 +24,7 @@ _TOGETHER = 32  # pairs whose texts are held at the same time
 
 def grams(text: str, size: int) -> Hashes:
     """A hash of each `size` tokens in a row, in the text's order; none if the text has fewer tokens."""
-    codes = _codes(text)
+    codes = code_points(text)
     out = np.empty(len(codes), dtype=np.uint64)
     count = kernels.tokens(codes, kernels.fold_table(), True, out)
     return out[: kernels.join(out, count, size)]
@@ -31,7 +32,7 @@ def grams(text: str, size: int) -> Hashes:
 
 def shingles(text: str) -> Hashes:
     """The set of the text's shingles, sorted; a text of one to four tokens is one shingle."""
-    codes = _codes(text)
+    codes = code_points(text)
     out = np.empty(len(codes), dtype=np.uint64)
     found = np.sort(out[: kernels.shingle(codes, kernels.fold_table(), SHINGLE, out)])
     return found[np.diff(found, prepend=~found[:1]) != 0]  # four times as quick as np.unique
@@ -70,7 +71,7 @@ def sign(texts: Sequence[str], threshold: float = 0.8) -> tuple[Signatures, Hash
     Texts that share a band key are candidates; the number of bands follows from the threshold.
     """
     ends = np.cumsum([len(text) for text in texts], dtype=np.int64)
-    return kernels.sign(_codes("".join(texts)), ends, kernels.fold_table(), SHINGLE, rows_for(threshold))
+    return kernels.sign(code_points("".join(texts)), ends, kernels.fold_table(), SHINGLE, rows_for(threshold))
 
 
 def estimate(a: Signatures, b: Signatures) -> float:
@@ -78,6 +79,3 @@ def estimate(a: Signatures, b: Signatures) -> float:
     equal = float(np.mean(a == b))
     return max(0.0, (equal - 1 / 256) / (1 - 1 / 256))
 
-
-def _codes(text: str) -> Codes:
-    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)

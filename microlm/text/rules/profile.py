@@ -6,8 +6,9 @@ import functools
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
+
+from microlm.text.compiled import njit
 
 OTHER, HAN, KANA, HANGUL, LATIN, LETTER, DIGIT, SPACE, BREAK, CONTROL, PRIVATE, LOST, WIDE, ODD_SPACE = range(
     14
@@ -82,8 +83,9 @@ def profile(text: str) -> Profile:
     return Profile(*_count(code_points(text), class_table()).tolist())
 
 
+@functools.lru_cache(maxsize=1)
 def code_points(text: str) -> NDArray[np.uint32]:
-    """The characters of the text as numbers."""
+    """The characters of the text as numbers; the last answer is kept."""
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
 
 
@@ -100,7 +102,7 @@ def class_table() -> NDArray[np.uint16]:
     return table
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _count(points: NDArray[np.uint32], table: NDArray[np.uint16]) -> NDArray[np.int64]:
     counts = np.zeros(27, dtype=np.int64)
     words = longest_word = longest_line = lines = bullets = ellipses = hashes = ellipsis_marks = 0
