@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from microlm.text.compiled import njit
 from microlm.text.corpus.store import save_array
 from microlm.text.near.signature import grams
 
 TOKENS = 13  # GPT-3's n-gram; a token is a Han character or a word, see `near.signature`
 SAMPLE = 64
-_BITS = 26  # of the filter before the table: 8 MB
+_SLOTS = 32  # bits of the filter before the table for each gram in it
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,7 @@ class HeldOut:
         """The item that a text holds, the one it holds most of; None if it holds none."""
         if not len(self.grams):
             return None
-        seen = grams(text, TOKENS)
-        slot = seen >> np.uint64(64 - _BITS)
-        seen = seen[(self.filter[slot >> np.uint64(3)] >> (slot & np.uint64(7)).astype(np.uint8)) & 1 == 1]
+        seen = _passing(grams(text, TOKENS), self.filter)
         if not len(seen):
             return None
         seen = np.unique(seen)
@@ -72,10 +71,25 @@ def gather(tests: Sequence[str], documents: Iterable[str], overlap: float) -> tu
 
 
 def _filter(hashes: NDArray[np.uint64]) -> NDArray[np.uint8]:
-    bits = np.zeros(1 << (_BITS - 3), dtype=np.uint8)
-    slot = hashes >> np.uint64(64 - _BITS)
+    """Bits of which those that the hashes name are set."""
+    bits = np.zeros(1 << max(10, (_SLOTS * len(hashes) // 8).bit_length()), dtype=np.uint8)
+    slot = hashes & np.uint64(8 * len(bits) - 1)
     np.bitwise_or.at(bits, slot >> np.uint64(3), np.uint8(1) << (slot & np.uint64(7)).astype(np.uint8))
     return bits
+
+
+@njit
+def _passing(hashes: NDArray[np.uint64], bits: NDArray[np.uint8]) -> NDArray[np.uint64]:
+    """The hashes whose bit is set."""
+    found = np.empty(len(hashes), dtype=np.uint64)
+    count = 0
+    mask = np.uint64(8 * len(bits) - 1)
+    for value in hashes:
+        slot = value & mask
+        if (bits[slot >> np.uint64(3)] >> np.uint8(slot & np.uint64(7))) & 1:
+            found[count] = value
+            count += 1
+    return found[:count]
 
 
 def save(held_out: HeldOut, folder: Path) -> None:

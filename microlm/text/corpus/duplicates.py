@@ -13,11 +13,8 @@ from numpy.typing import NDArray
 
 from microlm.core.metrics import Progress
 from microlm.text.corpus.pool import Pool
-from microlm.text.corpus.store import EXACT, KEPT, NEAR, OPEN_FILES, Entries, Reader, Store
+from microlm.text.corpus.store import DOCUMENTS, EXACT, KEPT, NEAR, OPEN_FILES, Entries, Reader, Store
 from microlm.text.near import index, signature
-from microlm.text.split import KINDS
-
-_DOCUMENTS = KINDS.index("documents")
 
 
 def exact(store: Store) -> Iterator[tuple[int, int, int]]:
@@ -82,14 +79,13 @@ def near(pool: Pool, store: Store, threshold: float, memory_mb: int) -> Iterator
 
 def _sign(task: tuple[Store, int, float]) -> None:
     store, number, threshold = task
-    entries = store.entries(number)
-    with Reader(store.folder) as reader:
-        texts = [reader.body(number, entries[r]).decode("utf-8") for r in _documents(store, number)]
-    index.write(store.folder, number, *signature.sign(texts, threshold))
+    text, rows, entries = store.documents(number)
+    starts, sizes = (entries[name][rows].astype(np.int64) for name in ("offset", "size"))
+    index.write(store.folder, number, *signature.sign_bytes(text, starts, sizes, threshold))
 
 
 def _documents(store: Store, number: int) -> NDArray[np.int64]:
-    return np.flatnonzero((store.state(number) == KEPT) & (store.entries(number)["kind"] == _DOCUMENTS))
+    return np.flatnonzero((store.state(number) == KEPT) & (store.entries(number)["kind"] == DOCUMENTS))
 
 
 def _ranks(entries: list[Entries]) -> NDArray[np.uint64]:

@@ -21,6 +21,7 @@ from microlm.text.corpus.cut import cut
 from microlm.text.corpus.pool import Pool
 from microlm.text.corpus.refine import Report, Task, document, refine
 from microlm.text.corpus.store import (
+    DOCUMENTS,
     EXACT,
     KEPT,
     LINES,
@@ -37,7 +38,6 @@ PART_BYTES = 16 << 20
 """Of text in one range of the last pass."""
 REASONS = {EXACT: "duplicate", NEAR: "near_duplicate", LINES: "only_repeated_lines"}
 MAX_EXAMPLES = 3
-DOCUMENTS = KINDS.index("documents")
 
 
 class Engine:

@@ -17,19 +17,19 @@ from microlm.text.clean import Effects
 from microlm.text.compiled import njit
 from microlm.text.corpus.pool import Pool
 from microlm.text.corpus.refine import document, serialised
-from microlm.text.corpus.store import KEPT, LINES, Entries, Store, ranges, save_array, split_digest
+from microlm.text.corpus.store import LINES, Entries, Store, ranges, save_array, split_digest
 from microlm.text.dedup import digest
-from microlm.text.split import KINDS
 
 RULE = "repeated_lines"
-_DOCUMENTS = KINDS.index("documents")
 Change = tuple[int, Effects, list[int]]
 """A block's number, what was taken out of it, and the rows of documents of which nothing was left."""
 MIN_CHARS, MAX_CHARS = 10, 400
 """Shorter lines are headings and names, longer ones are matter for the near duplicates."""
 PIECE_BYTES = 32 << 20
 COUNTED = np.dtype([("line", "<u8"), ("documents", "<u4")])
+Bytes = NDArray[np.uint8]
 Hashes = NDArray[np.uint64]
+Numbers = NDArray[np.int64]
 
 
 def find(pool: Pool, store: Store, documents: int) -> Hashes:
@@ -59,26 +59,27 @@ def _counts(store: Store, number: int) -> Path:
 
 def _count(task: tuple[Store, int]) -> None:
     store, number = task
-    text, rows, entries = _documents(store, number)
+    text, rows, entries = store.documents(number)
     starts, sizes = _spans(entries[rows])
     save_array(_counts(store, number), count_lines(text, starts, sizes))
 
 
 def _remove(task: tuple[Store, int, int]) -> Change:
     store, number, min_chars = task
-    found = np.load(store.folder / "lines.npy", mmap_mode="r")
-    text, rows, entries = _documents(store, number)
+    found = np.load(store.folder / "lines.npy")
+    text, rows, entries = store.documents(number)
     touched = rows[holders(text, *_spans(entries[rows]), found)]
     effects, dropped = Effects(), []
     if not len(touched):
         return number, effects, []
-    entries, state = np.array(entries), store.state(number)
+    state = store.state(number)
     pieces: list[bytes] = []
     offset = 0
     for row in touched.tolist():
         entry = entries[row]
         start, size, meta = int(entry["offset"]), int(entry["size"]), int(entry["meta"])
-        before = document(text[start : start + size], text[start + size : start + size + meta])
+        stored = text[start : start + size + meta].tobytes()
+        before = document(stored[:size], stored[size:])
         shorter = without(before.text, found)
         after = type(before)(shorter, before.source, before.licence)
         effects.note(RULE, before, after)
@@ -86,7 +87,7 @@ def _remove(task: tuple[Store, int, int]) -> Change:
             state[row] = LINES
             continue
         body, _ = serialised(after)
-        pieces += [body, text[start + size : start + size + meta]]
+        pieces += [body, stored[size:]]
         entry["hi"], entry["lo"] = split_digest(digest(shorter))
         entry["offset"], entry["size"], entry["chars"], entry["changed"] = offset, len(body), len(shorter), 1
         offset += len(body) + meta
@@ -97,20 +98,13 @@ def _remove(task: tuple[Store, int, int]) -> Change:
     return number, effects, dropped
 
 
-def _documents(store: Store, number: int) -> tuple[bytes, NDArray[np.int64], Entries]:
-    """A block's payload, the rows of its kept documents, its index."""
-    entries, state = store.entries(number), store.state(number)
-    rows = np.flatnonzero((state == KEPT) & (entries["kind"] == _DOCUMENTS))
-    return (store.folder / f"{number:05d}.payload").read_bytes(), rows, entries
-
-
-def _spans(entries: Entries) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _spans(entries: Entries) -> tuple[Numbers, Numbers]:
     return entries["offset"].astype(np.int64), entries["size"].astype(np.int64)
 
 
 @njit
-def hash_lines(text, starts, sizes):  # type: ignore[no-untyped-def]
-    """(hash, document) of every line of 10 to 400 characters of the documents text[start : start + size]."""
+def hash_lines(text: Bytes, starts: Numbers, sizes: Numbers) -> tuple[Hashes, Numbers, Numbers]:
+    """(hash, document, place) of every line of 10 to 400 characters of the texts text[start : start + size]."""
     count = 0
     for d in range(len(starts)):
         count += 1
@@ -118,6 +112,7 @@ def hash_lines(text, starts, sizes):  # type: ignore[no-untyped-def]
             count += text[i] == 10
     hashes = np.empty(count, dtype=np.uint64)
     documents = np.empty(count, dtype=np.int64)
+    places = np.empty(count, dtype=np.int64)
     found = 0
     for d in range(len(starts)):
         i, end = starts[d], starts[d] + sizes[d]
@@ -137,14 +132,15 @@ def hash_lines(text, starts, sizes):  # type: ignore[no-untyped-def]
             if MIN_CHARS <= chars <= MAX_CHARS:
                 hashes[found] = value ^ (value >> np.uint64(29))
                 documents[found] = d
+                places[found] = i
                 found += 1
             i = stop + 1
-    return hashes[:found], documents[:found]
+    return hashes[:found], documents[:found], places[:found]
 
 
-def count_lines(text: bytes, starts: NDArray[np.int64], sizes: NDArray[np.int64]) -> NDArray[np.void]:
+def count_lines(text: Bytes, starts: Numbers, sizes: Numbers) -> NDArray[np.void]:
     """The lines of a block with the number of its documents that hold them, by hash."""
-    hashes, documents = hash_lines(np.frombuffer(text, dtype=np.uint8), starts, sizes)
+    hashes, documents, _ = hash_lines(text, starts, sizes)
     pairs = np.unique(np.stack([hashes, documents.astype(np.uint64)]), axis=1)[0] if len(hashes) else hashes
     lines, counts = np.unique(pairs, return_counts=True)
     found = np.empty(len(lines), dtype=COUNTED)
@@ -167,24 +163,22 @@ def repeated(paths: Sequence[Path], documents: int) -> Hashes:
 def without(text: str, lines: Hashes) -> str:
     """The text without the lines whose hash is listed."""
     raw = text.encode("utf-8")
-    buffer = np.frombuffer(raw, dtype=np.uint8)
+    hashes, _, places = hash_lines(np.frombuffer(raw, dtype=np.uint8), np.array([0]), np.array([len(raw)]))
+    gone = set(places[_holds(lines, hashes)].tolist())
     kept = []
     at = 0
     for line in raw.split(b"\n"):
-        hashes, _ = hash_lines(buffer, np.array([at]), np.array([len(line)]))
-        if not (len(hashes) and _holds(lines, hashes[:1])[0]):
+        if at not in gone:
             kept.append(line)
         at += len(line) + 1
     return b"\n".join(kept).decode("utf-8").strip()
 
 
-def holders(
-    text: bytes, starts: NDArray[np.int64], sizes: NDArray[np.int64], lines: Hashes
-) -> NDArray[np.int64]:
+def holders(text: Bytes, starts: Numbers, sizes: Numbers, lines: Hashes) -> Numbers:
     """Which documents hold a listed line."""
     if not len(lines):
         return np.zeros(0, dtype=np.int64)
-    hashes, documents = hash_lines(np.frombuffer(text, dtype=np.uint8), starts, sizes)
+    hashes, documents, _ = hash_lines(text, starts, sizes)
     return np.unique(documents[_holds(lines, hashes)])
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from microlm.core import storage
+from microlm.text.split import KINDS
 
 ENTRY = np.dtype(
     [
@@ -38,6 +39,7 @@ KEPT, EXACT, LINES, NEAR = range(4)
 """States of a record: kept, or why it is not; what holds held-out texts is found while it is written."""
 OPEN_FILES = 64
 SLICE_BYTES = 32 << 20  # of entries that are looked at together
+DOCUMENTS = KINDS.index("documents")
 Entries = NDArray[np.void]
 
 
@@ -155,6 +157,16 @@ class Store:
     def set_state(self, number: int, state: NDArray[np.uint8]) -> None:
         """Remember the states of a block."""
         self._save(f"{number:05d}.state.npy", state)
+
+    def documents(self, number: int) -> tuple[NDArray[np.uint8], NDArray[np.int64], Entries]:
+        """The bytes of a block, the rows of its kept documents, its index, whose offsets are in the bytes."""
+        entries, state = np.array(self.entries(number)), self.state(number)
+        text = np.fromfile(self.folder / f"{number:05d}.payload", np.uint8)
+        if entries["changed"].any():
+            changed = np.fromfile(self.folder / f"{number:05d}.changed", np.uint8)
+            entries["offset"][entries["changed"] == 1] += np.uint64(len(text))
+            text = np.concatenate([text, changed])
+        return text, np.flatnonzero((state == KEPT) & (entries["kind"] == DOCUMENTS)), entries
 
     def set_entries(self, number: int, entries: Entries, state: NDArray[np.uint8]) -> None:
         """Put changed entries and their states in the place of the old ones."""

@@ -147,6 +147,34 @@ def fill(shingles: Hashes, bins: Hashes) -> None:
 
 
 @njit
+def decode(
+    text: NDArray[np.uint8], starts: NDArray[np.int64], sizes: NDArray[np.int64]
+) -> tuple[Codes, NDArray[np.int64]]:
+    """Code points of the UTF-8 text[start : start + size], one text behind the other, and where each ends."""
+    count = 0
+    for d in range(len(starts)):
+        for i in range(starts[d], starts[d] + sizes[d]):
+            count += (text[i] & 0xC0) != 0x80
+    codes = np.empty(count, dtype=np.uint32)
+    ends = np.empty(len(starts), dtype=np.int64)
+    at = 0
+    for d in range(len(starts)):
+        i, end = starts[d], starts[d] + sizes[d]
+        while i < end:
+            code = np.uint32(text[i])
+            more = (code >= 0xC0) + (code >= 0xE0) + (code >= 0xF0)
+            if more:
+                code &= np.uint32(0x3F >> more)
+                for k in range(i + 1, i + 1 + more):
+                    code = (code << np.uint32(6)) | np.uint32(text[k] & 0x3F)
+            codes[at] = code
+            at += 1
+            i += 1 + more
+        ends[d] = at
+    return codes, ends
+
+
+@njit
 def sign(
     codes: Codes, ends: NDArray[np.int64], fold: Codes, size: int, rows: int
 ) -> tuple[Signatures, Hashes]:

@@ -74,8 +74,15 @@ def sign(texts: Sequence[str], threshold: float = 0.8) -> tuple[Signatures, Hash
     return kernels.sign(code_points("".join(texts)), ends, kernels.fold_table(), SHINGLE, rows_for(threshold))
 
 
+def sign_bytes(
+    text: NDArray[np.uint8], starts: NDArray[np.int64], sizes: NDArray[np.int64], threshold: float = 0.8
+) -> tuple[Signatures, Hashes]:
+    """`sign` of the texts text[start : start + size], which are in UTF-8."""
+    codes, ends = kernels.decode(text, starts, sizes)
+    return kernels.sign(codes, ends, kernels.fold_table(), SHINGLE, rows_for(threshold))
+
+
 def estimate(a: Signatures, b: Signatures) -> float:
     """The Jaccard of two texts from their signatures [128]; a byte in 256 agrees by chance."""
     equal = float(np.mean(a == b))
     return max(0.0, (equal - 1 / 256) / (1 - 1 / 256))
-
