@@ -1,0 +1,249 @@
+"""Second pass: the distinct chunks of all pieces and how often each occurs.
+
+A piece is cut between two characters that are neighbours fewer than `cut` times: no token that occurs `cut` times
+reaches across. Enters: texts. Leaves: symbols in a row, as `merges` takes them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from microlm.text.bpe.learn.count import pair_key
+from microlm.text.bpe.pieces import Classes, Codes, Rule, classes, code_points, piece_end, segment_end
+from microlm.text.bpe.learn.table import Table, find, spread
+from microlm.text.compiled import njit
+
+Symbols = NDArray[np.int32]
+
+SEPARATOR = -1
+"""Stands before the first chunk and after every chunk."""
+SYMBOL_BYTES = 32
+"""Memory for each symbol of the chunks, at the most hungry point of training."""
+_FIRST_SLOTS = 1 << 12
+_TAG = 31  # bits of a hash that are kept beside the number of the chunk
+_CHUNKS, _USED = range(2)
+
+
+class Store(NamedTuple):
+    """Chunk k is `symbols[begins[k] : begins[k + 1] - 1]` and occurs `weights[k]` times.
+
+    `slots` find a chunk by its hash; `state` counts the chunks and the symbols in use.
+    """
+
+    slots: NDArray[np.int64]
+    begins: NDArray[np.int64]
+    weights: NDArray[np.int64]
+    symbols: Symbols
+    state: NDArray[np.int64]
+
+
+class OutOfMemory(Exception):
+    """The chunks do not fit, wherever they are cut."""
+
+
+class Chunks:
+    """Distinct chunks with counts in bounded memory: when they do not fit, they are cut at more places.
+
+    Without `frequent` no piece is cut.
+    """
+
+    def __init__(self, rule: Rule, frequent: Table | None, cut: int, memory_bytes: int) -> None:
+        self.rule, self.cut = rule, cut if frequent is not None else 0
+        self.frequent = frequent if frequent is not None else np.zeros((1, 2), dtype=np.int64)
+        self._most = memory_bytes // SYMBOL_BYTES
+        self.store = self._new()
+
+    @property
+    def count(self) -> int:
+        """How many distinct chunks there are."""
+        return int(self.store.state[_CHUNKS])
+
+    def add(self, texts: list[str]) -> None:
+        """Count the chunks of some texts."""
+        codes, ends = code_points(texts)
+        done = 0
+        while done < len(texts):
+            self.store, done = _count(
+                codes, ends, done, classes(), self.rule, self.frequent, self.cut, self.store
+            )
+            if done < len(texts):
+                self._cut_more()
+
+    def save(self, folder: Path) -> None:
+        """Write the chunks for another process."""
+        folder.mkdir()
+        for name, column in self.columns()._asdict().items():
+            np.save(folder / f"{name}.npy", column)
+
+    def take(self, folder: Path, cut: int) -> None:
+        """Add the chunks that another process cut at `cut` and saved, and delete them."""
+        while self.cut < cut:
+            self._cut_more()
+        names = Columns._fields
+        more = Columns(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in names))
+        done = 0
+        while done < len(more.weights):
+            self.store, done = _add_all(more, done, self.frequent, self.cut, self.store)
+            if done < len(more.weights):
+                self._cut_more()
+        for name in names:
+            (folder / f"{name}.npy").unlink()
+        folder.rmdir()
+
+    def columns(self) -> Columns:
+        """The chunks without what finds them."""
+        return columns(self.store)
+
+    def _cut_more(self) -> None:
+        """Cut at twice as many places as a memory that is full asks for."""
+        highest = int(self.frequent[:, 1].max())
+        if self.cut == 0 or self.cut > highest:
+            raise OutOfMemory
+        before, self.cut = self.columns(), 2 * self.cut
+        self.store = self._new()
+        self.store, done = _add_all(before, 0, self.frequent, self.cut, self.store)
+        if done < len(before.weights):
+            raise OutOfMemory
+
+    def _new(self) -> Store:
+        """An empty store. Its arrays are as long as they may ever be; what is not written takes no memory."""
+        symbols = np.empty(self._most + 1, dtype=np.int32)
+        symbols[0] = SEPARATOR
+        chunks = self._most // 2 + 1  # the shortest is one symbol and a separator
+        begins, weights = np.empty(chunks + 1, dtype=np.int64), np.empty(chunks, dtype=np.int64)
+        begins[0] = 1
+        slots = np.full(_FIRST_SLOTS, -1, dtype=np.int64)
+        return Store(slots, begins, weights, symbols, np.array([0, 1], dtype=np.int64))
+
+
+class Columns(NamedTuple):
+    """What of a store is in use, less its slots."""
+
+    begins: NDArray[np.int64]
+    weights: NDArray[np.int64]
+    symbols: Symbols
+
+
+def columns(store: Store) -> Columns:
+    """The used parts of a store's arrays, not copied."""
+    chunks, used = int(store.state[_CHUNKS]), int(store.state[_USED])
+    return Columns(store.begins[: chunks + 1], store.weights[:chunks], store.symbols[:used])
+
+
+@njit
+def _count(
+    codes: Codes,
+    ends: NDArray[np.int64],
+    first: int,
+    kinds: Classes,
+    rule: Rule,
+    frequent: Table,
+    cut: int,
+    store: Store,
+) -> tuple[Store, int]:
+    """Count the chunks of the texts from `first` on: (store, the first text for which there is no room)."""
+    at = np.int64(0) if first == 0 else ends[first - 1]
+    for text in range(first, len(ends)):
+        end = ends[text]
+        if _room(store) < 2 * (end - at) + 1:
+            return store, text
+        stop = at
+        while at < end:
+            if at >= stop:
+                stop = segment_end(codes, at, end, kinds, rule)
+            piece = piece_end(codes, at, stop, kinds, rule)
+            store = _cut(codes, at, piece, frequent, cut, 1, store)
+            at = piece
+    return store, len(ends)
+
+
+@njit
+def _add_all(more: Columns, first: int, frequent: Table, cut: int, store: Store) -> tuple[Store, int]:
+    """Cut the chunks from `first` on and add what comes of it: (store, the first one without room)."""
+    for chunk in range(first, len(more.weights)):
+        begin, end = more.begins[chunk], more.begins[chunk + 1] - 1
+        if _room(store) < 2 * (end - begin) + 1:
+            return store, chunk
+        store = _cut(more.symbols, begin, end, frequent, cut, more.weights[chunk], store)
+    return store, len(more.weights)
+
+
+@njit
+def _room(store: Store) -> int:
+    return len(store.symbols) - int(store.state[_USED])
+
+
+@njit
+def _cut(codes: Codes, start: int, end: int, frequent: Table, cut: int, weight: int, store: Store) -> Store:
+    """Add the chunks of a piece; where pieces are cut, those of one character hold no pair and are left out."""
+    begin = start
+    hashed = _follow(np.uint64(0), codes[start])
+    for i in range(start + 1, end):
+        if cut > 0:
+            key = pair_key(codes[i - 1], codes[i])
+            row = find(frequent, key)
+            if frequent[row, 0] != key or frequent[row, 1] < cut:
+                if i - begin > 1:
+                    store = _add(codes, begin, i, hashed, weight, store)
+                begin = i
+                hashed = np.uint64(0)
+        hashed = _follow(hashed, codes[i])
+    if end - begin > 1 or cut == 0:
+        store = _add(codes, begin, end, hashed, weight, store)
+    return store
+
+
+@njit
+def _follow(hashed: np.uint64, code: int) -> np.uint64:
+    return (hashed ^ np.uint64(code)) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(0x632BE59BD9B4E019)
+
+
+@njit
+def _add(codes: Codes, begin: int, end: int, hashed: np.uint64, weight: int, store: Store) -> Store:
+    """Count the chunk codes[begin:end]; the store has room for it."""
+    slots, begins, weights, symbols, state = store
+    tag = np.int64(spread(hashed) >> np.uint64(64 - _TAG))
+    mask = len(slots) - 1
+    at = tag & mask
+    length = end - begin
+    while slots[at] >= 0:
+        if slots[at] >> 32 == tag:
+            chunk = slots[at] & 0xFFFFFFFF
+            old = begins[chunk]
+            if begins[chunk + 1] - 1 - old == length:
+                same = 0
+                while same < length and symbols[old + same] == codes[begin + same]:
+                    same += 1
+                if same == length:
+                    weights[chunk] += weight
+                    return store
+        at = (at + 1) & mask
+    chunk, used = state[_CHUNKS], state[_USED]
+    slots[at] = (tag << 32) | chunk
+    weights[chunk] = weight
+    for i in range(length):
+        symbols[used + i] = codes[begin + i]
+    symbols[used + length] = SEPARATOR
+    state[_USED] = used + length + 1
+    state[_CHUNKS] = chunk + 1
+    begins[chunk + 1] = used + length + 1
+    if 3 * (chunk + 1) >= 2 * len(slots):
+        return Store(_grown(slots), begins, weights, symbols, state)
+    return store
+
+
+@njit
+def _grown(slots: NDArray[np.int64]) -> NDArray[np.int64]:
+    other = np.full(2 * len(slots), -1, dtype=np.int64)
+    mask = len(other) - 1
+    for slot in slots:
+        if slot >= 0:
+            at = (slot >> 32) & mask
+            while other[at] >= 0:
+                at = (at + 1) & mask
+            other[at] = slot
+    return other
