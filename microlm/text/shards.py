@@ -124,7 +124,7 @@ def _documents(tokenizer: Tokenizer, documents: Iterable[Document]) -> Iterator[
 
 def _conversations(tokenizer: Tokenizer, chats: Iterable[Conversation]) -> Iterator[Sample]:
     for chunk in _chunks(chats):
-        yield from encode_chats(tokenizer, [chat.messages for chat in chunk])
+        yield from encode_chats(tokenizer, chunk)
 
 
 def _chunks(items: Iterable[T]) -> Iterator[list[T]]:

@@ -40,7 +40,7 @@ def test_text_and_ids_are_those_of_transformers(
 ) -> None:
     tokenizer, theirs = both
     text = theirs.apply_chat_template(as_dicts(messages), tokenize=False, add_generation_prompt=ask)
-    assert render(messages, ask) == text
+    assert render(tokenizer, messages, ask) == text
     if any(token in m.content for token in SPECIAL for m in messages):
         return
     ids = theirs.apply_chat_template(as_dicts(messages), add_generation_prompt=ask, return_dict=False)
@@ -55,7 +55,7 @@ def test_ids_mask_and_render_agree(both: tuple[Tokenizer, Any], messages: list[M
     assert len(ids) == len(mask) and set(mask) <= {0, 1}
     named = {tokenizer.start_id: "<|im_start|>", tokenizer.eos_id: "<|im_end|>"}
     spelt = b"".join(named[i].encode() if i in named else tokenizer.token_bytes[i] for i in ids)
-    assert spelt == render(messages, ask).encode()
+    assert spelt == render(tokenizer, messages, ask).encode()
     learnt = [i for i, m in zip(ids, mask, strict=True) if m]
     assert learnt.count(tokenizer.eos_id) == sum(m.role == "assistant" for m in messages)
 

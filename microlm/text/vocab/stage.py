@@ -132,11 +132,11 @@ def write_files(inner: HFTokenizer, work: Workspace) -> None:
             "unk_token": None,
             "add_prefix_space": False,
             "clean_up_tokenization_spaces": False,
-            "chat_template": chat.JINJA,
+            "chat_template": chat.template_text(None),
         },
     )
     work.write_json("special_tokens_map.json", {"additional_special_tokens": [START], **names})
-    work.write_text("chat_template.jinja", chat.JINJA)
+    work.write_text("chat_template.jinja", chat.template_text(None))
 
 
 def _control(token: str) -> dict[str, Any]:
