@@ -233,6 +233,8 @@ def glimpse(document: Document) -> str:
 
 def _difference(before: str, after: str) -> str:
     """The first place where two texts part, 40 characters of each, without what is a person's."""
+    first = max(_parting(before, after) - GLIMPSE_CHARS, 0)
+    before, after = (text[first : first + 2 * GLIMPSE_CHARS] for text in (before, after))
     old, new = privacy.masked(before), privacy.masked(after)
     if old == new:
         start = max(_parting(before, after) - 8, 0)
@@ -242,5 +244,8 @@ def _difference(before: str, after: str) -> str:
 
 
 def _parting(before: str, after: str) -> int:
-    pairs = enumerate(zip(before, after, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(before), len(after)))
+    low, high = 0, min(len(before), len(after))
+    while low < high:  # the longest beginning that they share
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if before[low:middle] == after[low:middle] else (low, middle - 1)
+    return low

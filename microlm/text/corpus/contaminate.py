@@ -40,15 +40,13 @@ class HeldOut:
         """The item that a text holds, the one it holds most of; None if it holds none."""
         if not len(self.grams):
             return None
-        seen = _passing(grams(text, TOKENS), self.filter)
+        seen = _known(grams(text, TOKENS), self.filter, self.grams)
         if not len(seen):
             return None
         seen = np.unique(seen)
         first = np.searchsorted(self.grams, seen, side="left")
         last = np.searchsorted(self.grams, seen, side="right")
-        spans = [self.items[a:b] for a, b in zip(first.tolist(), last.tolist(), strict=True) if b > a]
-        if not spans:
-            return None
+        spans = [self.items[a:b] for a, b in zip(first.tolist(), last.tolist(), strict=True)]
         items, hits = np.unique(np.concatenate(spans), return_counts=True)
         shares = hits / self.sizes[items]
         best = int(np.argmax(shares))
@@ -79,14 +77,19 @@ def _filter(hashes: NDArray[np.uint64]) -> NDArray[np.uint8]:
 
 
 @njit
-def _passing(hashes: NDArray[np.uint64], bits: NDArray[np.uint8]) -> NDArray[np.uint64]:
-    """The hashes whose bit is set."""
+def _known(
+    hashes: NDArray[np.uint64], bits: NDArray[np.uint8], known: NDArray[np.uint64]
+) -> NDArray[np.uint64]:
+    """The hashes that stand in the sorted `known`; most of the others fail the filter before."""
     found = np.empty(len(hashes), dtype=np.uint64)
     count = 0
     mask = np.uint64(8 * len(bits) - 1)
     for value in hashes:
         slot = value & mask
-        if (bits[slot >> np.uint64(3)] >> np.uint8(slot & np.uint64(7))) & 1:
+        if not (bits[slot >> np.uint64(3)] >> np.uint8(slot & np.uint64(7))) & 1:
+            continue
+        at = np.searchsorted(known, value)
+        if at < len(known) and known[at] == value:
             found[count] = value
             count += 1
     return found[:count]

@@ -104,7 +104,7 @@ def _spans(entries: Entries) -> tuple[Numbers, Numbers]:
 
 @njit
 def hash_lines(text: Bytes, starts: Numbers, sizes: Numbers) -> tuple[Hashes, Numbers, Numbers]:
-    """(hash, document, place) of every line of 10 to 400 characters of the texts text[start : start + size]."""
+    """(hash, document, place) of each line of 10 to 400 characters of text[start : start + size]."""
     count = 0
     for d in range(len(starts)):
         count += 1

@@ -23,8 +23,11 @@ _ALONE_RANGES = (
     (0x16FE0, 0x19000), (0x1AFF0, 0x1B300),
 )  # fmt: skip
 """Han, kana, bopomofo, hangul and other scripts of East Asia that are written without spaces."""
+_SMALL_RANGES = ((0x3400, 0x4DC0), (0x4E00, 0xA000), (0xAC00, 0xD7A4))
+"""Han and hangul, which have no other form: not looked at one by one."""
 _BASE = np.uint64(0x9E3779B97F4A7C15)
 _PRIME = np.uint64(0x100000001B3)
+_EMPTY = np.uint64(0xFFFFFFFFFFFFFFFF)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
 
@@ -33,7 +36,9 @@ _MIX_2 = np.uint64(0x94D049BB133111EB)
 def fold_table() -> Codes:
     """code point → 0 for what separates, else its small, narrow form, marked if it is a token."""
     table = np.zeros(_TABLE, dtype=np.uint32)
-    for code in range(_TABLE):
+    for low, high in _SMALL_RANGES:
+        table[low:high] = np.arange(low, high)
+    for code in np.flatnonzero(table == 0).tolist():
         narrow = chr(code - 0xFEE0 if 0xFF01 <= code <= 0xFF5E else code)
         if narrow.isalnum():
             small = next((s for s in (narrow.casefold(), narrow.lower()) if len(s) == 1), narrow)
@@ -125,25 +130,25 @@ def fill(shingles: Hashes, bins: Hashes) -> None:
     One pass for a long text. The bins that are left empty are filled by further passes with other hashes, so
     short texts have an unbiased estimate too (Dahlgaard, Knudsen, Thorup: Fast Similarity Sketching, 2017).
     """
-    bins[:] = 0
-    mask = np.uint64(BINS - 1)
-    filled = 0
-    done = np.zeros(BINS, dtype=np.bool_)
-    for turn in range(2 * BINS):
-        for shingle_hash in shingles:
-            value = mix(shingle_hash + np.uint64(turn) * _BASE) if turn else shingle_hash
-            at = value & mask if turn < BINS else np.uint64(turn - BINS)
-            if done[at]:
-                continue
-            value |= np.uint64(1) << np.uint64(63)  # never 0, which is an empty bin
-            if bins[at] == 0:
-                filled += 1
-                bins[at] = value
-            elif value < bins[at]:
-                bins[at] = value
+    for k in range(BINS):
+        bins[k] = _EMPTY
+    mask, top = np.uint64(BINS - 1), np.uint64(1) << np.uint64(63)
+    for value in shingles:
+        at = value & mask
+        bins[at] = min(bins[at], value | top)
+    done = np.empty(BINS, dtype=np.bool_)
+    for turn in range(1, 2 * BINS):
+        filled = 0
+        for k in range(BINS):
+            done[k] = bins[k] != _EMPTY
+            filled += done[k]
         if filled == BINS:
             return
-        done[:] = bins != 0
+        for shingle_hash in shingles:
+            value = mix(shingle_hash + np.uint64(turn) * _BASE)
+            at = value & mask if turn < BINS else np.uint64(turn - BINS)
+            if not done[at]:
+                bins[at] = min(bins[at], value | top)
 
 
 @njit
@@ -161,12 +166,14 @@ def decode(
     for d in range(len(starts)):
         i, end = starts[d], starts[d] + sizes[d]
         while i < end:
-            code = np.uint32(text[i])
+            code = int(text[i])
             more = (code >= 0xC0) + (code >= 0xE0) + (code >= 0xF0)
-            if more:
-                code &= np.uint32(0x3F >> more)
+            if more == 2:
+                code = (code & 15) << 12 | (int(text[i + 1]) & 63) << 6 | int(text[i + 2]) & 63
+            elif more:
+                code &= 63 >> more
                 for k in range(i + 1, i + 1 + more):
-                    code = (code << np.uint32(6)) | np.uint32(text[k] & 0x3F)
+                    code = code << 6 | int(text[k]) & 63
             codes[at] = code
             at += 1
             i += 1 + more

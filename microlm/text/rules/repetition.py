@@ -31,6 +31,18 @@ def repetition(text: str) -> Repetition:
     return Repetition(count, _repeated(tokens) / count, min(1.0, SHORT * _most(tokens) / count))
 
 
+def is_varied(text: str, max_repeated: float, max_top: float) -> bool:
+    """Whether a quick look is enough to say that neither share of `repetition` is above its limit."""
+    tokens = _tokens(code_points(text), class_table())
+    count = len(tokens)
+    if count < LONG:
+        return True
+    again = count - _distinct(tokens)
+    # a token in a run that stood there before ends a run of 4 that did, but for the first 3 of LONG or more
+    most = again * LONG / (LONG - SHORT + 1)
+    return most <= max_repeated * count and SHORT * (again + 1) <= max_top * count
+
+
 @njit
 def _tokens(points: NDArray[np.uint32], table: NDArray[np.uint16]) -> NDArray[np.uint64]:
     """A hash of each token, in order."""
@@ -69,6 +81,21 @@ def _windows(tokens: NDArray[np.uint64], size: int) -> NDArray[np.uint64]:
         if i >= size - 1:
             hashes[i - size + 1] = (value ^ (value >> np.uint64(29))) | np.uint64(1)
     return hashes
+
+
+@njit
+def _distinct(tokens: NDArray[np.uint64]) -> int:
+    """At least so many different runs of 4 there are: as many as bits that their hashes set."""
+    hashes = _windows(tokens, SHORT)
+    words = np.zeros(_table_size(len(hashes)) // 2, dtype=np.uint64)
+    mask = np.uint64(len(words) - 1)
+    found = 0
+    for value in hashes:
+        at = (value >> np.uint64(17)) & mask
+        bit = np.uint64(1) << (value >> np.uint64(58))
+        found += words[at] & bit == 0
+        words[at] |= bit
+    return found
 
 
 @njit
