@@ -144,7 +144,7 @@ def _tokenizer_json(file: Path) -> HFTokenizer:
 
 def _word_piece(file: Path) -> HFTokenizer:
     """BERT's cutting by its vocab.txt; lower case unless tokenizer_config.json beside it says otherwise."""
-    from tokenizers.implementations import BertWordPieceTokenizer
+    from tokenizers.implementations.bert_wordpiece import BertWordPieceTokenizer
 
     config = file.with_name("tokenizer_config.json")
     try:
