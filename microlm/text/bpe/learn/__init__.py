@@ -1,1 +1,1 @@
-"""Learning merges: counting passes over texts, exact byte-pair encoding of the counts, the choice of tokens."""
+"""Learning merges: counting passes over texts, exact byte-pair encoding, the choice of tokens."""

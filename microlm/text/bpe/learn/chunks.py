@@ -1,7 +1,7 @@
 """Second pass: the distinct chunks of all pieces and how often each occurs.
 
-A piece is cut between two characters that are neighbours fewer than `cut` times: no token that occurs `cut` times
-reaches across. Enters: texts. Leaves: symbols in a row, as `merges` takes them.
+A piece is cut between two characters that are neighbours fewer than `cut` times: no token that occurs so
+often reaches across. Enters: texts. Leaves: symbols in a row, as `merges` takes them.
 """
 
 from __future__ import annotations
@@ -13,16 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from microlm.text.bpe.learn.count import pair_key
-from microlm.text.bpe.pieces import Classes, Codes, Rule, classes, code_points, piece_end, segment_end
 from microlm.text.bpe.learn.table import Table, find, spread
+from microlm.text.bpe.pieces import Classes, Codes, Rule, classes, code_points, piece_end, segment_end
 from microlm.text.compiled import njit
 
 Symbols = NDArray[np.int32]
+Text = Codes | Symbols
 
 SEPARATOR = -1
 """Stands before the first chunk and after every chunk."""
-SYMBOL_BYTES = 32
-"""Memory for each symbol of the chunks, at the most hungry point of training."""
 _FIRST_SLOTS = 1 << 12
 _TAG = 31  # bits of a hash that are kept beside the number of the chunk
 _CHUNKS, _USED = range(2)
@@ -48,19 +47,14 @@ class OutOfMemory(Exception):
 class Chunks:
     """Distinct chunks with counts in bounded memory: when they do not fit, they are cut at more places.
 
-    Without `frequent` no piece is cut.
+    There are at most `most` symbols. Without `frequent` no piece is cut.
     """
 
-    def __init__(self, rule: Rule, frequent: Table | None, cut: int, memory_bytes: int) -> None:
-        self.rule, self.cut = rule, cut if frequent is not None else 0
+    def __init__(self, rule: Rule, frequent: Table | None, cut: int, most: int) -> None:
+        self.rule, self.cut, self.texts = rule, cut if frequent is not None else 0, 0
         self.frequent = frequent if frequent is not None else np.zeros((1, 2), dtype=np.int64)
-        self._most = memory_bytes // SYMBOL_BYTES
+        self._most = most
         self.store = self._new()
-
-    @property
-    def count(self) -> int:
-        """How many distinct chunks there are."""
-        return int(self.store.state[_CHUNKS])
 
     def add(self, texts: list[str]) -> None:
         """Count the chunks of some texts."""
@@ -72,27 +66,26 @@ class Chunks:
             )
             if done < len(texts):
                 self._cut_more()
+        self.texts += len(texts)
 
     def save(self, folder: Path) -> None:
         """Write the chunks for another process."""
-        folder.mkdir()
         for name, column in self.columns()._asdict().items():
             np.save(folder / f"{name}.npy", column)
+        np.save(folder / "head.npy", np.array([self.texts, self.cut]))
 
-    def take(self, folder: Path, cut: int) -> None:
-        """Add the chunks that another process cut at `cut` and saved, and delete them."""
+    def take(self, folder: Path) -> None:
+        """Add the chunks that another process saved."""
+        texts, cut = np.load(folder / "head.npy")
+        self.texts += int(texts)
         while self.cut < cut:
             self._cut_more()
-        names = Columns._fields
-        more = Columns(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in names))
+        more = Columns(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in Columns._fields))
         done = 0
         while done < len(more.weights):
             self.store, done = _add_all(more, done, self.frequent, self.cut, self.store)
             if done < len(more.weights):
                 self._cut_more()
-        for name in names:
-            (folder / f"{name}.npy").unlink()
-        folder.rmdir()
 
     def columns(self) -> Columns:
         """The chunks without what finds them."""
@@ -146,17 +139,18 @@ def _count(
     store: Store,
 ) -> tuple[Store, int]:
     """Count the chunks of the texts from `first` on: (store, the first text for which there is no room)."""
-    at = np.int64(0) if first == 0 else ends[first - 1]
+    at = int(ends[first - 1]) if first else 0
     for text in range(first, len(ends)):
-        end = ends[text]
-        if _room(store) < 2 * (end - at) + 1:
+        end = int(ends[text])
+        if not _has_room(store, end - at):
             return store, text
+        store = _with_slots(store, end - at)
         stop = at
         while at < end:
             if at >= stop:
                 stop = segment_end(codes, at, end, kinds, rule)
             piece = piece_end(codes, at, stop, kinds, rule)
-            store = _cut(codes, at, piece, frequent, cut, 1, store)
+            _cut(codes, at, piece, frequent, cut, 1, store)
             at = piece
     return store, len(ends)
 
@@ -166,20 +160,31 @@ def _add_all(more: Columns, first: int, frequent: Table, cut: int, store: Store)
     """Cut the chunks from `first` on and add what comes of it: (store, the first one without room)."""
     for chunk in range(first, len(more.weights)):
         begin, end = more.begins[chunk], more.begins[chunk + 1] - 1
-        if _room(store) < 2 * (end - begin) + 1:
+        if not _has_room(store, end - begin):
             return store, chunk
-        store = _cut(more.symbols, begin, end, frequent, cut, more.weights[chunk], store)
+        store = _with_slots(store, end - begin)
+        _cut(more.symbols, begin, end, frequent, cut, more.weights[chunk], store)
     return store, len(more.weights)
 
 
 @njit
-def _room(store: Store) -> int:
-    return len(store.symbols) - int(store.state[_USED])
+def _has_room(store: Store, characters: int) -> bool:
+    """Whether the chunks of a text fit, even if each of its characters is a new one."""
+    return len(store.symbols) - int(store.state[_USED]) > 2 * characters
 
 
 @njit
-def _cut(codes: Codes, start: int, end: int, frequent: Table, cut: int, weight: int, store: Store) -> Store:
-    """Add the chunks of a piece; where pieces are cut, those of one character hold no pair and are left out."""
+def _with_slots(store: Store, characters: int) -> Store:
+    """The store, with slots for the chunks of a text."""
+    slots = store.slots
+    while 3 * (store.state[_CHUNKS] + characters) >= 2 * len(slots):
+        slots = _grown(slots)
+    return Store(slots, store.begins, store.weights, store.symbols, store.state)
+
+
+@njit
+def _cut(codes: Text, start: int, end: int, frequent: Table, cut: int, weight: int, store: Store) -> None:
+    """Add the chunks of a piece; where pieces are cut, those of one character are left out."""
     begin = start
     hashed = _follow(np.uint64(0), codes[start])
     for i in range(start + 1, end):
@@ -188,13 +193,12 @@ def _cut(codes: Codes, start: int, end: int, frequent: Table, cut: int, weight: 
             row = find(frequent, key)
             if frequent[row, 0] != key or frequent[row, 1] < cut:
                 if i - begin > 1:
-                    store = _add(codes, begin, i, hashed, weight, store)
+                    _add(codes, begin, i, hashed, weight, store)
                 begin = i
                 hashed = np.uint64(0)
         hashed = _follow(hashed, codes[i])
     if end - begin > 1 or cut == 0:
-        store = _add(codes, begin, end, hashed, weight, store)
-    return store
+        _add(codes, begin, end, hashed, weight, store)
 
 
 @njit
@@ -203,7 +207,7 @@ def _follow(hashed: np.uint64, code: int) -> np.uint64:
 
 
 @njit
-def _add(codes: Codes, begin: int, end: int, hashed: np.uint64, weight: int, store: Store) -> Store:
+def _add(codes: Text, begin: int, end: int, hashed: np.uint64, weight: int, store: Store) -> None:
     """Count the chunk codes[begin:end]; the store has room for it."""
     slots, begins, weights, symbols, state = store
     tag = np.int64(spread(hashed) >> np.uint64(64 - _TAG))
@@ -220,7 +224,7 @@ def _add(codes: Codes, begin: int, end: int, hashed: np.uint64, weight: int, sto
                     same += 1
                 if same == length:
                     weights[chunk] += weight
-                    return store
+                    return
         at = (at + 1) & mask
     chunk, used = state[_CHUNKS], state[_USED]
     slots[at] = (tag << 32) | chunk
@@ -231,9 +235,6 @@ def _add(codes: Codes, begin: int, end: int, hashed: np.uint64, weight: int, sto
     state[_USED] = used + length + 1
     state[_CHUNKS] = chunk + 1
     begins[chunk + 1] = used + length + 1
-    if 3 * (chunk + 1) >= 2 * len(slots):
-        return Store(_grown(slots), begins, weights, symbols, state)
-    return store
 
 
 @njit

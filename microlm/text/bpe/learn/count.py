@@ -1,6 +1,6 @@
 """First pass: how often each character occurs, and each pair of neighbours inside a piece.
 
-Enters: texts. Leaves: `PairCounts`. Where memory ends, rare pairs are forgotten; `lost` bounds what that hides.
+Enters: texts. Leaves: `PairCounts`. Where memory ends, rare pairs are forgotten; `lost` says how rare.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from microlm.text.bpe.learn import table
-from microlm.text.bpe.pieces import Classes, Codes, Rule, classes, code_points, piece_end, segment_end
 from microlm.text.bpe.learn.table import EMPTY, Table, find, is_full, pruned, resized
+from microlm.text.bpe.pieces import Classes, Codes, Rule, classes, code_points, piece_end, segment_end
 from microlm.text.compiled import njit
 
 CODE_POINTS = 0x110000
@@ -22,13 +22,13 @@ _USED, _LOST = range(2)
 
 
 class PairCounts:
-    """Counts of characters and of pairs, in at most `memory_bytes` (but for a moment, while a table grows)."""
+    """Counts of characters and of pairs, in at most `memory_bytes`."""
 
     def __init__(self, rule: Rule, memory_bytes: int) -> None:
         self.rule = rule
         self.characters = np.zeros(CODE_POINTS, dtype=np.int64)
         self.pairs: Table = table.empty(table.FIRST, 2)
-        self.texts = self.bytes = 0
+        self.texts = 0
         self._state = np.zeros(2, dtype=np.int64)
         slots = max(table.FIRST, memory_bytes * 2 // 3 // _SLOT_BYTES)  # growing, the old one is still there
         self._most = 1 << (slots.bit_length() - 1)
@@ -46,21 +46,25 @@ class PairCounts:
         )
         self.texts += len(texts)
 
-    def save(self, path: Path) -> None:
+    def save(self, folder: Path) -> None:
         """Write the counts for another process."""
-        rows = self.pairs[self.pairs[:, 0] != EMPTY]
-        head = np.array([self.texts, self.lost], dtype=np.int64)
-        np.savez(path, rows=rows, characters=self.characters, head=head)
+        np.save(folder / "pairs.npy", self.pairs[self.pairs[:, 0] != EMPTY])
+        np.save(folder / "characters.npy", self.characters)
+        np.save(folder / "head.npy", np.array([self.texts, self.lost]))
 
-    def take(self, path: Path) -> None:
-        """Add the counts that another process saved, and delete the file."""
-        with np.load(path) as saved:
-            self.texts += int(saved["head"][0])
-            self.characters += saved["characters"]
-            used, lost = int(self._state[_USED]), int(saved["head"][1])
-            self.pairs, used, gone = table.added(self.pairs, used, saved["rows"], self._most)
-            self._state[:] = used, self.lost + lost + gone
-        path.unlink()
+    def take(self, folder: Path) -> None:
+        """Add the counts that another process saved."""
+        texts, lost = np.load(folder / "head.npy")
+        self.texts += int(texts)
+        self.characters += np.load(folder / "characters.npy")
+        rows = np.load(folder / "pairs.npy", mmap_mode="r")
+        self.pairs, used, gone = table.added(self.pairs, self._state[_USED], rows, self._most)
+        self._state[:] = used, self.lost + lost + gone
+
+    def set_aside(self, folder: Path) -> None:
+        """Keep the pairs on disk; nothing is counted from here on."""
+        np.save(folder / "pairs.npy", self.pairs[self.pairs[:, 0] != EMPTY])
+        self.pairs = np.load(folder / "pairs.npy", mmap_mode="r")
 
     def size_bytes(self) -> int:
         """UTF-8 bytes of all texts."""
@@ -71,12 +75,12 @@ class PairCounts:
 
     def highest(self, rank: int) -> int:
         """The count of that rank among characters and pairs, 0 when there are fewer."""
-        both = np.concatenate([self.characters[self.characters > 0], self.pairs[:, 1][self.pairs[:, 1] > 0]])
+        both = np.concatenate([counts[counts > 0] for counts in (self.characters, self.pairs[:, 1])])
         return int(np.partition(both, len(both) - rank)[len(both) - rank]) if 0 < rank <= len(both) else 0
 
     def frequent(self, cut: int) -> Table:
         """The pairs that may have been seen `cut` times; their counts are upper bounds."""
-        rows = self.pairs[(self.pairs[:, 0] != EMPTY) & (self.pairs[:, 1] + self.lost >= cut)]
+        rows = np.array(self.pairs[(self.pairs[:, 0] != EMPTY) & (self.pairs[:, 1] + self.lost >= cut)])
         rows[:, 1] += self.lost
         slots = max(table.FIRST, 1 << (2 * len(rows)).bit_length())
         return table.added(table.empty(slots, 2), 0, rows, slots)[0]

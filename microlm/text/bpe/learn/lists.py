@@ -13,8 +13,10 @@ Ints = NDArray[np.int64]
 Places = NDArray[np.int32]
 
 NONE = -1
-LEFT, RIGHT, NEW, PAIRS, FREE, NODES, TOUCHED, GROUPS = range(8)
-"""The trainer's counters: the present merge, pairs in the table, the first free node, how many there are of each."""
+COUNTERS = 11
+LEFT, RIGHT, NEW, PAIRS, FREE, NODES, TOUCHED, GROUPS, MADE, TAKEN, FOUND = range(COUNTERS)
+"""The trainer's counters: the present merge; pairs in the table; the first free node, how many nodes, touched
+pairs and groups there are; tokens made, others taken, rows found."""
 
 
 class Nodes(NamedTuple):
@@ -25,7 +27,7 @@ class Nodes(NamedTuple):
 
 
 class Groups(NamedTuple):
-    """Places of a pair that one merge made, as `tokenizers` queues them; `shared` if the pair has more groups."""
+    """The places of a pair that one merge made, as `tokenizers` queues them; `shared`: it has others."""
 
     head: Places
     tail: Places
@@ -67,15 +69,13 @@ def append(nodes: Nodes, head: Places, tail: Places, number: int, place: int, st
 
 
 @njit
-def unlink(nodes: Nodes, groups: Groups, group: int, state: Ints, places: Places) -> tuple[Places, int]:
-    """Take the places of a group, in order: (array, how many of it); the nodes are free again."""
-    many = 0
+def unlink(nodes: Nodes, groups: Groups, group: int, state: Ints) -> Places:
+    """Take the places of a group, in order; its nodes are free again."""
+    places, many = np.empty(1 << 8, dtype=np.int32), 0
     node = np.int64(groups.head[group])
     while node >= 0:
         if many == len(places):
-            longer = np.empty(2 * many, dtype=np.int32)
-            longer[:many] = places
-            places = longer
+            places = longer(places)
         places[many] = nodes.places[node]
         many += 1
         node = np.int64(nodes.following[node])
@@ -83,7 +83,7 @@ def unlink(nodes: Nodes, groups: Groups, group: int, state: Ints, places: Places
         nodes.following[groups.tail[group]] = state[FREE]
         state[FREE] = groups.head[group]
     groups.head[group] = groups.tail[group] = NONE
-    return places, many
+    return places[:many]
 
 
 @njit

@@ -7,19 +7,25 @@ last place, and something negative in between, so that one can walk both ways.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import numpy as np
-from numpy.typing import NDArray
 
 from microlm.text.bpe.learn.chunks import SEPARATOR, Columns, Symbols
+from microlm.text.bpe.learn.initial import COUNT, NEWEST, count_pairs, pair_of, queue_all, words_of
 from microlm.text.bpe.learn.lists import (
+    FOUND,
     FREE,
     GROUPS,
     LEFT,
+    MADE,
     NEW,
     NODES,
     NONE,
     PAIRS,
     RIGHT,
+    TAKEN,
     TOUCHED,
     Groups,
     Ints,
@@ -31,76 +37,117 @@ from microlm.text.bpe.learn.lists import (
     new_touched,
     unlink,
 )
-from microlm.text.bpe.learn.names import name, new_names
-from microlm.text.bpe.learn.queue import Queue, new_queue, pop, push
-from microlm.text.bpe.learn.table import EMPTY, FIRST, Table, find, is_full, resized
+from microlm.text.bpe.learn.names import Names, name, new_names
+from microlm.text.bpe.learn.queue import Queue, pop, push
+from microlm.text.bpe.learn.table import EMPTY, FIRST, Table, find, is_full
 from microlm.text.compiled import njit
 
 _BLOCK = 4096  # occurrences that are replaced before the tables are looked at again
-_COUNT, _NEWEST = 1, 2  # columns of the pairs; 0 is the key
+_STEP = 1 << 20  # and before Python looks whether someone wants to stop
 
 
-@njit
-def learn(columns: Columns, base: int, room: int, least: int, others: Ints) -> NDArray[np.int64]:
+class Work(NamedTuple):
+    """All that learning goes on with from one step to the next."""
+
+    symbols: Symbols
+    words: Places
+    begins: Ints
+    weights: Ints
+    pairs: Table
+    nodes: Nodes
+    groups: Groups
+    touched: Touched
+    queue: Queue
+    names: Names
+    found: Ints
+    state: Ints
+
+
+def learn(
+    columns: Columns, base: int, room: int, least: int, others: Ints, step: Callable[[int], None]
+) -> Ints:
     """Rows (left, right, count, new), new ≥ `base`, down to a count of `least`. The columns are used up.
 
     Ends when `room` is taken by new tokens and by those of `others` (counts, falling) that are as frequent.
+    `step` hears how many rows there are, often enough to be stopped there.
     """
-    symbols, weights = columns.symbols, columns.weights
-    words = _words(columns)
-    pairs, state = _count(symbols, words, weights)
-    nodes, groups, queue = _queue_all(symbols, pairs, state, least)
-    names = new_names(room)
-    found, size = np.empty((room + 16, 4), dtype=np.int64), 0
-    made, taken = np.int64(0), 0
-    touched = new_touched(2 * _BLOCK)
-    places = np.empty(_BLOCK, dtype=np.int32)
-    while queue.size[0] > 0 and made < room:
+    work = _begin(columns, room, least)
+    is_done = False
+    while not is_done:
+        work, is_done = _advance(work, base, room, least, others)
+        step(int(work.state[FOUND]))
+    return work.found[: work.state[FOUND]]
+
+
+@njit
+def _begin(columns: Columns, room: int, least: int) -> Work:
+    """Count all pairs, queue the frequent ones."""
+    words = words_of(columns)
+    pairs, state = count_pairs(columns.symbols, words, columns.weights)
+    nodes, groups, queue = queue_all(columns.symbols, pairs, state, least)
+    return Work(
+        columns.symbols,
+        words,
+        columns.begins,
+        columns.weights,
+        pairs,
+        nodes,
+        groups,
+        new_touched(2 * _BLOCK),
+        queue,
+        new_names(room),
+        np.empty((room + 16, 4), dtype=np.int64),
+        state,
+    )
+
+
+@njit
+def _advance(work: Work, base: int, room: int, least: int, others: Ints) -> tuple[Work, bool]:
+    """Merge until about a million places are replaced: (work, whether it is finished)."""
+    symbols, words, begins, weights, pairs, nodes, groups, touched, queue, names, found, state = work
+    done, is_done = 0, True
+    while queue.size[0] > 0 and state[MADE] < room:
+        if done >= _STEP:
+            is_done = False
+            break
         count, key, group = pop(queue)
         row = find(pairs, key)
-        if pairs[row, _COUNT] != count:
-            if pairs[row, _COUNT] >= least:
-                queue = push(queue, pairs[row, _COUNT], key, group)
+        if pairs[row, COUNT] != count:
+            if pairs[row, COUNT] >= least:
+                queue = push(queue, pairs[row, COUNT], key, group)
             continue
-        while taken < len(others) and others[taken] >= count:
-            taken += 1
-        if made + taken >= room:
+        while state[TAKEN] < len(others) and others[state[TAKEN]] >= count:
+            state[TAKEN] += 1
+        if state[MADE] + state[TAKEN] >= room:
             break
-        state[LEFT], state[RIGHT] = key >> 32, key & 0xFFFFFFFF
-        names, new = name(names, made, base, state[LEFT], state[RIGHT])
-        made = max(made, new + 1)
-        state[NEW] = base + new
-        if size == len(found):
-            found = np.concatenate((found, np.empty_like(found)))
-        found[size] = state[LEFT], state[RIGHT], count, state[NEW]
-        size += 1
-        if pairs[row, _NEWEST] == group:
-            pairs[row, _NEWEST] = NONE
-        places, many = unlink(nodes, groups, group, state, places)
+        if pairs[row, NEWEST] == group:
+            pairs[row, NEWEST] = NONE
+        names, found = _enter(names, found, state, base, key, count)
+        places = unlink(nodes, groups, group, state)
         if groups.shared[group]:
-            places = _all_of_words(symbols, words, columns.begins, places[:many], state)
-            many = len(places)
-        for start in range(0, many, _BLOCK):
+            places = _all_of_words(symbols, words, begins, places, state)
+        for start in range(0, len(places), _BLOCK):
             pairs, nodes, touched = _make_room(pairs, nodes, touched, state)
-            part = places[start : min(start + _BLOCK, many)]
-            _replace(symbols, words, weights, pairs, part, nodes, touched, state)
+            _replace(symbols, words, weights, pairs, places[start : start + _BLOCK], nodes, touched, state)
         groups, queue = _settle(pairs, nodes, groups, touched, queue, state, least)
-    return found[:size]
+        done += len(places)
+    work = Work(symbols, words, begins, weights, pairs, nodes, groups, touched, queue, names, found, state)
+    return work, is_done
 
 
 @njit
-def _words(columns: Columns) -> Places:
-    """The chunk of every place."""
-    words = np.empty(len(columns.symbols), dtype=np.int32)
-    words[0] = NONE
-    for word in range(len(columns.weights)):
-        words[columns.begins[word] : columns.begins[word + 1]] = word
-    return words
-
-
-@njit
-def _key(left: int, right: int) -> int:
-    return int((np.int64(left) << np.int64(32)) | np.int64(right))
+def _enter(names: Names, found: Ints, state: Ints, base: int, key: int, count: int) -> tuple[Names, Ints]:
+    """Note the merge that is to come, and give it its token."""
+    state[LEFT], state[RIGHT] = key >> 32, key & 0xFFFFFFFF
+    names, new = name(names, state[MADE], base, state[LEFT], state[RIGHT])
+    state[MADE] = max(state[MADE], new + 1)
+    state[NEW] = base + new
+    if state[FOUND] == len(found):
+        found = np.concatenate((found, np.empty_like(found)))
+    row = found[state[FOUND]]
+    row[0], row[1], row[2], row[3] = state[LEFT], state[RIGHT], count, state[NEW]
+    state[FOUND] += 1
+    return names, found
 
 
 @njit
@@ -116,51 +163,6 @@ def _before(symbols: Symbols, at: int) -> int:
     if mark == SEPARATOR:
         return -1
     return int(at - 1 if mark >= 0 else at + mark)
-
-
-@njit
-def _count(symbols: Symbols, words: Places, weights: Ints) -> tuple[Table, Ints]:
-    """The pairs of all chunks (key, count, newest group), and the trainer's counters."""
-    pairs, state = np.full((FIRST, 3), EMPTY, dtype=np.int64), np.zeros(8, dtype=np.int64)
-    state[FREE] = NONE
-    for at in range(len(symbols) - 1):
-        if symbols[at] < 0 or symbols[at + 1] < 0:
-            continue
-        row = find(pairs, _key(symbols[at], symbols[at + 1]))
-        if pairs[row, 0] == EMPTY:
-            if is_full(state[PAIRS], pairs.shape[0]):
-                pairs = resized(pairs, 2 * pairs.shape[0])
-                row = find(pairs, _key(symbols[at], symbols[at + 1]))
-            pairs[row] = _key(symbols[at], symbols[at + 1]), 0, NONE
-            state[PAIRS] += 1
-        pairs[row, _COUNT] += weights[words[at]]
-    return pairs, state
-
-
-@njit
-def _queue_all(symbols: Symbols, pairs: Table, state: Ints, least: int) -> tuple[Nodes, Groups, Queue]:
-    """A group and an entry for every pair that is frequent enough, and its places in order."""
-    many = 0
-    for row in range(pairs.shape[0]):
-        many += pairs[row, 0] != EMPTY and pairs[row, _COUNT] >= least
-    groups = Groups(
-        np.full(many + 16, NONE, dtype=np.int32),
-        np.full(many + 16, NONE, dtype=np.int32),
-        np.zeros(many + 16, dtype=np.bool_),
-    )
-    queue = new_queue(many + 16)
-    for row in range(pairs.shape[0]):
-        if pairs[row, 0] != EMPTY and pairs[row, _COUNT] >= least:
-            pairs[row, _NEWEST] = state[GROUPS]
-            queue = push(queue, pairs[row, _COUNT], pairs[row, 0], state[GROUPS])
-            state[GROUPS] += 1
-    nodes = Nodes(np.empty(len(symbols) + 16, dtype=np.int32), np.empty(len(symbols) + 16, dtype=np.int32))
-    for at in range(len(symbols) - 1):
-        if symbols[at] >= 0 and symbols[at + 1] >= 0:
-            group = pairs[find(pairs, _key(symbols[at], symbols[at + 1])), _NEWEST]
-            if group >= 0:
-                append(nodes, groups.head, groups.tail, group, at, state)
-    return nodes, groups, queue
 
 
 @njit
@@ -208,7 +210,7 @@ def _without_dead(pairs: Table, more: int, state: Ints) -> Table:
     alive = 0
     for row in range(pairs.shape[0]):
         if pairs[row, 0] != EMPTY:
-            if pairs[row, _COUNT] == 0 and pairs[row, _NEWEST] == NONE:
+            if pairs[row, COUNT] == 0 and pairs[row, NEWEST] == NONE:
                 continue
             alive += 1
     slots = FIRST
@@ -216,7 +218,7 @@ def _without_dead(pairs: Table, more: int, state: Ints) -> Table:
         slots *= 2
     other = np.full((slots, 3), EMPTY, dtype=np.int64)
     for row in range(pairs.shape[0]):
-        if pairs[row, 0] == EMPTY or (pairs[row, _COUNT] == 0 and pairs[row, _NEWEST] == NONE):
+        if pairs[row, 0] == EMPTY or (pairs[row, COUNT] == 0 and pairs[row, NEWEST] == NONE):
             continue
         other[find(other, pairs[row, 0])] = pairs[row]
     state[PAIRS] = alive
@@ -228,10 +230,10 @@ def _replace(
     symbols: Symbols, words: Places, weights: Ints, pairs: Table, places: Places, nodes: Nodes,
     touched: Touched, state: Ints,
 ) -> None:  # fmt: skip
-    """Put the new token in these places, from left to right; `tokenizers` leaves the pair's own count as it is."""
+    """Put the new token in these places, from left to right; the pair keeps its count, as in `tokenizers`."""
     left, right, new = state[LEFT], state[RIGHT], state[NEW]
     for place in places:
-        at = np.int64(place)
+        at = int(place)
         if symbols[at] != left:
             continue
         second = _next(symbols, at)
@@ -241,13 +243,13 @@ def _replace(
         weight = weights[words[at]]
         before = _before(symbols, at)
         if before >= 0:
-            pairs[find(pairs, _key(symbols[before], left)), _COUNT] -= weight
-            _note(pairs, _key(symbols[before], new), before, weight, nodes, touched, state)
+            pairs[find(pairs, pair_of(symbols[before], left)), COUNT] -= weight
+            _note(pairs, pair_of(symbols[before], new), before, weight, nodes, touched, state)
         symbols[second] = symbols[at + 1] = symbols[end - 1] = at - end
         symbols[at] = new
         if symbols[end] >= 0:
-            pairs[find(pairs, _key(right, symbols[end])), _COUNT] -= weight
-            _note(pairs, _key(new, symbols[end]), at, weight, nodes, touched, state)
+            pairs[find(pairs, pair_of(right, symbols[end])), COUNT] -= weight
+            _note(pairs, pair_of(new, symbols[end]), at, weight, nodes, touched, state)
 
 
 @njit
@@ -257,17 +259,17 @@ def _note(
     """Count a new occurrence, and note its place."""
     row = find(pairs, key)
     if pairs[row, 0] == EMPTY:
-        pairs[row, 0], pairs[row, _COUNT], pairs[row, _NEWEST] = key, 0, NONE
+        pairs[row, 0], pairs[row, COUNT], pairs[row, NEWEST] = key, 0, NONE
         state[PAIRS] += 1
-    pairs[row, _COUNT] += weight
-    number = -2 - pairs[row, _NEWEST]  # a pair that is being touched has the number of that for a group
+    pairs[row, COUNT] += weight
+    number = -2 - pairs[row, NEWEST]  # a pair that is being touched has the number of that for a group
     if number < 0:
         number = state[TOUCHED]
         state[TOUCHED] = number + 1
         touched.keys[number] = key
         touched.head[number] = touched.tail[number] = NONE
-        touched.earlier[number] = pairs[row, _NEWEST]
-        pairs[row, _NEWEST] = -2 - number
+        touched.earlier[number] = pairs[row, NEWEST]
+        pairs[row, NEWEST] = -2 - number
     append(nodes, touched.head, touched.tail, number, place, state)
 
 
@@ -280,10 +282,10 @@ def _settle(
         row = find(pairs, touched.keys[number])
         earlier = touched.earlier[number]
         is_live = earlier >= 0 and groups.head[earlier] >= 0
-        if pairs[row, _COUNT] < least:
+        if pairs[row, COUNT] < least:
             nodes.following[touched.tail[number]] = state[FREE]
             state[FREE] = touched.head[number]
-            pairs[row, _NEWEST] = earlier if is_live else NONE
+            pairs[row, NEWEST] = earlier if is_live else NONE
             continue
         group = state[GROUPS]
         if group == len(groups.head):
@@ -295,7 +297,7 @@ def _settle(
         if is_live:
             groups.shared[earlier] = True
         state[GROUPS] = group + 1
-        pairs[row, _NEWEST] = group
-        queue = push(queue, pairs[row, _COUNT], touched.keys[number], group)
+        pairs[row, NEWEST] = group
+        queue = push(queue, pairs[row, COUNT], touched.keys[number], group)
     state[TOUCHED] = 0
     return groups, queue

@@ -45,9 +45,9 @@ def name(names: Names, made: int, base: int, left: int, right: int) -> tuple[Nam
     hashed = np.uint64(0)
     for i in range(first, end):
         hashed = spread(hashed ^ np.uint64(parts[i]))
-    at = np.int64(hashed >> np.uint64(1)) & (len(slots) - 1)
+    at = int(np.int64(hashed >> np.uint64(1))) & (len(slots) - 1)
     while slots[at] >= 0:
-        token = np.int64(slots[at])
+        token = int(slots[at])
         same = 0
         if ends[token + 1] - ends[token] == end - first:
             while same < end - first and parts[ends[token] + same] == parts[first + same]:
@@ -57,16 +57,16 @@ def name(names: Names, made: int, base: int, left: int, right: int) -> tuple[Nam
         at = (at + 1) & (len(slots) - 1)
     slots[at] = made
     ends[made + 1] = end
-    return names, np.int64(made)
+    return names, int(made)
 
 
 @njit
 def _appended(names: Names, end: int, base: int, token: int) -> tuple[Names, int]:
     """What a token is made of, written behind `end`: (names, the new end)."""
     parts, ends, slots = names
-    begin, stop = np.int64(0), np.int64(1)
+    begin, stop = 0, 1
     if token >= base:
-        begin, stop = ends[token - base], ends[token - base + 1]
+        begin, stop = int(ends[token - base]), int(ends[token - base + 1])
     while end + stop - begin > len(parts):
         parts = longer(parts)
     if token < base:

@@ -1,4 +1,4 @@
-"""Counts by key in open addressing: an int64 array [slots, width], key first (`EMPTY` where none is), then values.
+"""Counts by key in open addressing: an int64 array [slots, width], key first, `EMPTY` where none is.
 
 The slots are a power of two; a caller makes room before more than two thirds of them are taken.
 """
@@ -62,7 +62,7 @@ def resized(table: Table, slots: int) -> Table:
 
 @njit
 def pruned(table: Table, used: int) -> tuple[Table, int, int]:
-    """The table without its rarest keys, so that it is at most a third full: (table, keys, highest count lost)."""
+    """The table less its rarest keys, at most a third full: (table, keys, highest count lost)."""
     slots = table.shape[0]
     counts = np.zeros(_BELOW, dtype=np.int64)
     for row in range(slots):
