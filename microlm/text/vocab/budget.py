@@ -89,6 +89,7 @@ def rows(
             "share_untied": s.share(size, tied=False),
             "parameters_tied": s.body + s.embedding(size, tied=True),
             "parameters_untied": s.body + s.embedding(size, tied=False),
+            "bytes_per_token": density[name],
             "work_per_byte": s.work(size, d) if (d := density[name]) else None,
         }
         for name, size in sizes.items()

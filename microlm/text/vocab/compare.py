@@ -90,3 +90,9 @@ def _mean(peer: Peer, rows: list[dict[str, Any]]) -> dict[str, Any]:
         "tokens_per_character": mean("tokens_per_character"),
         **{k: sum(row[k] for row in rows) for k in ("texts", "lost_characters", "changed_texts")},
     }
+
+
+def to_json(report: dict[str, Any]) -> dict[str, Any]:
+    """The report as JSON takes it: parts of a cut are objects."""
+    cuts = {name: [part._asdict() for part in row] for name, row in report["example"]["cuts"].items()}
+    return {**report, "example": {**report["example"], "cuts": cuts}}
