@@ -9,8 +9,9 @@ import codecs
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +21,10 @@ from tokenizers import Tokenizer as HFTokenizer
 from microlm.core import storage
 from microlm.core.errors import UserError
 from microlm.text.bpe import vocabulary
-from microlm.text.bpe.vocabulary import BYTE_OF, Vocabulary
+from microlm.text.bpe.vocabulary import BYTE_OF, Unsupported, Vocabulary
+
+if TYPE_CHECKING:
+    from microlm.text.bpe.flat import Encoder
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 """What a tokenizer is made of in an HF directory; a foreign directory may lack all but the first."""
@@ -31,7 +35,13 @@ SPECIAL = (PAD, START, END)
 MARKS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
 """The ids after them: control tokens that are shown when ids become text, so that every engine shows them."""
 
-_BATCH_CHARS = 1 << 20  # handed to `tokenizers` at once; it keeps much beside the ids
+COLD_CHARS = 2_000_000
+"""From so many characters on the start of the compiled encoder (about a second) is worth its time …"""
+WARM_CHARS = 1_000
+"""… and from so many its use, once it is started."""
+_BATCH_CHARS = 1 << 20  # encoded at once
+Ids = NDArray[Any]
+Ends = NDArray[np.int64]
 
 
 def reserved(count: int) -> tuple[str, ...]:
@@ -49,8 +59,10 @@ class Tokenizer:
         self._known = known
         self.path = path
         self.vocab_size: int = known.size
+        self.dtype = np.dtype("<u2" if known.size <= 0xFFFF else "<u4")
         self.pad_id, self.start_id, self.eos_id = (self._special(t) for t in SPECIAL)
         own = zip(SPECIAL, (self.pad_id, self.start_id, self.eos_id), strict=True)
+        self._asked = 0  # characters of many or long texts, so far
         self.control: dict[str, int] = {**{t.content: t.id for t in known.added}, **dict(own)}
 
     @classmethod
@@ -88,33 +100,83 @@ class Tokenizer:
         inner.encode_special_tokens = True
         return inner
 
+    @cached_property
+    def _compiled(self) -> Encoder | str:
+        """Our encoder, or the reason why there is none."""
+        from microlm.text.bpe.flat import Encoder  # brings numba: half a second
+        from microlm.text.compiled import IS_COMPILED
+
+        if not IS_COMPILED:
+            return "numba is not installed"
+        try:
+            return Encoder(self._known)
+        except Unsupported as e:
+            return str(e)
+
+    @property
+    def backend(self) -> Literal["compiled", "tokenizers"]:
+        """What encodes many texts."""
+        return "tokenizers" if isinstance(self._compiled, str) else "compiled"
+
+    @property
+    def backend_reason(self) -> str:
+        """Why `tokenizers` encodes many texts, "" if our encoder does."""
+        return self._compiled if isinstance(self._compiled, str) else ""
+
+    def _encoder_for(self, texts: Sequence[str]) -> Encoder | None:
+        """Our encoder if there is one and these texts, and those before, are worth its start."""
+        chars = sum(map(len, texts))
+        self._asked += chars
+        if self._asked < COLD_CHARS or chars < WARM_CHARS:
+            return None
+        if not isinstance(self._compiled, str):
+            return self._compiled
+        from microlm.text.compiled import tell_slow
+
+        tell_slow("tokenizer", "through the library tokenizers")
+        return None
+
     def encode(self, text: str, allow_control: bool = False) -> list[int]:
         """The ids of a text; lone surrogates cannot be encoded and are an error of the caller.
 
         Control tokens in the text stay text, unless `allow_control`: then each becomes its id.
         """
-        inner = self._controlled if allow_control else self._plain
-        return list(inner.encode(text, add_special_tokens=False).ids)
+        if allow_control:
+            return list(self._controlled.encode(text, add_special_tokens=False).ids)
+        if len(text) >= WARM_CHARS:
+            return self.encode_batch([text])[0]
+        return list(self._plain.encode(text, add_special_tokens=False).ids)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of many texts."""
+        if encoder := self._encoder_for(texts):
+            ids, ends = self._encode(encoder, texts, None)
+            row = ids.tolist()
+            return [row[begin:end] for begin, end in pairwise([0, *ends.tolist()])]
         return [e.ids for e in self._plain.encode_batch_fast(list(texts), add_special_tokens=False)]
 
-    def encode_arrays(
-        self, texts: Sequence[str], closing: int | None = None
-    ) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    def encode_arrays(self, texts: Sequence[str], closing: int | None = None) -> tuple[Ids, Ends]:
         """The ids of many texts in a row (uint16, uint32 if the vocabulary is larger), and the end of each.
 
         `closing` is an id that is put after every text, if there is one.
         """
-        dtype = np.dtype("<u2" if self.vocab_size <= 0xFFFF else "<u4")
+        return self._encode(self._encoder_for(texts), texts, closing)
+
+    def _encode(self, encoder: Encoder | None, texts: Sequence[str], closing: int | None) -> tuple[Ids, Ends]:
+        """The same through our encoder, or through `tokenizers`; batch by batch, for the memory."""
+        parts: list[Ids] = [np.zeros(0, self.dtype)]
+        sizes: list[Ends] = [np.zeros(0, np.int64)]
         last = [] if closing is None else [closing]
-        parts, sizes = [np.zeros(0, dtype=dtype)], [0]
         for some in _batches(texts):
-            for ids in self.encode_batch(some):
-                parts.append(np.asarray(ids + last, dtype=dtype))
-                sizes.append(len(parts[-1]))
-        return np.concatenate(parts), np.cumsum(sizes, dtype=np.int64)[1:]
+            if encoder:
+                ids, ends = encoder.encode(some, closing)
+                parts.append(ids)
+                sizes.append(np.diff(ends, prepend=0))
+                continue
+            found = self._plain.encode_batch_fast(some, add_special_tokens=False)
+            parts += [np.array(encoding.ids + last, dtype=self.dtype) for encoding in found]
+            sizes.append(np.array([len(encoding.ids) + len(last) for encoding in found], dtype=np.int64))
+        return np.concatenate(parts), np.cumsum(np.concatenate(sizes))
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids, special tokens and an incomplete last character left out."""

@@ -53,6 +53,10 @@ BYTE_OF = _byte_alphabet()
 """GPT-2's printable stand-in character of every byte → the byte."""
 
 
+class Unsupported(Exception):
+    """Why a vocabulary is not compiled."""
+
+
 class _Fault(Exception):
     """What is wrong with the file."""
 
