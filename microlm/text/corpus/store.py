@@ -38,9 +38,11 @@ ENTRY = np.dtype(
 KEPT, EXACT, LINES, NEAR = range(4)
 """States of a record: kept, or why it is not; what holds held-out texts is found while it is written."""
 OPEN_FILES = 64
-SLICE_BYTES = 32 << 20  # of entries that are looked at together
+SLICE_BYTES = 8 << 20  # of entries that are looked at together
 DOCUMENTS = KINDS.index("documents")
 Entries = NDArray[np.void]
+Bytes = NDArray[np.uint8]
+Numbers = NDArray[np.int64]
 
 
 def split_digest(digest: bytes) -> tuple[int, int]:
@@ -66,8 +68,11 @@ class BlockWriter:
     def put(self, kind: tuple[int, int], digest: bytes, body: bytes, meta: bytes, chars: int) -> None:
         """Add a record; `kind` is its number and whether we composed it."""
         hi, lo = split_digest(digest)
-        tie = int.from_bytes(hashlib.blake2b(body + meta, digest_size=8).digest(), "big")
-        self._rows.append((hi, lo, tie, self._offset, len(body), len(meta), chars, *kind, 0))
+        tie = hashlib.blake2b(body, digest_size=8)
+        tie.update(meta)
+        self._rows.append(
+            (hi, lo, int.from_bytes(tie.digest(), "big"), self._offset, len(body), len(meta), chars, *kind, 0)
+        )
         self._pieces += [body, meta]
         self._offset += len(body) + len(meta)
 
@@ -93,7 +98,7 @@ def save_array(path: Path, array: NDArray[Any]) -> None:
         np.lib.format.write_array(SimpleNamespace(write=f.write), array, allow_pickle=False)
 
 
-def by_digest(entries: Entries) -> NDArray[np.int64]:
+def by_digest(entries: Entries) -> Numbers:
     """The order of entries by what they say."""
     return np.lexsort((entries["tie"], entries["lo"], entries["hi"]))
 
@@ -158,15 +163,18 @@ class Store:
         """Remember the states of a block."""
         self._save(f"{number:05d}.state.npy", state)
 
-    def documents(self, number: int) -> tuple[NDArray[np.uint8], NDArray[np.int64], Entries]:
-        """The bytes of a block, the rows of its kept documents, its index, whose offsets are in the bytes."""
-        entries, state = np.array(self.entries(number)), self.state(number)
+    def documents(self, number: int) -> tuple[Bytes, Numbers, Numbers, Numbers]:
+        """The bytes of a block; the rows of its kept documents, where in the bytes they begin, their sizes."""
+        entries = self.entries(number)
+        rows = np.flatnonzero((self.state(number) == KEPT) & (entries["kind"] == DOCUMENTS))
+        starts, sizes, changed = (
+            entries[name][rows].astype(np.int64) for name in ("offset", "size", "changed")
+        )
         text = np.fromfile(self.folder / f"{number:05d}.payload", np.uint8)
-        if entries["changed"].any():
-            changed = np.fromfile(self.folder / f"{number:05d}.changed", np.uint8)
-            entries["offset"][entries["changed"] == 1] += np.uint64(len(text))
-            text = np.concatenate([text, changed])
-        return text, np.flatnonzero((state == KEPT) & (entries["kind"] == DOCUMENTS)), entries
+        if changed.any():
+            starts += changed * len(text)
+            text = np.concatenate([text, np.fromfile(self.folder / f"{number:05d}.changed", np.uint8)])
+        return text, rows, starts, sizes
 
     def set_entries(self, number: int, entries: Entries, state: NDArray[np.uint8]) -> None:
         """Put changed entries and their states in the place of the old ones."""
@@ -179,24 +187,17 @@ class Store:
         save_array(part, array)
         part.replace(self.folder / name)
 
-    def slices(self, pieces: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], Entries]]:
-        """(block, row, entry) of all records by range of digest: equal digests lie in one slice."""
-        for piece in range(pieces):
-            yield self.slice(piece, pieces)
-
-    def slice(self, piece: int, pieces: int) -> tuple[NDArray[np.int64], NDArray[np.int64], Entries]:
-        """The records of one of `pieces` ranges of the digest."""
-        blocks, rows, found = [], [], []
+    def kept(self, piece: int, pieces: int) -> tuple[Numbers, Numbers, Entries]:
+        """(block, row, entry) of the kept records of one of `pieces` ranges of the digest."""
+        blocks, rows, found = [], [], [np.zeros(0, dtype=ENTRY)]
         for number in range(self.count):
             entries = self.entries(number)
             here = within(entries["hi"], piece, pieces)
-            rows.append(np.arange(here.start, here.stop))
+            rows.append(here.start + np.flatnonzero(self.state(number)[here] == KEPT))
             blocks.append(np.full(len(rows[-1]), number))
-            found.append(np.array(entries[here]))
-        if not found:
-            nothing = np.zeros(0, dtype=np.int64)
-            return nothing, nothing, np.zeros(0, dtype=ENTRY)
-        return np.concatenate(blocks), np.concatenate(rows), np.concatenate(found)
+            found.append(entries[rows[-1]])
+        nothing = np.zeros(0, dtype=np.int64)
+        return np.concatenate([nothing, *blocks]), np.concatenate([nothing, *rows]), np.concatenate(found)
 
     def pieces(self) -> int:
         """Into how many ranges of the digest the index is looked at."""
@@ -227,6 +228,13 @@ class Reader:
         size = int(entry["size"])
         found = self._read(block, entry, size + int(entry["meta"]))
         return found[:size], found[size:]
+
+    def all(self, blocks: Numbers, entries: Entries) -> list[tuple[bytes, bytes]]:
+        """`both` of all entries, in their order; read block by block."""
+        found = [(b"", b"")] * len(entries)
+        for at in np.lexsort((entries["offset"], blocks)).tolist():
+            found[at] = self.both(int(blocks[at]), entries[at])
+        return found
 
     def _file(self, block: int, entry: Any) -> int:
         key = block, int(entry["changed"])

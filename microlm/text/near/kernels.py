@@ -57,26 +57,30 @@ def mix(value: np.uint64) -> np.uint64:
 
 
 @njit
-def is_in_characters(codes: Codes, fold: Codes) -> bool:
-    """Whether a text has at least as many characters that stand alone as words, and one of them."""
-    alone = words = 0
+def letters(codes: Codes, fold: Codes, out: Hashes) -> tuple[int, bool]:
+    """Hash each letter of a text into `out` (as long as `codes`).
+
+    Returns how many, and whether they are its tokens: if at least as many stand alone as there are words.
+    """
+    count = alone = words = 0
     in_word = False
     for code in codes:
-        folded = fold[code] if code < _TABLE else np.uint32(_ALONE if code < 0x40000 else 0)
-        if folded >= _ALONE:
-            alone += 1
-        elif folded and not in_word:
-            words += 1
-        in_word = bool(0 < folded < _ALONE)
-    return alone > 0 and alone >= words
+        if code < _TABLE:
+            folded = fold[code]
+        else:
+            folded = np.uint32(code | _ALONE) if code < 0x40000 else np.uint32(0)
+        out[count] = mix(np.uint64(folded) * _BASE)  # in all cases: a branch would cost more
+        count += folded != 0
+        alone += folded >= _ALONE
+        is_letter = (folded != 0) & (folded < _ALONE)
+        words += is_letter and not in_word
+        in_word = is_letter
+    return count, alone > 0 and alone >= words
 
 
 @njit
-def tokens(codes: Codes, fold: Codes, has_words: bool, out: Hashes) -> int:
-    """Hash the tokens of a text into `out` (as long as `codes`); without words each letter is a token.
-
-    Returns how many there are.
-    """
+def tokens(codes: Codes, fold: Codes, out: Hashes) -> int:
+    """Hash the words and the lone characters of a text into `out` (as long as `codes`); returns how many."""
     count = 0
     word = np.uint64(0)  # 0 between words
     for code in codes:
@@ -84,7 +88,7 @@ def tokens(codes: Codes, fold: Codes, has_words: bool, out: Hashes) -> int:
             folded = fold[code]
         else:
             folded = np.uint32(code | _ALONE) if code < 0x40000 else np.uint32(0)
-        if folded == 0 or folded >= _ALONE or not has_words:
+        if folded == 0 or folded >= _ALONE:
             if word:
                 out[count] = mix(word)
                 count += 1
@@ -119,7 +123,9 @@ def join(hashes: Hashes, count: int, size: int) -> int:
 @njit
 def shingle(codes: Codes, fold: Codes, size: int, out: Hashes) -> int:
     """Hash the shingles of a text into `out`; fewer than `size` tokens make one shingle, no token none."""
-    count = tokens(codes, fold, not is_in_characters(codes, fold), out)
+    count, is_in_characters = letters(codes, fold, out)
+    if not is_in_characters:
+        count = tokens(codes, fold, out)
     return join(out, count, min(size, count)) if count else 0
 
 
@@ -158,25 +164,30 @@ def decode(
     """Code points of the UTF-8 text[start : start + size], one text behind the other, and where each ends."""
     count = 0
     for d in range(len(starts)):
-        for i in range(starts[d], starts[d] + sizes[d]):
-            count += (text[i] & 0xC0) != 0x80
+        for byte in text[starts[d] : starts[d] + sizes[d]]:
+            count += (byte & 0xC0) != 0x80
     codes = np.empty(count, dtype=np.uint32)
     ends = np.empty(len(starts), dtype=np.int64)
     at = 0
     for d in range(len(starts)):
-        i, end = starts[d], starts[d] + sizes[d]
-        while i < end:
-            code = int(text[i])
-            more = (code >= 0xC0) + (code >= 0xE0) + (code >= 0xF0)
-            if more == 2:
-                code = (code & 15) << 12 | (int(text[i + 1]) & 63) << 6 | int(text[i + 2]) & 63
-            elif more:
-                code &= 63 >> more
-                for k in range(i + 1, i + 1 + more):
-                    code = code << 6 | int(text[k]) & 63
+        some = text[starts[d] : starts[d] + sizes[d]]
+        i = 0
+        while i < len(some):
+            code = int(some[i])
+            if code < 0x80:
+                i += 1
+            elif code < 0xE0:
+                code = (code & 31) << 6 | int(some[i + 1]) & 63
+                i += 2
+            elif code < 0xF0:
+                code = (code & 15) << 12 | (int(some[i + 1]) & 63) << 6 | int(some[i + 2]) & 63
+                i += 3
+            else:
+                code = (code & 7) << 6 | int(some[i + 1]) & 63
+                code = code << 12 | (int(some[i + 2]) & 63) << 6 | int(some[i + 3]) & 63
+                i += 4
             codes[at] = code
             at += 1
-            i += 1 + more
         ends[d] = at
     return codes, ends
 

@@ -26,7 +26,7 @@ def grams(text: str, size: int) -> Hashes:
     """A hash of each `size` tokens in a row, in the text's order; none if the text has fewer tokens."""
     codes = code_points(text)
     out = np.empty(len(codes), dtype=np.uint64)
-    count = kernels.tokens(codes, kernels.fold_table(), True, out)
+    count = kernels.tokens(codes, kernels.fold_table(), out)
     return out[: kernels.join(out, count, size)]
 
 
@@ -70,8 +70,10 @@ def sign(texts: Sequence[str], threshold: float = 0.8) -> tuple[Signatures, Hash
 
     Texts that share a band key are candidates; the number of bands follows from the threshold.
     """
-    ends = np.cumsum([len(text) for text in texts], dtype=np.int64)
-    return kernels.sign(code_points("".join(texts)), ends, kernels.fold_table(), SHINGLE, rows_for(threshold))
+    coded = [text.encode("utf-8", "surrogatepass") for text in texts]
+    sizes = np.array([len(text) for text in coded], dtype=np.int64)
+    whole = np.frombuffer(bytearray().join(coded), dtype=np.uint8)
+    return sign_bytes(whole, np.cumsum(sizes) - sizes, sizes, threshold)
 
 
 def sign_bytes(
