@@ -28,7 +28,7 @@ TODAY = datetime.date(2024, 7, 26)
 """The day of every rendering, so that equal conversations are equal tokens (Llama 3 falls back to it too)."""
 MAX_SOURCE = 1_000_000
 MAX_SIZE = 1 << 26  # characters, or elements, that one operation may make
-BUDGET = 20_000_000  # of a rendering: an iteration or a call costs 16, a character that is made costs 1
+BUDGET = 5_000_000  # of a rendering: an iteration or a call costs 16, a character that is made costs 1
 BUDGET_PER_CHAR = 200  # more for each character of the conversation
 _STEP = 16
 _WIDTH = re.compile(r"\*|\d{4}")
