@@ -164,7 +164,7 @@ class Store:
         self._save(f"{number:05d}.state.npy", state)
 
     def documents(self, number: int) -> tuple[Bytes, Numbers, Numbers, Numbers]:
-        """The bytes of a block; the rows of its kept documents, where in the bytes they begin, their sizes."""
+        """The bytes of a block; of its kept documents the rows, where in the bytes each begins, its size."""
         entries = self.entries(number)
         rows = np.flatnonzero((self.state(number) == KEPT) & (entries["kind"] == DOCUMENTS))
         starts, sizes, changed = (
