@@ -123,6 +123,12 @@ class Tokenizer:
         """Why `tokenizers` encodes many texts, "" if our encoder does."""
         return self._compiled if isinstance(self._compiled, str) else ""
 
+    def start(self) -> None:
+        """Load our encoder now, if there is one, rather than when enough text has come."""
+        self._asked = COLD_CHARS
+        if not isinstance(self._compiled, str):
+            self._compiled.encode(["a"], None)
+
     def _encoder_for(self, texts: Sequence[str]) -> Encoder | None:
         """Our encoder if there is one and these texts, and those before, are worth its start."""
         chars = sum(map(len, texts))
@@ -153,7 +159,13 @@ class Tokenizer:
             ids, ends = self._encode(encoder, texts, None)
             row = ids.tolist()
             return [row[begin:end] for begin, end in pairwise([0, *ends.tolist()])]
-        return [e.ids for e in self._plain.encode_batch_fast(list(texts), add_special_tokens=False)]
+        return [e.ids for e in self._through_library(texts)]
+
+    def _through_library(self, texts: Sequence[str]) -> Sequence[Any]:
+        """The encodings of `tokenizers`, on all cores if that is worth waking its threads."""
+        if sum(map(len, texts)) < WARM_CHARS:
+            return [self._plain.encode(text, add_special_tokens=False) for text in texts]
+        return self._plain.encode_batch_fast(list(texts), add_special_tokens=False)
 
     def encode_arrays(self, texts: Sequence[str], closing: int | None = None) -> tuple[Ids, Ends]:
         """The ids of many texts in a row (uint16, uint32 if the vocabulary is larger), and the end of each.
@@ -173,7 +185,7 @@ class Tokenizer:
                 parts.append(ids)
                 sizes.append(np.diff(ends, prepend=0))
                 continue
-            found = self._plain.encode_batch_fast(some, add_special_tokens=False)
+            found = self._through_library(some)
             parts += [np.array(encoding.ids + last, dtype=self.dtype) for encoding in found]
             sizes.append(np.array([len(encoding.ids) + len(last) for encoding in found], dtype=np.int64))
         return np.concatenate(parts), np.cumsum(np.concatenate(sizes))
