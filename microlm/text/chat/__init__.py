@@ -53,10 +53,15 @@ def encode_chat(
     """
     chat = _chat(messages, tools)
     if generation_prompt:
-        ids = template_of(tokenizer).prompt(tokenizer, chat)
+        ids = chat_ids(tokenizer, chat, generation_prompt)
         return ids, [0] * len(ids)
     [encoded] = encode_chats(tokenizer, [chat])
     return encoded
+
+
+def chat_ids(tokenizer: Tokenizer, chat: Conversation, generation_prompt: bool = False) -> list[int]:
+    """The ids of `encode_chat` alone: a foreign template need not be able to tell the answers."""
+    return template_of(tokenizer).ids(tokenizer, chat, generation_prompt)
 
 
 def encode_chats(

@@ -40,10 +40,10 @@ class Adopted:
         guard = Protection(chat, self._controls)
         return guard.restore(self._render(guard, len(chat.messages), generation_prompt)[0])
 
-    def prompt(self, tokenizer: Tokenizer, chat: Conversation) -> list[int]:
-        """Ids of the conversation with the assistant's next turn opened."""
+    def ids(self, tokenizer: Tokenizer, chat: Conversation, generation_prompt: bool) -> list[int]:
+        """Ids of one conversation, whether its answers can be told or not."""
         guard = Protection(chat, self._controls)
-        text, _ = self._render(guard, len(chat.messages), True)
+        text, _ = self._render(guard, len(chat.messages), generation_prompt)
         return [i for ids in guard.encode(tokenizer, text) for i in ids]
 
     def encode(

@@ -133,9 +133,9 @@ class ChatML:
         """The conversation as one string."""
         return "".join(part.text for part in self._parts(chat, generation_prompt))
 
-    def prompt(self, tokenizer: Tokenizer, chat: Conversation) -> list[int]:
-        """Ids of the conversation with the assistant's next turn opened."""
-        runs = _runs(self._parts(chat, generation_prompt=True), tokenizer.control)
+    def ids(self, tokenizer: Tokenizer, chat: Conversation, generation_prompt: bool) -> list[int]:
+        """Ids of one conversation."""
+        runs = _runs(self._parts(chat, generation_prompt), tokenizer.control)
         return [i for run in runs for i in (tokenizer.encode(run.text) if run.id is None else [run.id])]
 
     def encode(

@@ -28,7 +28,7 @@ class Protection:
         self._first = _free(set().union(*texts), len(self._typed)) if self._typed else 0
         self.size = sum(map(len, texts))
         hide = self._hide if self._typed else _same
-        self.messages: list[dict[str, Any]] = [_mapped(_object(m), hide) for m in chat.messages]
+        self.messages: list[dict[str, Any]] = [_mapped(template_message(m), hide) for m in chat.messages]
         self.tools = [_mapped(json.loads(tool), hide) for tool in chat.tools] or None
 
     def restore(self, text: str) -> str:
@@ -64,7 +64,7 @@ def _free(used: set[str], count: int) -> int:
     return start
 
 
-def _object(message: Message) -> dict[str, Any]:
+def template_message(message: Message) -> dict[str, Any]:
     """A message as transformers' templates take it."""
     found: dict[str, Any] = {"role": message.role, "content": message.content}
     if message.reasoning:

@@ -11,7 +11,7 @@ import re
 from typing import Any
 
 from microlm.core.records import Message, ToolCall
-from microlm.text.read import Fault, check_strings
+from microlm.text.read import Fault, check_strings, shown
 
 _THINK, _THOUGHT = "<think>", "</think>"
 _CALL, _CALLED = "<tool_call>", "</tool_call>"
@@ -60,6 +60,18 @@ def tool_call(name: Any, arguments: Any) -> ToolCall:
         return ToolCall(name, dumped(arguments))
     except ValueError:
         raise Fault("bad_tool_call", f"the arguments of '{name[:24]}' hold NaN or Infinity") from None
+
+
+def tool_text(tool: Any) -> str:
+    """A checked tool as the JSON text of OpenAI's `{type, function}`; raises Fault."""
+    function = tool.get("function", tool) if isinstance(tool, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise Fault("bad_tools", "a tool needs a function with a name")
+    function = {key: value for key, value in function.items() if key != "type"}
+    try:
+        return dumped({"type": "function", "function": function})
+    except ValueError:
+        raise Fault("bad_tools", f"tool '{shown(function['name'])}' holds NaN or Infinity") from None
 
 
 def dumped(value: Any) -> str:

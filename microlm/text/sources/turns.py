@@ -12,7 +12,7 @@ from typing import Any
 
 from microlm.core.records import ROLES, Message, Role, ToolCall
 from microlm.text.read import Fault, shown
-from microlm.text.sources.marked import dumped, parse_answer, parsed, split_tools, tool_call
+from microlm.text.sources.marked import parse_answer, parsed, split_tools, tool_call, tool_text
 
 _ROLE_WORDS: Mapping[str, Role] = {
     **{r: r for r in ROLES},
@@ -164,15 +164,4 @@ def _tools(value: Any) -> tuple[str, ...]:
     A bare function is put into that form: it is what a server renders when it is asked with the same tool.
     """
     value = parsed(value) or []
-    return tuple(_tool(parsed(tool)) for tool in (value if isinstance(value, list) else [value]))
-
-
-def _tool(tool: Any) -> str:
-    function = tool.get("function", tool) if isinstance(tool, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise Fault("bad_tools", "a tool needs a function with a name")
-    function = {key: value for key, value in function.items() if key != "type"}
-    try:
-        return dumped({"type": "function", "function": function})
-    except ValueError:
-        raise Fault("bad_tools", f"tool '{shown(function['name'])}' holds NaN or Infinity") from None
+    return tuple(tool_text(parsed(tool)) for tool in (value if isinstance(value, list) else [value]))
