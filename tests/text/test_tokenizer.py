@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from microlm.core.artifact import Artifact
 from microlm.core.errors import UserError
 from microlm.text import chat
-from microlm.text.tokenizer import FILES, SPECIAL, Tokenizer, copy_files
+from microlm.text.tokenizer import FILES, MARKS, SPECIAL, Tokenizer, copy_files, reserved
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 SHAPED = st.lists(
@@ -91,7 +91,7 @@ def test_ids_are_those_of_transformers(trained: Artifact, tokenizer: Tokenizer) 
 def test_control_tokens_are_the_first_ids(trained: Artifact) -> None:
     inner = json.loads((trained.path / "tokenizer.json").read_bytes())
     assert [(t["id"], t["content"], t["special"]) for t in inner["added_tokens"]] == [
-        (i, token, True) for i, token in enumerate(SPECIAL)
+        (i, token, token not in MARKS) for i, token in enumerate((*SPECIAL, *MARKS, *reserved(7)))
     ]
 
 
@@ -147,10 +147,11 @@ def test_max_documents_limits_what_is_read(data: Artifact, tmp_path: Path, limit
 
 
 def test_too_small_a_vocabulary_is_refused(data: Artifact, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="set vocab_size to 259 or more"):
-        write_tokenizer(tmp_path / "t", data, vocab_size=258)
-    bytes_only = Tokenizer.load(write_tokenizer(tmp_path / "t", data, vocab_size=259).path)
-    assert [len(token) for token in bytes_only.token_bytes] == [0, 0, 0] + [1] * 256
+    with pytest.raises(UserError, match="set vocab_size to 272 or more"):
+        write_tokenizer(tmp_path / "t", data, vocab_size=271)
+    bytes_only = Tokenizer.load(write_tokenizer(tmp_path / "t", data, vocab_size=272).path)
+    marks = [len(mark) for mark in MARKS]
+    assert [len(token) for token in bytes_only.token_bytes] == [0, 0, 0, *marks] + [0] * 7 + [1] * 256
 
 
 def test_no_text_is_refused(tmp_path: Path) -> None:

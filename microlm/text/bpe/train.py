@@ -24,15 +24,16 @@ from microlm.text.bpe.learn.chunks import Chunks, Columns, OutOfMemory
 from microlm.text.bpe.learn.count import CODE_POINTS, PairCounts
 from microlm.text.bpe.learn.lists import Ints
 from microlm.text.bpe.learn.merges import learn
-from microlm.text.bpe.learn.passes import Block, ChunkJob, PairJob, Share, Watch
+from microlm.text.bpe.learn.passes import Block, C, ChunkJob, PairJob, Share, Watch
 from microlm.text.bpe.learn.spelling import BYTES, byte_columns, parts_of
 from microlm.text.bpe.pieces import Pieces
 from microlm.text.compiled import tell_slow
 from microlm.text.corpus.pool import Pool, open_pool
+from microlm.text.sources import Tally
 
 ALIGNED_BYTES, EXACT_BYTES = 32, 96
 """Memory of training for each character of the distinct chunks."""
-_FIRST_GUESS = 0.4  # of the count that the last token had if all were characters and pairs
+_FIRST_GUESS = 0.7  # of the count that the last token had if all were characters and pairs
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,9 @@ class Plan:
 class Report:
     """How it went.
 
-    Each token was seen `last_count` times or more. Pieces were cut only between characters that are neighbours
-    fewer than `cut` times (0: not at all); as `cut` ≤ `last_count`, that changes nothing. `lost`: so much too
-    low a count of a pair may be, for memory; `cut` is above it.
+    Each token was seen `last_count` times or more. Pieces were cut only between characters that are
+    neighbours fewer than `cut` times (0: not at all); as `cut` ≤ `last_count`, that changes nothing.
+    `lost`: so much too low the count of a pair may be, for memory; `cut` is above it.
     """
 
     mode: str
@@ -80,10 +81,14 @@ class Report:
 
 @dataclass(frozen=True)
 class Trained:
-    """What was learnt; `choice.tokens` follow the 256 bytes, fewer than asked for if there are no more."""
+    """What was learnt; `choice.tokens` follow the 256 bytes, fewer than asked for if there are no more.
+
+    `tally`: the records that the blocks held.
+    """
 
     choice: Choice
     report: Report
+    tally: Tally
 
 
 def train(
@@ -118,6 +123,7 @@ class _Run:
         self.seconds: dict[str, float] = {}
         self._at = time.monotonic()
         self._size: float | None = None
+        self.tally = Tally()
 
     def exact(self) -> Trained:
         """Count whole pieces, merge their bytes."""
@@ -163,20 +169,18 @@ class _Run:
 
     def _pairs(self) -> PairCounts:
         job = PairJob(self.rule, self.share.table_bytes)
-        counter = job.counter()
-        self._size = passes.count(
-            "pairs", job, counter, self.blocks, self.pool, self.folder, self.watch, self._size
-        )
+        counter = self._pass("pairs", job, job.counter())
         counter.set_aside(self.folder)
-        self._tick("pairs")
         return counter
 
     def _chunks(self, job: ChunkJob) -> Chunks:
-        counter = job.counter()
-        self._size = passes.count(
-            "chunks", job, counter, self.blocks, self.pool, self.folder, self.watch, self._size
+        return self._pass("chunks", job, job.counter())
+
+    def _pass(self, name: str, job: PairJob | ChunkJob, counter: C) -> C:
+        self.tally, self._size = passes.count(
+            name, job, counter, self.blocks, self.pool, self.folder, self.watch, self._size
         )
-        self._tick("chunks")
+        self._tick(name)
         return counter
 
     def _learn(self, columns: Columns, base: int, least: int, others: Ints) -> Ints:
@@ -209,6 +213,7 @@ class _Run:
                 peak_memory_bytes=runtime.peak_rss_bytes(),
                 **told,
             ),
+            self.tally,
         )
 
 

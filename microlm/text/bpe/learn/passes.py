@@ -15,6 +15,7 @@ from microlm.text.bpe.learn.count import PairCounts
 from microlm.text.bpe.learn.table import Table
 from microlm.text.bpe.pieces import Rule
 from microlm.text.corpus.pool import Pool
+from microlm.text.sources import Tally
 
 SMALL_BYTES = 64 << 20
 """A corpus up to this is counted by one process: others would not pay."""
@@ -41,8 +42,8 @@ class Block(Protocol):
         """Bytes of memory that it takes before it is read."""
         ...
 
-    def texts(self) -> Iterator[list[str]]:
-        """The texts, about a megabyte at a time."""
+    def texts(self, tally: Tally) -> Iterator[list[str]]:
+        """The texts, about a megabyte at a time; records are counted in `tally`."""
         ...
 
 
@@ -112,30 +113,32 @@ def is_small(blocks: Iterable[Block]) -> bool:
 def count(
     name: str, job: PairJob | ChunkJob, counter: C, blocks: Iterable[Block], pool: Pool | None, folder: Path,
     watch: Watch, total: float | None,
-) -> float:  # fmt: skip
-    """Fill the job's counter from all blocks; returns their size."""
+) -> tuple[Tally, float]:  # fmt: skip
+    """Fill the job's counter from all blocks; returns how many records they hold, and their size."""
+    tally = Tally()
     with watch(f"tokenizer {name}", total, "bytes") as bar:
         if pool is None:
             for block in blocks:
-                for texts in block.texts():
+                for texts in block.texts(tally):
                     counter.add(texts)
                 bar.update(block.size)
         else:
-            for place, size in pool.map(_count, _tasks(job, blocks, folder)):
+            for place, some, size in pool.map(_count, _tasks(job, blocks, folder)):
                 counter.take(place)
                 shutil.rmtree(place)
+                tally.add(some)
                 bar.update(size)
-        return bar.done
+        return tally, bar.done
 
 
-def _count(task: _Task) -> tuple[Path, int]:
-    counter = task.job.counter()
+def _count(task: _Task) -> tuple[Path, Tally, int]:
+    counter, tally = task.job.counter(), Tally()
     for block in task.blocks:
-        for texts in block.texts():
+        for texts in block.texts(tally):
             counter.add(texts)
     task.folder.mkdir()
     counter.save(task.folder)
-    return task.folder, sum(block.size for block in task.blocks)
+    return task.folder, tally, sum(block.size for block in task.blocks)
 
 
 def _tasks(job: PairJob | ChunkJob, blocks: Iterable[Block], folder: Path) -> Iterator[_Task]:
