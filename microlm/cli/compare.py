@@ -52,9 +52,11 @@ def evaluate(
       microlm tokenizer eval runs/quickstart/tokenizer --data runs/quickstart/data --out eval.html
       microlm tokenizer eval package:dashscope --domain poems=poems.txt --domain logs=logs.jsonl
     """
+    from microlm.text.vocab.compare import compare as measure_all
     from microlm.text.vocab.peers import open_peer
 
-    _compare([open_peer(tokenizer)], _domains(domain, data), [], out, as_json=as_json)
+    report = measure_all([open_peer(tokenizer)], _domains(domain, data), [])
+    _tell(report, tokenizer, out, as_json=as_json)
 
 
 def compare(
@@ -86,6 +88,7 @@ def compare(
       microlm tokenizer compare --sizes 3200,6400,12800 --source my.jsonl --model 26m --model 512x12
     """
     from microlm.text.vocab import budget
+    from microlm.text.vocab.compare import compare as measure_all
     from microlm.text.vocab.peers import open_peer
 
     if not tokenizers and not sizes:
@@ -95,13 +98,16 @@ def compare(
     shapes = [budget.shape(word) for word in model or ["26m", "64m"]]
     found = _domains(domain, data)
     peers = [open_peer(word) for word in tokenizers or []]
-    peers += _trained(_numbers(sizes or ""), source or [])
+    trained = _trained(_numbers(sizes or ""), source or [])
+    peers += trained
     twice = {p.name for p in peers if [q.name for q in peers].count(p.name) > 1}
     if twice:
         raise typer.BadParameter(
             f"two tokenizers are called '{min(twice)}'; name them, as in old={min(twice)}"
         )
-    _compare(peers, found, shapes, out, as_json=as_json)
+    names = [p.name for p in trained]
+    report = measure_all(peers, found, shapes, sizes=names)
+    _tell(report, "Tokenizers side by side", out, as_json=as_json)
 
 
 def _numbers(words: str) -> list[int]:
@@ -136,18 +142,16 @@ def _domains(files: Sequence[str] | None, data: str | None) -> Domains:
     return found or domains.samples()
 
 
-def _compare(
-    peers: Sequence[Peer], found: Domains, shapes: list[Any], out: Path | None, *, as_json: bool
-) -> None:
+def _tell(report: dict[str, Any], title: str, out: Path | None, *, as_json: bool) -> None:
+    """Write the page where one is asked for, and print the report."""
     from microlm.core import storage
-    from microlm.text.vocab import compare, page
+    from microlm.text.vocab import page
+    from microlm.text.vocab.compare import to_json
 
-    report = compare.compare(peers, found, shapes)
     if out:
-        title = peers[0].name if len(peers) == 1 else "Tokenizers side by side"
         storage.write_atomic(out, page.comparison(report, title).encode("utf-8"))
     if as_json:
-        typer.echo(json.dumps(compare.to_json(report), ensure_ascii=False))
+        typer.echo(json.dumps(to_json(report), ensure_ascii=False))
     else:
         _print(report)
 

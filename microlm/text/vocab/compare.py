@@ -45,9 +45,16 @@ def measure(peer: Peer, texts: Sequence[str]) -> dict[str, Any]:
 
 
 def compare(
-    peers: Sequence[Peer], found: domains.Domains, shapes: list[budget.Shape], example: str = EXAMPLE
+    peers: Sequence[Peer],
+    found: domains.Domains,
+    shapes: list[budget.Shape],
+    example: str = EXAMPLE,
+    sizes: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """The report: every peer on every domain, its means, the models' budgets, one text as each cuts it."""
+    """The report: every peer on every domain, its means, the models' budgets, one text as each cuts it.
+
+    `sizes` names the peers that differ in nothing but their size, which is then drawn as a curve.
+    """
     rows: list[dict[str, Any]] = []
     with Progress("tokenizer compare", len(peers) * len(found), "domains") as bar:
         for peer in peers:
@@ -59,6 +66,7 @@ def compare(
         "schema": SCHEMA,
         "domains": domains.counts(found),
         "tokenizers": means,
+        "sizes": list(sizes),
         "rows": rows,
         "budget": budget.rows(
             shapes,

@@ -105,7 +105,7 @@ def classify(text: str) -> str:
     """The domain that a document looks like: by its first character, its symbols, and its function words."""
     if text.lstrip()[:1] in ("{", "[") and text.rstrip()[-1:] in ("}", "]"):
         return "JSON"
-    if len(_CODE.findall(text)) * 12 > len(text):
+    if len(_CODE.findall(text)) * 18 > len(text):
         return "code"
     if len(_HAN.findall(text)) * 3 < len(_LATIN.findall(text)):
         return "English"

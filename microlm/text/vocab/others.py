@@ -154,8 +154,10 @@ def _frequent(texts: Sequence[str], most: int) -> tuple[set[str], float]:
 
 
 def _scores(learner: HFTokenizer) -> dict[str, float]:
+    """Piece → score, rounded and in order: the learner adds up in no fixed order."""
     rows = json.loads(learner.to_str())["model"]["vocab"]
-    return {str(piece): float(score) for piece, score in rows}
+    scores = {str(piece): round(float(score), 6) for piece, score in rows}
+    return dict(sorted(scores.items(), key=lambda item: (-item[1], item[0])))
 
 
 def train_sentencepiece(texts: Sequence[str], vocab_size: int, control: Sequence[str]) -> bytes:

@@ -38,7 +38,7 @@ def comparison(report: Mapping[str, Any], title: str) -> str:
     page.paragraph(_EXPLAINED, note=True)
     _domains(page, report["rows"])
     if report["budget"]:
-        _budget(page, report["budget"])
+        _budget(page, report["budget"], report["sizes"])
     if report["example"]["text"]:
         page.heading("How a text is cut")
         for name, row in report["example"]["cuts"].items():
@@ -73,10 +73,12 @@ def _domains(page: Page, rows: Sequence[Mapping[str, Any]]) -> None:
     )  # fmt: skip
 
 
-def _budget(page: Page, rows: Sequence[Mapping[str, Any]]) -> None:
+def _budget(page: Page, rows: Sequence[Mapping[str, Any]], sizes: Sequence[str]) -> None:
     page.heading("The embedding's share of a model")
     models = list(dict.fromkeys(row["model"] for row in rows))
-    ordered = sorted(rows, key=lambda row: row["vocab_size"])
+    ordered = sorted(
+        (row for row in rows if row["tokenizer"] in sizes), key=lambda row: int(row["vocab_size"])
+    )
 
     def lines(x: str, y: str, scale: float = 1.0) -> dict[str, list[tuple[float, float]]]:
         return {
@@ -88,7 +90,7 @@ def _budget(page: Page, rows: Sequence[Mapping[str, Any]]) -> None:
             for model in models
         }
 
-    if len({row["vocab_size"] for row in rows}) > 1:
+    if len(sizes) > 1:
         points = lines("share_tied", "bytes_per_token", 100.0)
         page.line_chart("bytes per token against the share, tied", points, "% of the parameters", "")
         work = lines("vocab_size", "work_per_byte")

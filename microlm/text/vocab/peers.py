@@ -83,11 +83,13 @@ class _SentencePiece:
         return [self._cut(text) for text in texts]
 
     def _cut(self, text: str) -> Cut:
-        pieces = self._inner.encode(text, out_type="immutable_proto").pieces
+        found = self._inner.encode(text, return_type="offset_mapping")
+        spans: list[tuple[int, int]] = found["offsets"]
+        for i in range(len(spans) - 2, -1, -1):
+            if spans[i][0] == spans[i][1]:  # only the last byte of a character is said to cover it
+                spans[i] = spans[i + 1]
         unknown = self._inner.unk_id()
-        return Cut(
-            [p.id for p in pieces], [(p.begin, p.end) for p in pieces], [p.id == unknown for p in pieces]
-        )
+        return Cut(found["ids"], spans, [number == unknown for number in found["ids"]])
 
     def decode(self, ids: Sequence[int]) -> str:
         """See `Peer`."""

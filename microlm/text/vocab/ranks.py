@@ -132,7 +132,8 @@ def write(file: Path, ranks: dict[bytes, int], pattern: str, special: dict[str, 
 def one_regex(pieces: Pieces) -> str:
     """A single regular expression that cuts as `Pieces` does in two steps."""
     stops = ("\\p{N}" if pieces.digits != "runs" else "") + (_HAN if pieces.han_alone else "")
-    alone = {"runs": [], "single": [r"\p{N}"], "triples": [r"\p{N}{1,3}"]}[pieces.digits]
+    triples = r"\p{N}" if pieces.pattern == "qwen" else r"\p{N}{1,3}"  # qwen takes them one by one after all
+    alone = {"runs": [], "single": [r"\p{N}"], "triples": [triples]}[pieces.digits]
     alone += [f"[{_HAN}]"] if pieces.han_alone else []
     alone += [r"\s"] if pieces.whitespace == "single" else []
     if not alone:
