@@ -92,15 +92,15 @@ class Chunks:
         return columns(self.store)
 
     def _cut_more(self) -> None:
-        """Cut at twice as many places as a memory that is full asks for."""
-        highest = int(self.frequent[:, 1].max())
-        if self.cut == 0 or self.cut > highest:
-            raise OutOfMemory
-        before, self.cut = self.columns(), 2 * self.cut
-        self.store = self._new()
-        self.store, done = _add_all(before, 0, self.frequent, self.cut, self.store)
-        if done < len(before.weights):
-            raise OutOfMemory
+        """Cut at more places, until there is room again."""
+        highest = int(self.frequent[:, 1].max()) if self.cut else 0
+        before, done = self.columns(), -1
+        while done < len(before.weights):
+            if self.cut > highest or not highest:
+                raise OutOfMemory
+            self.cut *= 2
+            self.store = self._new()
+            self.store, done = _add_all(before, 0, self.frequent, self.cut, self.store)
 
     def _new(self) -> Store:
         """An empty store. Its arrays are as long as they may ever be; what is not written takes no memory."""

@@ -23,7 +23,8 @@ GROUP_BYTES, GROUP_HELD = 96 << 20, 16 << 20
 """Blocks that are counted at once: their bytes, and what of them may be in memory."""
 PROCESS_BYTES = 224 << 20
 """Memory of a process without tables: Python, compiled code, some texts."""
-_LEAST_TABLE = 32 << 20
+LEAST_TABLE = 32 << 20
+"""Less than this is not worth a start."""
 
 Watch = Callable[[str, float | None, str], Progress]
 C = TypeVar("C", PairCounts, Chunks)
@@ -92,9 +93,9 @@ class Share:
         """As many processes as the memory of all together allows; a UserError if it is too little for one."""
         for count in range(processes, 0, -1):
             share = memory_bytes // (count + 1 if count > 1 else 1) - PROCESS_BYTES
-            if share >= _LEAST_TABLE:
+            if share >= LEAST_TABLE:
                 return cls(count, share)
-        least = (PROCESS_BYTES + _LEAST_TABLE) >> 20
+        least = (PROCESS_BYTES + LEAST_TABLE) >> 20
         raise UserError(
             f"tokenizer: memory_mb {memory_bytes >> 20} is too little to train in; set it to {least} or more"
         )
