@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple
@@ -57,6 +58,10 @@ def train(
     used, left_out = _within(texts, MAX_CHARS[algorithm])
     if not any(used):
         raise UserError(f"{algorithm}: no text to learn from; check the source")
+    sys.stderr.write(
+        f"tokenizer {algorithm}: learns from {len(used):,} texts, {sum(map(len, used)):,} characters"
+        f"{f'; {left_out:,} texts are left out' if left_out else ''}\n"
+    )
     if algorithm == "unigram":
         inner, files = _unigram(used, vocab_size, pieces, control), dict[str, bytes]()
     elif algorithm == "wordpiece":
