@@ -28,9 +28,7 @@ Directory = Annotated[Path, typer.Argument(metavar="TOKENIZER", help="the direct
 Page = Annotated[Path | None, typer.Option("--out", metavar="FILE.html", help="write a page with pictures")]
 Sources = Annotated[
     list[str] | None,
-    typer.Option(
-        "--source", metavar="FILE", help="raw texts, or KIND:FILE as in data.source; repeatable"
-    ),
+    typer.Option("--source", metavar="FILE", help="raw texts, or KIND:FILE as in data.source; repeatable"),
 ]
 
 
@@ -72,22 +70,23 @@ def train(
     Examples:
       microlm tokenizer train recipes/quickstart.yaml tokenizer.vocab_size=4000
       microlm tokenizer train --source my.jsonl.zst --out runs/mine --vocab-size 6400
-      microlm tokenizer train pattern=qwen --source a.txt --source b.txt --out runs/mine
+      microlm tokenizer train data=runs/quickstart/data pattern=qwen digits=runs --out runs/mine
     """
     from microlm.cli import run
 
     recipe, changes = _recipe_and_changes(words or [])
     options = [f"vocab_size={vocab_size}"] if vocab_size is not None else []
     options += [f"algorithm={algorithm}"] if algorithm is not None else []
-    if source and out and recipe is None:
-        plan = plan_of_files(source, out, [*changes, *options])
+    has_texts = bool(source) or any(word.startswith("data=") for word in changes)
+    if out and has_texts and recipe is None:
+        plan = plan_of_files(source or [], out, [*changes, *options])
         run.execute(plan, "command line", as_json=as_json, dry_run=dry_run)
     elif recipe is not None and not source and out is None:
         changes += [f"tokenizer.{option}" for option in options]
         plan = run.plan_of(Path(recipe), changes, "tokenizer")
         run.execute(plan, recipe, as_json=as_json, dry_run=dry_run)
     else:
-        raise typer.BadParameter("give either a RECIPE, or --source FILE and --out DIR")
+        raise typer.BadParameter("give either a RECIPE, or --source FILE (or data=DIR) and --out DIR")
 
 
 def _recipe_and_changes(words: Sequence[str]) -> tuple[str | None, list[str]]:
@@ -98,19 +97,21 @@ def _recipe_and_changes(words: Sequence[str]) -> tuple[str | None, list[str]]:
 
 
 def plan_of_files(source: Sequence[str], out: str, words: Sequence[str]) -> list[Planned]:
-    """The plan of one stage `tokenizer` that learns from raw files."""
+    """The plan of one stage `tokenizer` that learns from raw files, or from what the words name."""
     from microlm.cli import pipeline, stages
 
-    data = {"stage": "tokenizer", "out": out, "source": [_source_word(word) for word in source]}
-    return pipeline.resolve(data, words, stages.input_fields, "command line")
+    data = {"stage": "tokenizer", "out": out}
+    texts = {"source": [_source_word(word) for word in source]} if source else {}
+    return pipeline.resolve(data | texts, words, stages.input_fields, "command line")
 
 
 def _source_word(word: str) -> str:
-    """FILE → KIND:FILE by its ending; a word with a kind stays."""
+    """FILE → KIND:FILE by its ending; a word with a kind stays, and so does a data artifact."""
+    from microlm.core.storage import MANIFEST
     from microlm.text import sources
     from microlm.text.sources.files import SUFFIXES, suffix
 
-    if word.partition(":")[0] in sources.KINDS:
+    if word.partition(":")[0] in sources.KINDS or (Path(word) / MANIFEST).is_file():
         return word
     kind = next(
         (k for k in ("jsonl", "parquet", "csv", "markdown") if suffix(Path(word)) in SUFFIXES[k]), "text"
@@ -121,18 +122,43 @@ def _source_word(word: str) -> str:
 def encode(
     tokenizer: Directory,
     text: Annotated[str | None, typer.Argument(help="the text; without it standard input is read")] = None,
+    source: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--source", metavar="FILE", help="files or data artifacts in place of a text; repeatable"
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="where the token sets of --source go")
+    ] = None,
+    processes: Annotated[int, typer.Option("--processes", min=1, max=64, help="for --source")] = 1,
     control: Annotated[
         bool, typer.Option("--control", help="control tokens in the text become their ids")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Turn a text into ids. Control tokens in it stay text unless --control is given.
+    """Turn a text into ids, or files into token sets that training reads.
+
+    Control tokens in a text stay text unless --control is given. Of files, what cannot be used is dropped and
+    counted; each document ends with the end token, conversations have a loss mask.
 
     \b
     Examples:
       microlm tokenizer encode runs/quickstart/tokenizer 床前明月光
       microlm tokenizer encode runs/quickstart/tokenizer --control '<|im_start|>user' --json
+      microlm tokenizer encode runs/quickstart/tokenizer --source my.jsonl.zst --out runs/mine/shards
     """
+    if bool(source) != (out is not None) or (source and (control or text is not None)):
+        raise typer.BadParameter("give a TEXT, or --source FILE and --out DIR, without TEXT and --control")
+    if source and out:
+        from microlm.text.encoding import encode_files
+
+        index = encode_files([_source_word(word) for word in source], tokenizer, out, processes)
+        if as_json:
+            typer.echo(json.dumps({**index, "path": str(out)}, ensure_ascii=False))
+        for name, counts in index["sets"].items() if not as_json else ():
+            typer.echo(f"{name}: " + ", ".join(f"{count:,} {unit}" for unit, count in counts.items()))
+        return
     from microlm.text.tokenizer import Tokenizer
 
     ids = Tokenizer.load(tokenizer).encode(_text(text), allow_control=control)

@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiktoken
 from small_tokenizer import write
@@ -88,6 +89,9 @@ def test_train_by_a_recipe(capsys: pytest.CaptureFixture[str]) -> None:
         ["eval", "none"],
         ["eval", "tok", "--domain", "poems"],
         ["encode", "none", "x"],
+        ["encode", "tok", "--source", "raw.jsonl"],
+        ["encode", "tok", "text", "--source", "raw.jsonl", "--out", "x"],
+        ["encode", "tok", "--source", "none.jsonl", "--out", "x"],
         ["show", "x"],
         ["export", "tok"],
         ["export", "none", "--hf", "x"],
@@ -112,6 +116,23 @@ def test_encode_gives_ids(capsys: pytest.CaptureFixture[str], monkeypatch: pytes
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a\xff")))
     assert call("encode", "tok") == 2
     assert "byte 1 is not UTF-8" in capsys.readouterr().err
+
+
+def test_encode_makes_token_sets_of_files(capsys: pytest.CaptureFixture[str]) -> None:
+    told = said(capsys, "encode", "tok", "--source", "raw.jsonl", "--source", "raw.txt", "--out", "sets/a")
+    counts = told["sets"]["documents-train"]
+    tokenizer = Tokenizer.load(Path("tok"))
+    rows = [json.loads(line)["text"] for line in Path("raw.jsonl").read_text(encoding="utf-8").splitlines()]
+    texts = [*rows, Path("raw.txt").read_text(encoding="utf-8")]
+    ids = np.fromfile("sets/a/documents-train.tokens.bin", dtype="<u2")
+    assert counts["samples"] == len(texts) and counts["tokens"] == len(ids)
+    ends = np.flatnonzero(ids == tokenizer.eos_id)
+    decoded = [tokenizer.decode(part) for part in np.split(ids, ends + 1)[:-1]]
+    assert [t.strip() for t in decoded] == [t.strip() for t in texts]
+    assert call("encode", "tok", "--source", "raw.jsonl", "--out", "sets/a") == 2
+    assert "is in the way" in capsys.readouterr().err
+    assert call("encode", "tok", "--source", "raw.jsonl", "--out", "sets/b") == 0
+    assert capsys.readouterr().out.startswith("documents-train: 36 samples, ")
 
 
 def test_eval_measures_by_domain(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
