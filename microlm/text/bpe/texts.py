@@ -100,7 +100,7 @@ class SourceBlock:
                 tally.drop(record.reason, f"{record.place}: {record.detail}")
                 continue
             kept += 1
-            tally.keep()
+            tally.keep(record.licence)
             yield record
 
 

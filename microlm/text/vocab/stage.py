@@ -65,7 +65,7 @@ class TokenizerRecipe(StageRecipe):
     )
     reserved: int = Field(7, ge=0, le=1000, description="control tokens without a meaning yet")
     assistant_name: str | None = Field(
-        None, description="who the default system turn says the assistant is; null: no such turn"
+        "MicroLM", description="who the default system turn says the assistant is; null: no such turn"
     )
     min_frequency: int = Field(2, ge=1, description="occurrences that a merge must have")
     max_documents: int | None = Field(None, ge=1, description="documents, and conversations, read at most")
@@ -105,12 +105,15 @@ def run(recipe: TokenizerRecipe, work: Workspace) -> None:
             f"tokenizer: vocab_size {recipe.vocab_size} is too small for {len(recipe.control())} control "
             f"tokens and 256 bytes; set vocab_size to {recipe.vocab_size - recipe.room()} or more"
         )
-    data = work.inputs.get("data")
+    template, data = template_text(recipe.assistant_name), work.inputs.get("data")
     texts = texts_of(recipe, data)
     train_it = train_bpe if recipe.algorithm == "bpe" else train_other
     inner, report = train_it(recipe, texts, work)
-    require_texts(recipe, data, Tally.from_json(report["records"]))
-    files.write(inner, recipe.control(), template_text(recipe.assistant_name), work)
+    tally = Tally.from_json(report["records"])
+    require_texts(recipe, data, tally)
+    for licence in tally.licences:
+        work.licences.add(licence)
+    files.write(inner, recipe.control(), template, work)
     rows = fertility(Tokenizer.load(work.path), data, recipe.fertility_documents)
     size = inner.get_vocab_size()
     if size < recipe.vocab_size:
