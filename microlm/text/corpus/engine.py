@@ -6,6 +6,7 @@ refine → exact → near duplicates → repeated lines (then both again) → he
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -51,15 +52,21 @@ class Engine:
             with storage.explain_write(path):
                 path.mkdir(parents=True, exist_ok=True)
 
-    def refine(self, tasks: Iterable[Task]) -> Report:
-        """Clean all blocks; the sum of their reports."""
-        total = Report()
-        for found in self.pool.map(refine, tasks):
-            total.add(Report.from_json(found))
+    def refine(self, tasks: Iterable[Task]) -> Iterator[tuple[str, Report]]:
+        """Clean all blocks; yields the word of the source and the report of each, in order."""
+        words: deque[str] = deque()
+
+        def noted() -> Iterator[Task]:
+            for task in tasks:
+                words.append(task.word)
+                yield task
+
+        for found in self.pool.map(refine, noted()):
+            report = Report.from_json(found)
             self.store = Store(self.blocks, self.store.count + 1)
+            self.audit.take(report)
+            yield words.popleft(), report
         self.store.reset()  # an earlier attempt may have got further
-        self.audit.take(total)
-        return total
 
     def numbered(self) -> int:
         """The number of the next block."""

@@ -28,6 +28,7 @@ Change = tuple[int, Effects, list[int]]
 MIN_CHARS, MAX_CHARS = 10, 400
 """Shorter lines are headings and names, longer ones are matter for the near duplicates."""
 PIECE_BYTES = 8 << 20
+BREAK, SPACE = 10, 32
 COUNTED = np.dtype([("line", "<u8"), ("documents", "<u4")])
 
 
@@ -99,38 +100,35 @@ def _remove(task: tuple[Store, int, int]) -> Change:
 @njit
 def hash_lines(text: Bytes, starts: Numbers, sizes: Numbers) -> tuple[Hashes, Numbers, Numbers]:
     """(hash, document, place) of each line of 10 to 400 characters of text[start : start + size]."""
-    count = 0
+    count = len(starts)
     for d in range(len(starts)):
-        count += 1
-        for i in range(starts[d], starts[d] + sizes[d]):
-            count += text[i] == 10
+        for byte in text[starts[d] : starts[d] + sizes[d]]:
+            count += byte == BREAK
     hashes = np.empty(count, dtype=np.uint64)
     documents = np.empty(count, dtype=np.int64)
     places = np.empty(count, dtype=np.int64)
     found = 0
     for d in range(len(starts)):
-        i, end = starts[d], starts[d] + sizes[d]
-        while i < end:
-            stop = i
-            while stop < end and text[stop] != 10:
-                stop += 1
-            first, last = i, stop
-            while first < last and text[first] == 32:
-                first += 1
-            while last > first and text[last - 1] == 32:
-                last -= 1
-            chars = 0
-            for k in range(first, last):
-                chars += (text[k] & 0xC0) != 0x80
+        some = text[starts[d] : starts[d] + sizes[d]]
+        at = 0
+        while at < len(some):
+            start = at
+            while at < len(some) and some[at] == SPACE:
+                at += 1
+            value = trimmed = np.uint64(0xCBF29CE484222325)
+            chars = seen = 0
+            while at < len(some) and some[at] != BREAK:
+                value = (value ^ np.uint64(some[at])) * np.uint64(0x100000001B3)
+                seen += (some[at] & 0xC0) != 0x80
+                if some[at] != SPACE:
+                    trimmed, chars = value, seen
+                at += 1
             if MIN_CHARS <= chars <= MAX_CHARS:
-                value = np.uint64(0xCBF29CE484222325)
-                for k in range(first, last):
-                    value = (value ^ np.uint64(text[k])) * np.uint64(0x100000001B3)
-                hashes[found] = value ^ (value >> np.uint64(29))
+                hashes[found] = trimmed ^ (trimmed >> np.uint64(29))
                 documents[found] = d
-                places[found] = i
+                places[found] = starts[d] + start
                 found += 1
-            i = stop + 1
+            at += 1
     return hashes[:found], documents[:found], places[:found]
 
 
