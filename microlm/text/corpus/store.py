@@ -76,19 +76,18 @@ class BlockWriter:
         self._pieces += [body, meta]
         self._offset += len(body) + len(meta)
 
-    def finish(self, report: Any) -> None:
+    def finish(self, report: dict[str, Any]) -> None:
         """Write payload, index and, last, the report that marks the block as whole."""
         stem = self.folder / f"{self.number:05d}"
         with storage.explain_write(stem):
             stem.with_suffix(".json").unlink(missing_ok=True)  # of another block that had this number
             with stem.with_suffix(".payload").open("wb") as f:
                 f.writelines(self._pieces)
-                f.flush()
-                os.fsync(f.fileno())
             entries = np.array(self._rows, dtype=ENTRY)
             save_array(stem.with_suffix(".index.npy"), entries[by_digest(entries)])
             part = stem.with_suffix(".json.part")
-            part.write_text(json.dumps(report, ensure_ascii=False), encoding="utf-8")
+            whole = {"sizes": _sizes(stem), **report}
+            part.write_text(json.dumps(whole, ensure_ascii=False), encoding="utf-8")
             part.replace(stem.with_suffix(".json"))
 
 
@@ -104,9 +103,21 @@ def by_digest(entries: Entries) -> Numbers:
 
 
 def finished(folder: Path, number: int) -> Any | None:
-    """The report of a block that an earlier attempt finished."""
-    path = folder / f"{number:05d}.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    """The report of a block that an earlier attempt finished.
+
+    Nothing waits for the disk: a machine that lost its power may lack what a report speaks of, or the report.
+    """
+    stem = folder / f"{number:05d}"
+    try:
+        report = json.loads(stem.with_suffix(".json").read_bytes())
+        return report if report.get("sizes") == _sizes(stem) else None
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _sizes(stem: Path) -> list[int]:
+    """The bytes of payload and index."""
+    return [stem.with_suffix(suffix).stat().st_size for suffix in (".payload", ".index.npy")]
 
 
 def ranges(paths: Sequence[Path], key: str, size: int) -> Iterator[Entries]:
