@@ -167,6 +167,19 @@ def test_calls_are_read_back_from_the_text() -> None:
         assert parse_answer(said) == answer and all(word in said for word in words_of(answer))
 
 
+@pytest.mark.parametrize("page", ["chat_template.md", "chat_template.zh.md"])
+def test_the_page_shows_what_is_rendered(page: str) -> None:
+    text = (Path(__file__).parents[2] / "docs" / page).read_text(encoding="utf-8")
+    shown = text.split("```\n<|im_start|>")[1].split("```")[0]
+    turns = (
+        Message("user", "我的 GPA 是多少？"),
+        Message("assistant", "", "要算。", (ToolCall("gpa", '{"grades": ["A"]}'),)),
+        Message("tool", '{"GPA": 4}'),
+        Message("assistant", "4 分"),
+    )
+    assert ChatML.named("小明").render(Conversation(turns)) == f"<|im_start|>{shown}"
+
+
 @pytest.mark.shared
 @pytest.mark.parametrize("name", ["sft_chat.jsonl.zst", "sft_toolcall.jsonl.zst"])
 def test_real_conversations_are_those_of_transformers(both: Both, name: str) -> None:

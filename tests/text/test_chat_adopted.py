@@ -184,6 +184,8 @@ def test_a_mask_that_cannot_be_told_is_refused(
     [
         ("{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
          "{% if add_generation_prompt %}assistant: {% endif %}", "no control token ends it"),
+        ("{% for m in messages %}{{ m.role + ': ' + m.content }}<|im_end|> (end){% endfor %}"
+         "{% if add_generation_prompt %}assistant: {% endif %}", "no control token ends it"),
         ("{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
          "{% if add_generation_prompt %}A:{% endif %}", "the prompt for it"),
         ("{% if messages | length < 2 %}{{ raise_exception('too few') }}{% endif %}", "cannot be rendered"),
@@ -259,3 +261,34 @@ def test_the_audit_names_what_a_template_refuses(models: Any) -> None:
     one, two = Conversation((ASK, SAY)), Conversation((ASK, SAY, ASK, SAY))
     seen = list(masks.look(tokenizer.path, 99, [one, two]))
     assert [(s.answers, s.cut, s.fault) for s in seen] == [(1, 0, ""), (0, 0, "refused_by_template")]
+
+
+CASES = {
+    "one answer": (ASK, SAY),
+    "several answers": (ASK, SAY, ASK, SAY),
+    "thinking": (ASK, Message("assistant", "诗人。", "想")),
+    "tool calls": (ASK, CALL),
+}
+ROWS = {
+    "Qwen2.5": ["qwen2.5"],
+    "Qwen3": ["qwen3"],
+    "SmolLM2, Zephyr, Mistral": ["smollm2", "zephyr", "mistral"],
+    "Llama 3.1": ["llama-3.1"],
+}
+
+
+@pytest.mark.parametrize("language", ["chat_template.md", "chat_template.zh.md"])
+@pytest.mark.parametrize("row", ROWS)
+def test_the_page_says_what_can_be_learnt(models: Any, row: str, language: str) -> None:
+    text = (Path(__file__).parents[2] / "docs" / language).read_text(encoding="utf-8")
+    [line] = [line for line in text.splitlines() if line.startswith(f"| {row.replace(', ', '、')} |")
+              or line.startswith(f"| {row} |")]  # fmt: skip
+    cells = [cell.strip() for cell in line.strip("|").split("|")][1:]
+    for cell, (case, turns) in zip(cells, CASES.items(), strict=True):
+        assert cell.startswith(("yes", "refused", "可以", "拒绝"))
+        for name in ROWS[row]:
+            try:
+                found = bool(learnt(models[name][0], Conversation(turns)))
+            except UserError:
+                found = False
+            assert found == cell.startswith(("yes", "可以")), (name, case)
