@@ -49,7 +49,8 @@ class Encoder:
 
     def __init__(self, known: Vocabulary) -> None:
         self._tables = compile_tables(known)
-        self._kernel = encode_aligned if len(self._tables.symbols) > CHARACTERS else encode_bytes
+        self.is_aligned = len(self._tables.symbols) > CHARACTERS
+        self._kernel = encode_aligned if self.is_aligned else encode_bytes
         self._dtype = np.dtype("<u2" if known.size <= 0xFFFF else "<u4")
         self._is_nfc = bool(known.settings.get("normalizer"))
 
