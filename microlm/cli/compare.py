@@ -164,7 +164,7 @@ def _print(report: Mapping[str, Any]) -> None:
         [domain, *(_figure(cells[domain, name]["bytes_per_token"]) for name in names)]
         for domain in report["domains"]
     ]
-    for title, key in (("mean", "bytes_per_token"), ("tokens per character", "tokens_per_character")):
+    for title, key in (("mean", "bytes_per_token"), ("tokens/character", "tokens_per_character")):
         rows.append([title, *(_figure(m[key]) for m in report["tokenizers"])])
     for title, key in (("entries", "vocab_size"), ("lost characters", "lost_characters")):
         rows.append([title, *(f"{m[key]:,}" for m in report["tokenizers"])])
@@ -189,12 +189,12 @@ def _table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> N
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=title, box=SIMPLE, pad_edge=False)
+    table = Table(title=title, title_justify="left", box=SIMPLE, pad_edge=False)
     for i, head in enumerate(heads):
-        table.add_column(Text(head), justify="right" if i else "left", overflow="fold")
+        table.add_column(Text(head), justify="right" if i else "left", overflow="fold", min_width=12)
     for row in rows:
         table.add_row(*map(Text, row))
-    Console(width=max(100, Console().width)).print(table)
+    Console(width=max(Console().width, 24 + 15 * len(heads))).print(table)
 
 
 def _figure(value: float | None) -> str:

@@ -106,7 +106,8 @@ def groups(title: str, rows: Mapping[str, Mapping[str, float | None]], unit: str
         for name, value in values.items():
             shown = "not measured" if value is None or not math.isfinite(value) else f"{number(value)}{unit}"
             width = across.at(value) - left if value is not None and math.isfinite(value) else 0.0
-            colour = f'class="filled c{names.index(name) % COLOURS}"'
+            again = " again" if names.index(name) >= COLOURS else ""
+            colour = f'class="filled c{names.index(name) % COLOURS}{again}"'
             parts.append(f'<rect {colour} x="{left}" y="{y}" width="{width:.1f}" height="11" rx="2"/>')
             parts.append(
                 f'<text class="value" x="{left + width + 6:.1f}" y="{y + 10}">{escape(shown)}</text>'

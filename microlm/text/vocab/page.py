@@ -63,7 +63,8 @@ def _domains(page: Page, rows: Sequence[Mapping[str, Any]]) -> None:
         for name in names
     }
     page.group_chart("bytes per token", grouped)
-    page.table(
+    every = Page("")
+    every.table(
         ["domain", "tokenizer", "tokens", "bytes per token", "tokens per character", "lost", "changed"],
         [
             [row["domain"], row["tokenizer"], row["tokens"], row["bytes_per_token"],
@@ -71,6 +72,7 @@ def _domains(page: Page, rows: Sequence[Mapping[str, Any]]) -> None:
             for row in sorted(rows, key=lambda row: names.index(row["domain"]))
         ],
     )  # fmt: skip
+    page.details("In numbers", every)
 
 
 def _budget(page: Page, rows: Sequence[Mapping[str, Any]], sizes: Sequence[str]) -> None:
@@ -92,9 +94,14 @@ def _budget(page: Page, rows: Sequence[Mapping[str, Any]], sizes: Sequence[str])
 
     if len(sizes) > 1:
         points = lines("share_tied", "bytes_per_token", 100.0)
-        page.line_chart("bytes per token against the share, tied", points, "% of the parameters", "")
+        page.line_chart("bytes per token against the share, tied", points, "% of the parameters")
         work = lines("vocab_size", "work_per_byte")
-        page.line_chart("multiply-adds for a byte of text", work, "entries", "", log_y=True)
+        least = {model: min(y for _, y in line) for model, line in work.items() if line}
+        page.line_chart(
+            "multiply-adds for a byte of text, the least of each model = 1",
+            {m: [(x, y / least[m]) for x, y in line] for m, line in work.items() if line},
+            "entries",
+        )
     page.table(
         ["model", "tokenizer", "entries", "layers", "share tied", "share untied", "work a byte"],
         [

@@ -181,7 +181,8 @@ def _in_package(word: str) -> Path:
         files = metadata.files(name) or []
     except (metadata.PackageNotFoundError, ValueError):
         raise UserError(f"package:{word}: '{name}' is not installed; pip install {name or 'NAME'}") from None
-    found = [f for f in files if f.name in NAMES or f.suffix == ".tiktoken"]
+    kinds = [f for f in files if f.name in NAMES or f.suffix == ".tiktoken"]
+    found = [f for f in kinds if Path(str(f.locate())).is_file()]
     chosen = [f for f in found if f.name == wanted or str(f) == wanted] if wanted else found
     if not found:
         raise UserError(f"package:{word}: '{name}' carries no tokenizer; name a file or a directory")
@@ -192,16 +193,23 @@ def _in_package(word: str) -> Path:
 
 
 def _from_hub(name: str) -> Path:
+    """The tokenizer.json of a model on the Hugging Face hub: the newest, or one fetched before."""
     try:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+        import httpx
+        from huggingface_hub import HfApi, hf_hub_download
+        from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
     except ModuleNotFoundError:
         raise UserError(f"{name}: needs the extra 'hub': pip install 'microlm[hub]'") from None
+    file = NAMES[0]
     try:
-        return Path(hf_hub_download(name, "tokenizer.json", etag_timeout=_WAIT_S))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as e:
-        first = (str(e).splitlines() or [type(e).__name__])[0][:120]
+        revision = HfApi().model_info(name, timeout=_WAIT_S).sha  # fails at once where there is no network
+        return Path(hf_hub_download(name, file, revision=revision))
+    except (HfHubHTTPError, OfflineModeIsEnabled, httpx.HTTPError, OSError, ValueError) as e:
+        problem = (str(e).splitlines() or [type(e).__name__])[0][:120]
+    try:
+        return Path(hf_hub_download(name, file, local_files_only=True))
+    except (OSError, ValueError):
         raise UserError(
-            f"{name}: no such directory here, and the hub gave no tokenizer.json ({first}); check the name, "
-            "or the connection"
+            f"{name}: no such directory here, and no {file} from the hub ({problem}); check the name, or the "
+            "connection"
         ) from None
