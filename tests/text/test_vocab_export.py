@@ -18,6 +18,7 @@ from microlm.core.errors import CheckFailed, UserError
 from microlm.text.bpe.pieces import Pieces
 from microlm.text.tokenizer import MARKS, SPECIAL, Tokenizer
 from microlm.text.vocab import export, gguf_file, ranks
+from microlm.text.vocab.stage import TokenizerRecipe, run
 
 LINES = [*export.sample_lines(), "a<|im_end|>b <think>", "x  1  2", "  \n\n 12345 ½Ⅷ", "IT'S 'LL it's"]
 HELD_OUT = 10_000
@@ -34,9 +35,10 @@ def test_the_sample_lines_are_the_same_every_time() -> None:
 
 
 def test_every_policy_goes_to_tiktoken(sources: dict[Pieces, Path], tmp_path: Path) -> None:
+    some = LINES[::-3]
     for i, source in enumerate(sources.values()):
-        written = export.to_tiktoken(source, tmp_path / f"{i}.tiktoken", LINES)
-        assert written.lines == len(LINES)
+        written = export.to_tiktoken(source, tmp_path / f"{i}.tiktoken", some)
+        assert written.lines == len(some)
     options = json.loads(ranks.beside(tmp_path / "0.tiktoken").read_bytes())
     encoding = tiktoken.Encoding(**options, mergeable_ranks=load_tiktoken_bpe(str(tmp_path / "0.tiktoken")))
     assert encoding.n_vocab == 600 and encoding.encode("<think>", allowed_special="all") == [3]
@@ -98,6 +100,15 @@ def test_a_difference_names_the_text_and_keeps_nothing(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_tokenizer_that_makes_texts_nfc(tmp_path: Path) -> None:
+    folder = write(tmp_path / "source", Pieces("qwen", "runs"))
+    data = json.loads((folder / "tokenizer.json").read_bytes())
+    data["normalizer"] = {"type": "NFC"}
+    (folder / "tokenizer.json").write_text(json.dumps(data), encoding="utf-8")
+    for name, form in export.FORMS.items():
+        assert form(folder, tmp_path / name, ["e\u0301 学"]).lines == 1
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
@@ -130,13 +141,17 @@ def test_a_file_that_llama_cpp_does_not_take_is_a_sentence(sources: dict[Pieces,
 
 @pytest.mark.shared
 @pytest.mark.slow
-def test_ids_are_equal_on_ten_thousand_real_lines(sources: dict[Pieces, Path], tmp_path: Path) -> None:
-    rows = (json.loads(line)["text"] for line in shared_data.raw_lines("pretrain.jsonl.zst"))
-    lines = list(itertools.islice((s for text in rows for s in text.split("\n") if s), HELD_OUT))
-    source = sources[Pieces()]
+def test_ids_are_equal_on_ten_thousand_real_lines(tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in itertools.islice(shared_data.raw_lines("pretrain.jsonl.zst"), 4_000)]
+    raw = tmp_path / "raw.jsonl"
+    learnt = (json.dumps({"text": row["text"]}) + "\n" for row in rows[1_500:])
+    raw.write_text("".join(learnt), encoding="utf-8")
+    source = Path(run(TokenizerRecipe(out=str(tmp_path / "source"), source=f"jsonl:{raw}")).path)
+    lines = [line for row in rows[:1_500] for line in row["text"].split("\n") if line][:HELD_OUT]
+    assert len(lines) == HELD_OUT
     for name, form in export.FORMS.items():
         assert form(source, tmp_path / name, lines).lines == HELD_OUT
     tokenizer, theirs = Tokenizer.load(source), AutoTokenizer.from_pretrained(tmp_path / "hf")
     plain = [line for line in lines if not any(token in line for token in CONTROL)]
     assert theirs(plain, add_special_tokens=False)["input_ids"] == tokenizer.encode_batch(plain)
-    assert len(plain) > HELD_OUT * 0.99
+    assert tokenizer.vocab_size == 6400 and len(plain) > HELD_OUT * 0.99

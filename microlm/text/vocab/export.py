@@ -6,7 +6,9 @@ Each is loaded by the program it is for and compared on lines of text before it 
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
+import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -67,7 +69,8 @@ def to_tiktoken(folder: Path, file: Path, lines: Sequence[str], *, check: bool =
         made = Path(name) / file.name
         ranks.write(made, ids, ranks.one_regex(pieces), special, folder.resolve().name)
         if check:
-            _require_equal(source, lines, _tiktoken(made, lines), "tiktoken")
+            texts = _as_they_see(source, lines)
+            _require_equal(source, texts, _tiktoken(made, texts), "tiktoken")
         for path in (made, ranks.beside(made)):
             _place(file.with_name(path.name), path.read_bytes())
     return Written(str(file), "tiktoken", len(lines) if check else 0)
@@ -81,7 +84,8 @@ def to_gguf(folder: Path, file: Path, lines: Sequence[str], *, check: bool = Tru
         made = Path(name) / "vocabulary.gguf"
         gguf_file.write(made, vocab, tensors=False)
         if check:
-            _require_equal(source, lines, gguf_file.llama_ids(vocab, lines), "llama.cpp")
+            texts = _as_they_see(source, lines)
+            _require_equal(source, texts, gguf_file.llama_ids(vocab, texts), "llama.cpp")
         _place(file, made.read_bytes())
     return Written(str(file), "llama.cpp", len(lines) if check else 0)
 
@@ -91,11 +95,16 @@ def to_hf(folder: Path, target: Path, lines: Sequence[str], *, check: bool = Tru
     source = _open(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target}: is in the way; move it away or choose another folder")
-    with tempfile.TemporaryDirectory() as name:
-        copy_files(folder, Path(name))
+    made = target.with_name(f"{target.name}.tmp")
+    shutil.rmtree(made, ignore_errors=True)
+    try:
+        copy_files(folder, made)
         if check:
-            _require_equal(source, lines, _transformers(Path(name), lines), "transformers")
-    copy_files(folder, target)
+            _require_equal(source, lines, _transformers(made, lines), "transformers")
+        with storage.explain_write(target):
+            made.replace(target)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
     return Written(str(target), "transformers", len(lines) if check else 0)
 
 
@@ -113,6 +122,13 @@ def _require_equal(source: _Source, lines: Sequence[str], theirs: Ids, program: 
                 f"{source.folder}: line {number} ({line[:_SHOWN]!r}): {program} differs from token {at}: "
                 f"{ids[at : at + 5]} against {ours[at : at + 5]}; nothing was written"
             )
+
+
+def _as_they_see(source: _Source, lines: Sequence[str]) -> Sequence[str]:
+    """The lines as NFC where the tokenizer makes them so: tiktoken and llama.cpp leave that to who calls."""
+    if not source.known.settings.get("normalizer"):
+        return lines
+    return [unicodedata.normalize("NFC", line) for line in lines]
 
 
 def _tiktoken(file: Path, lines: Sequence[str]) -> Ids:
