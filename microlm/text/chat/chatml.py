@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from microlm.core.errors import UserError
 from microlm.core.records import Conversation, Message
@@ -74,20 +73,15 @@ _JINJA = """{%- set default_system = @DEFAULT@ %}
 {%- endif %}"""
 
 
-class Part(NamedTuple):
-    """A piece of the walk: a control token or text; `learn` when it is the assistant's."""
-
-    text: str
-    control: bool
-    learn: bool
-
-
-class _Run(NamedTuple):
-    """A control token's id, or a text with the bytes at its beginning that are not to be learnt."""
-
-    id: int | None
-    text: str
-    given: int | None
+Part = tuple[str, bool, bool]
+"""A piece of the walk: its text, whether that is a control token, whether it is the assistant's to learn."""
+_Run = tuple[int | None, str, int | None]
+"""An id and its token, or None and a text; then how many bytes of it are not learnt (None: all)."""
+_OPEN: Part = (START, True, False)
+_ANSWERS: Part = ("assistant\n", False, False)
+_CLOSE: Part = (END, True, False)
+_CLOSE_ANSWER: Part = (END, True, True)
+_NEWLINE: Part = ("\n", False, False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,25 +125,30 @@ class ChatML:
 
     def render(self, chat: Conversation, generation_prompt: bool = False) -> str:
         """The conversation as one string."""
-        return "".join(part.text for part in self._parts(chat, generation_prompt))
+        return "".join(text for text, _, _ in self._parts(chat, generation_prompt))
 
     def ids(self, tokenizer: Tokenizer, chat: Conversation, generation_prompt: bool) -> list[int]:
         """Ids of one conversation."""
         runs = _runs(self._parts(chat, generation_prompt), tokenizer.control)
-        return [i for run in runs for i in (tokenizer.encode(run.text) if run.id is None else [run.id])]
+        parts = (tokenizer.encode(text) if number is None else [number] for number, text, _ in runs)
+        return [i for ids in parts for i in ids]
 
     def encode(
         self, tokenizer: Tokenizer, chats: Sequence[Conversation]
     ) -> Iterator[tuple[list[int], list[int]]]:
         """Ids and mask of each conversation; all their texts are encoded in one batch."""
         runs = [list(_runs(self._parts(chat), tokenizer.control)) for chat in chats]
-        texts = list(dict.fromkeys(run.text for chat in runs for run in chat if run.id is None))
+        texts = list(dict.fromkeys(text for chat in runs for number, text, _ in chat if number is None))
         encoded = dict(zip(texts, tokenizer.encode_batch(texts), strict=True))
         for chat in runs:
             ids: list[int] = []
             mask: list[int] = []
             for number, text, given in chat:
-                some = encoded[text] if number is None else [number]
+                if number is not None:
+                    ids.append(number)
+                    mask.append(int(given is not None))
+                    continue
+                some = encoded[text]
                 given_ids = len(some) if given is None else _count_given(tokenizer, some, given)
                 ids += some
                 mask += [0] * given_ids + [1] * (len(some) - given_ids)
@@ -157,19 +156,21 @@ class ChatML:
 
     def _parts(self, chat: Conversation, generation_prompt: bool = False) -> Iterator[Part]:
         """The walk: all there is of a conversation, in order."""
-        for number, message in enumerate(self.turns(chat)):
-            yield Part(START, True, False)
+        tools = chat.tools
+        for message in self.turns(chat):
+            yield _OPEN
             if message.role == "assistant":
-                yield Part("assistant\n", False, False)
+                yield _ANSWERS
                 yield from _answer(message)
-                yield Part(END, True, True)
+                yield _CLOSE_ANSWER
             else:
-                yield from _asked(message, chat.tools if number == 0 else ())
-                yield Part(END, True, False)
-            yield Part("\n", False, False)
+                yield from _asked(message, tools)
+                yield _CLOSE
+            yield _NEWLINE
+            tools = ()  # they stand in the first turn
         if generation_prompt:
-            yield Part(START, True, False)
-            yield Part("assistant\n", False, False)
+            yield _OPEN
+            yield _ANSWERS
 
 
 def _quoted(text: str) -> str:
@@ -181,51 +182,51 @@ def _quoted(text: str) -> str:
 def _asked(message: Message, tools: Sequence[str]) -> Iterator[Part]:
     """Role and words of a turn that is not the assistant's."""
     if message.role == "tool":
-        yield Part("tool\n", False, False)
-        yield Part(_RESPONSE, True, False)
-        yield Part(f"\n{message.content}\n", False, False)
-        yield Part(_RESPONDED, True, False)
+        yield "tool\n", False, False
+        yield _RESPONSE, True, False
+        yield f"\n{message.content}\n", False, False
+        yield _RESPONDED, True, False
         return
-    yield Part(f"{message.role}\n{message.content}", False, False)
+    yield f"{message.role}\n{message.content}", False, False
     if message.role == "system" and tools:
         lines = "\n".join(tools)
-        yield Part(("\n\n" if message.content else "") + _HEAD + lines, False, False)
-        yield from (Part(text, text in MARKS, False) for text in _IN_TAIL.split(_TAIL) if text)
+        yield ("\n\n" if message.content else "") + _HEAD + lines, False, False
+        yield from ((text, text in MARKS, False) for text in _IN_TAIL.split(_TAIL) if text)
 
 
 def _answer(message: Message) -> Iterator[Part]:
     """What the assistant thinks, says and calls."""
     if message.reasoning:
-        yield Part(_THINK, True, True)
-        yield Part(f"\n{message.reasoning}\n", False, True)
-        yield Part(_THOUGHT, True, True)
-        yield Part(f"\n\n{message.content}", False, True)
+        yield _THINK, True, True
+        yield f"\n{message.reasoning}\n", False, True
+        yield _THOUGHT, True, True
+        yield f"\n\n{message.content}", False, True
     elif message.content:
-        yield Part(message.content, False, True)
+        yield message.content, False, True
     for number, call in enumerate(message.tool_calls):
         if number or message.content:
-            yield Part("\n", False, True)
-        yield Part(_CALL, True, True)
-        yield Part(f"\n{call_text(call)}\n", False, True)
-        yield Part(_CALLED, True, True)
+            yield "\n", False, True
+        yield _CALL, True, True
+        yield f"\n{call_text(call)}\n", False, True
+        yield _CALLED, True, True
 
 
 def _runs(parts: Iterable[Part], control: Mapping[str, int]) -> Iterator[_Run]:
     """Control tokens that the tokenizer has, and between them the texts that are encoded as one."""
-    text, given = "", None
-    for part in parts:
-        number = control.get(part.text) if part.control else None
+    said, given = "", None
+    for text, is_control, learn in parts:
+        number = control.get(text) if is_control else None
         if number is None:
-            if part.learn and given is None:
-                given = len(text.encode())
-            text += part.text
+            if learn and given is None:
+                given = len(said.encode())
+            said += text
             continue
-        if text:
-            yield _Run(None, text, given)
-            text, given = "", None
-        yield _Run(number, part.text, 0 if part.learn else None)
-    if text:
-        yield _Run(None, text, given)
+        if said:
+            yield None, said, given
+            said, given = "", None
+        yield number, text, 0 if learn else None
+    if said:
+        yield None, said, given
 
 
 def _count_given(tokenizer: Tokenizer, ids: Sequence[int], size: int) -> int:
