@@ -61,15 +61,19 @@ def gather(tests: Sequence[str], documents: Iterable[str], overlap: float) -> tu
     del samples
     items = np.repeat(np.arange(len(sizes), dtype=np.uint32), sizes)
     order = np.argsort(flat, kind="stable")
-    return HeldOut(flat[order], items[order], sizes, _filter(flat), overlap, len(tests)), short
+    flat, items = flat[order], items[order]
+    bits = np.zeros(1 << max(10, (_SLOTS * len(flat) // 8).bit_length()), dtype=np.uint8)
+    _set(flat, bits)
+    return HeldOut(flat, items, sizes, bits, overlap, len(tests)), short
 
 
-def _filter(hashes: Hashes) -> NDArray[np.uint8]:
-    """Bits of which those that the hashes name are set."""
-    bits = np.zeros(1 << max(10, (_SLOTS * len(hashes) // 8).bit_length()), dtype=np.uint8)
-    slot = hashes & np.uint64(8 * len(bits) - 1)
-    np.bitwise_or.at(bits, slot >> np.uint64(3), np.uint8(1) << (slot & np.uint64(7)).astype(np.uint8))
-    return bits
+@njit
+def _set(hashes: Hashes, bits: NDArray[np.uint8]) -> None:
+    """Set the bits that the hashes name."""
+    mask = np.uint64(8 * len(bits) - 1)
+    for value in hashes:
+        slot = value & mask
+        bits[slot >> np.uint64(3)] |= np.uint8(1 << (slot & np.uint64(7)))
 
 
 @njit

@@ -57,6 +57,7 @@ def open_pool(processes: int, warm: Callable[[], None]) -> Iterator[Pool]:
     `warm` loads what workers need; they are forked behind it where no other thread can hold a lock, else
     each starts anew.
     """
+    runtime.give_memory_back()
     if processes == 1:
         yield Pool(None, 1)
         return
@@ -78,4 +79,5 @@ def open_pool(processes: int, warm: Callable[[], None]) -> Iterator[Pool]:
 
 def _settle() -> None:
     runtime.die_with_parent()
+    runtime.give_memory_back()
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -181,11 +181,14 @@ class Store:
         starts, sizes, changed = (
             entries[name][rows].astype(np.int64) for name in ("offset", "size", "changed")
         )
-        text = np.fromfile(self.folder / f"{number:05d}.payload", np.uint8)
-        if changed.any():
-            starts += changed * len(text)
-            text = np.concatenate([text, np.fromfile(self.folder / f"{number:05d}.changed", np.uint8)])
-        return text, rows, starts, sizes
+        suffixes = ("payload", "changed") if changed.any() else ("payload",)
+        files = [self.folder / f"{number:05d}.{suffix}" for suffix in suffixes]
+        ends = np.cumsum([path.stat().st_size for path in files])
+        text = np.empty(ends[-1], dtype=np.uint8)
+        for path, end in zip(files, ends.tolist(), strict=True):
+            with path.open("rb") as f:
+                f.readinto(text[end - path.stat().st_size : end].data)
+        return text, rows, starts + changed * ends[0], sizes
 
     def set_entries(self, number: int, entries: Entries, state: NDArray[np.uint8]) -> None:
         """Put changed entries and their states in the place of the old ones."""
