@@ -20,9 +20,17 @@ WORDS = ("assistant", "user", "system", "tool", "\n\n", "\n\n\n", "    ", "æŽç™
 
 
 def write_model(
-    folder: Path, template: str, controls: Sequence[str] = MARKS, bos: str | None = None, nfc: bool = False
+    folder: Path,
+    template: str,
+    controls: Sequence[str] = MARKS,
+    bos: str | None = None,
+    nfc: bool = False,
+    words: Sequence[str] = (),
 ) -> Path:
-    """A directory for `Tokenizer.load` and `AutoTokenizer`; `controls` are added to the three of ours."""
+    """A directory for `Tokenizer.load` and `AutoTokenizer`; `controls` are added to the three of ours.
+
+    `words` are put in as tokens that nothing is merged into.
+    """
     stand_in = {byte: char for char, byte in BYTE_OF.items()}
     merges: list[tuple[str, str]] = []
     vocabulary = [*SPECIAL, *controls, *(stand_in[b] for b in range(256))]
@@ -34,6 +42,7 @@ def write_model(
             left += right
             if left not in vocabulary:
                 vocabulary.append(left)
+    vocabulary += ["".join(stand_in[b] for b in word.encode()) for word in words]
     inner = HFTokenizer(models.BPE({token: i for i, token in enumerate(vocabulary)}, merges))
     inner.add_special_tokens([AddedToken(t, special=True) for t in SPECIAL])
     inner.add_tokens([AddedToken(t, special=t not in MARKS, normalized=False) for t in controls])

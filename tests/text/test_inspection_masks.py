@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from artifacts import write_data, write_tokenizer
 from chat_models import write_model
 
 from microlm.core.records import Conversation, Message, Preference, ToolCall
@@ -18,8 +17,7 @@ from microlm.text.tokenizer import SPECIAL, Tokenizer
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("run")
-    return write_tokenizer(root / "tokenizer", write_data(root / "data")).path
+    return write_model(tmp_path_factory.mktemp("run") / "t", template_text(None))
 
 
 def chat(*turns: str) -> Conversation:
