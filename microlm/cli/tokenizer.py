@@ -24,7 +24,9 @@ TOKENIZER = (
 MAX_TEXTS = 500  # of each domain
 MAX_CHARS = 4_000  # shown in a terminal
 
-Directory = Annotated[Path, typer.Argument(metavar="TOKENIZER", help="the directory of a tokenizer or model")]
+Directory = Annotated[
+    str, typer.Argument(metavar="TOKENIZER", help="the directory of a tokenizer or model, or builtin:zh-6400")
+]
 Page = Annotated[Path | None, typer.Option("--out", metavar="FILE.html", help="write a page with pictures")]
 Sources = Annotated[
     list[str] | None,
@@ -150,10 +152,13 @@ def encode(
     """
     if bool(source) != (out is not None) or (source and (control or text is not None)):
         raise typer.BadParameter("give a TEXT, or --source FILE and --out DIR, without TEXT and --control")
+    from microlm.core.storage import local_path
+
+    folder = local_path(tokenizer)
     if source and out:
         from microlm.text.encoding import encode_files
 
-        index = encode_files([_source_word(word) for word in source], tokenizer, out, processes)
+        index = encode_files([_source_word(word) for word in source], folder, out, processes)
         if as_json:
             typer.echo(json.dumps({**index, "path": str(out)}, ensure_ascii=False))
         for name, counts in index["sets"].items() if not as_json else ():
@@ -161,7 +166,7 @@ def encode(
         return
     from microlm.text.tokenizer import Tokenizer
 
-    ids = Tokenizer.load(tokenizer).encode(_text(text), allow_control=control)
+    ids = Tokenizer.load(folder).encode(_text(text), allow_control=control)
     if as_json:
         typer.echo(json.dumps({"schema": 1, "ids": ids}))
     else:
@@ -275,6 +280,7 @@ def export(
       microlm tokenizer export runs/quickstart/tokenizer --tiktoken mine.tiktoken --hf mine
       microlm tokenizer export runs/mine --gguf mine.gguf --lines held_out.txt
     """
+    from microlm.core.storage import local_path
     from microlm.text.vocab import domains
     from microlm.text.vocab import export as forms
 
@@ -283,7 +289,8 @@ def export(
     if not asked:
         raise typer.BadParameter("name what to write: --tiktoken FILE, --gguf FILE or --hf DIR")
     texts = list(domains.texts_of_file(lines)) if lines else forms.sample_lines()
-    made = [forms.FORMS[name](tokenizer, target, texts, check=check) for name, target in asked.items()]
+    folder = local_path(tokenizer)
+    made = [forms.FORMS[name](folder, target, texts, check=check) for name, target in asked.items()]
     if as_json:
         typer.echo(json.dumps({"schema": 1, "written": [m._asdict() for m in made]}, ensure_ascii=False))
         return

@@ -162,6 +162,15 @@ def test_compare_shows_tokenizers_and_sizes(folder: Path, capsys: pytest.Capture
     assert html.count("<svg") == 3 and "128x2" in html
 
 
+def test_the_ready_tokenizer_has_a_name(capsys: pytest.CaptureFixture[str]) -> None:
+    told = said(capsys, "eval", "builtin:zh-6400", "--domain", "poem=raw.txt")
+    ids = said(capsys, "encode", "builtin:zh-6400", POEM)["ids"]
+    assert told["rows"][0]["bytes_per_token"] == len(POEM.encode()) / len(ids)
+    [written] = said(capsys, "export", "builtin:zh-6400", "--tiktoken", "t.tiktoken")["written"]
+    assert written["lines"] > 600
+    assert call("encode", "builtin:none", "x") == 2
+
+
 def test_show_parts_a_text(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("show", "学鼂\x1b[2J", "--tokenizer", "tok", "--out", "show.html") == 0
     out = capsys.readouterr().out

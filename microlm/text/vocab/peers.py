@@ -1,7 +1,7 @@
 """Tokenizers of anyone's making, side by side. Enters: a word that names one. Leaves: a `Peer`.
 
-A word is a directory, a tokenizer.json, .tiktoken, SentencePiece .model or BERT vocab.txt, `package:NAME` of
-an installed Python package that carries such a file, or `owner/name` on the Hugging Face hub.
+A word is a directory, `builtin:NAME`, a tokenizer.json, .tiktoken, SentencePiece .model or BERT vocab.txt,
+`package:NAME` of an installed Python package that carries such a file, or `owner/name` on the hub.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 
 from tokenizers import Tokenizer as HFTokenizer
 
+from microlm.core import storage
 from microlm.core.errors import UserError
 from microlm.text.vocab import ranks
 
@@ -103,7 +104,7 @@ def open_peer(word: str) -> Peer:
         name, place = "", word
     if place.startswith("package:"):
         return _open(_in_package(place.removeprefix("package:")), name or place)
-    path = Path(place).expanduser()
+    path = storage.local_path(place)
     if path.exists():
         return _open(path, name or place.rstrip("/"))
     if _HUB.fullmatch(place) and not place.startswith("."):
