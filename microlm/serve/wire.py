@@ -7,6 +7,7 @@ the template with `tool_choice` "none": the calls of an answer are not read out 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict, model_validator
@@ -14,7 +15,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from microlm.core.records import Conversation, Message, Role, Sampling, ToolCall
 from microlm.serve.errors import UNSUPPORTED, ApiError, printable, unsupported
 from microlm.text.read import Fault
-from microlm.text.sources.marked import tool_call, tool_text
+from microlm.text.sources.marked import answered, tool_call, tool_text
 
 MAX_CHOICES = 8
 MAX_STOPS = 16
@@ -121,8 +122,13 @@ class ChatMessage(Wire):
         """Our record of it."""
         role: Role = "system" if self.role == "developer" else self.role
         content = self.content if isinstance(self.content, str) else _join(self.content or [])
+        if role != "assistant":
+            return Message(role, content)
         calls = tuple(call.function.record for call in self.tool_calls or [])
-        return Message(role, content, self.reasoning_content or "", calls)
+        said = answered(content)  # thinking and calls that our own answers hold as text
+        return replace(
+            said, reasoning=self.reasoning_content or said.reasoning, tool_calls=said.tool_calls + calls
+        )
 
 
 class StreamOptions(BaseModel):

@@ -15,6 +15,7 @@ from microlm.engine.engine import Engine
 from microlm.engine.prompts import encode_prompt
 from microlm.serve.wire import ChatRequest
 from microlm.text.chat import chat_ids
+from microlm.text.chat.chatml import ChatML
 from microlm.text.tokenizer import Tokenizer
 
 TOOL = '{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}'
@@ -42,6 +43,18 @@ def test_a_request_is_read_back_as_the_records_it_was_written_from() -> None:
     assert ChatRequest(**bare).conversation == CHAT
     ids = [call["id"] for call in body(CHAT)["messages"][2]["tool_calls"]]
     assert ids == [turn["tool_call_id"] for turn in body(CHAT)["messages"][3:5]]
+
+
+def test_an_answer_that_comes_back_as_text_is_what_it_was() -> None:
+    """Our answers hold thinking and calls as text; a client sends them back as they came."""
+    answer = CHAT.messages[2]
+    text = ChatML().render(Conversation((answer,))).split("assistant\n", 1)[1].removesuffix("<|im_end|>\n")
+    turns = [{"role": "user", "content": text}, {"role": "assistant", "content": text}]
+    asked, said = ChatRequest(model="tiny", messages=turns).conversation.messages
+    assert said == answer and asked == Message("user", text)
+    broken = [{"role": "assistant", "content": '<tool_call>{"no": 1}</tool_call>'}]
+    [kept] = ChatRequest(model="tiny", messages=broken).conversation.messages
+    assert kept == Message("assistant", '<tool_call>{"no": 1}</tool_call>')
 
 
 def test_the_prompt_of_a_request_is_the_one_of_its_records(server: Running, model_dir: Path) -> None:

@@ -37,6 +37,14 @@ def parse_answer(text: str) -> Message:
     return Message("assistant", content, reasoning, calls)
 
 
+def answered(text: str) -> Message:
+    """What a model answered, as it goes back into the conversation; a call that is none stays text."""
+    try:
+        return parse_answer(text)
+    except Fault:
+        return Message("assistant", text)
+
+
 def answer_text(message: Message) -> str:
     """A message as a text with marks, the inverse of `parse_answer`; the template writes the same."""
     thought = f"{_THINK}\n{message.reasoning}\n{_THOUGHT}\n\n" if message.reasoning else ""
