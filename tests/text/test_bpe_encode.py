@@ -12,7 +12,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bpe_vocabularies import CORPUS, POLICIES, STAND_IN, aligned, byte_level, random_merges, read, with_merges
+from bpe_vocabularies import (
+    CORPUS,
+    POLICIES,
+    STAND_IN,
+    aligned,
+    byte_level,
+    random_merges,
+    read,
+    stand_ins,
+    with_merges,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from shared_data import raw_lines
@@ -102,7 +112,7 @@ def test_random_vocabularies_are_of_both_kinds(folder: Path) -> None:
 
 def test_a_merge_before_its_characters_is_not_aligned(folder: Path) -> None:
     """中国 merges before 一 is whole, though 国一 would come first: characters must not come first."""
-    a, b, c = ("".join(STAND_IN[byte] for byte in ch.encode()) for ch in "中国一")
+    a, b, c = map(stand_ins, "中国一")
     whole = [(x[:end], x[end]) for x in (a, b) for end in (1, 2)]
     merges = [*whole, (b, c), (a, b), (c[:1], c[1]), (c[:2], c[2])]
     inner = with_merges(merges, Pieces("qwen"))
@@ -154,6 +164,20 @@ def test_closing_is_put_after_every_text(pair: tuple[HFTokenizer, Encoder]) -> N
     assert ids.dtype == np.uint16
     assert [p.tolist() for p in np.split(ids, ends)[:-1]] == [[*row, 2] for row in theirs(pair[0], texts)]
     assert [part.tolist() for part in pair[1].encode([], 2)] == [[], []]
+
+
+@pytest.mark.parametrize("word", ["aba", "abaab", "李白李", "aab李"])
+def test_stretches_around_the_limit(word: str, folder: Path) -> None:
+    """A long stretch is not cut where the room for short ones ends."""
+    letters = [stand_ins(c) for c in dict.fromkeys(word)]
+    merges = [(c[:end], c[end]) for c in letters for end in range(1, len(c))]
+    merges += [(stand_ins(word[:end]), stand_ins(word[end])) for end in range(1, len(word))]
+    inner = with_merges(list(dict.fromkeys(merges)), Pieces("qwen"))
+    encoder = Encoder(read(inner, folder))
+    assert encoder.is_aligned
+    endless = word * 50
+    texts = [endless[offset : offset + size] for offset in range(4) for size in range(88, 108)]
+    assert ours(encoder, texts) == theirs(inner, texts)
 
 
 WORST = {
