@@ -160,6 +160,8 @@ def test_qwen3_learns_one_answer_and_refuses_two(models: Any) -> None:
     said = str(refusal.value)
     assert "no loss mask for message 2 (assistant)" in said and "{% generation %}" in said
     assert "<think>" in said and "in the whole conversation" in said
+    with pytest.raises(UserError, match=r"^my\.jsonl:7: .*no loss mask for message 2"):
+        list(encode_chats(tokenizer, [Conversation((ASK, thoughtful, ASK, SAY), source="my.jsonl:7")]))
     prompt, mask = encode_chat(tokenizer, [ASK, thoughtful, ASK], generation_prompt=True)
     assert prompt[-1] != tokenizer.eos_id and not any(mask)
 

@@ -51,12 +51,19 @@ class Adopted:
     ) -> Iterator[tuple[list[int], list[int]]]:
         """Ids and mask of each conversation; raises UserError for one whose answers cannot be told."""
         for chat in chats:
-            guard = Protection(chat, self._controls)
-            text, spans = self._render(guard, len(chat.messages), False)
-            if not _MARKED.search(self._source(chat)):
-                spans = self._by_prefixes(guard, chat, text)
-            ids = [i for some in guard.encode(tokenizer, text) for i in some]
-            yield ids, self._mask(tokenizer, ids, guard, text, spans)
+            try:
+                encoded = self._encode(tokenizer, chat)
+            except UserError as error:
+                raise UserError(f"{chat.source}: {error}" if chat.source else str(error)) from None
+            yield encoded
+
+    def _encode(self, tokenizer: Tokenizer, chat: Conversation) -> tuple[list[int], list[int]]:
+        guard = Protection(chat, self._controls)
+        text, spans = self._render(guard, len(chat.messages), False)
+        if not _MARKED.search(self._source(chat)):
+            spans = self._by_prefixes(guard, chat, text)
+        ids = [i for some in guard.encode(tokenizer, text) for i in some]
+        return ids, self._mask(tokenizer, ids, guard, text, spans)
 
     def _source(self, chat: Conversation) -> str:
         return self._sources["tool_use" if chat.tools and "tool_use" in self._sources else "default"]
