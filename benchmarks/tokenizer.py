@@ -48,6 +48,8 @@ GOALS: dict[str, result_file.Goal] = {
     "speedup.tokenizers": (15, "max", "issue 4: encode, CPU seconds of HF encode_batch over ours"),
     "speedup.tiktoken": (5, "max", "issue 4: encode, CPU seconds of tiktoken over ours"),
     "speedup.gigatoken": (2, "max", "issue 4: encode, CPU seconds of gigatoken over ours"),
+    "worst_s": (2, "min", "issue 4: 1 MB of one character, of spaces, of ^, of random Han"),
+    "worst_ratio": (2.5, "min", "issue 4: 2 MB of the same over 1 MB"),
     "shards_mb_per_cpu_s": (25, "max", "issue 4: JSONL to shards, end to end"),
     "shards_speedup.two": (1.8, "max", "issue 4: JSONL to shards, two processes over one, wall time"),
 }
@@ -142,9 +144,7 @@ def require(options: argparse.Namespace) -> None:
     if not options.data.is_file():
         raise UserError(f"{options.data}: no such file; name a .zst file of JSONL with --data")
     if not options.peer_python.is_file():
-        raise UserError(
-            f"{options.peer_python}: the peers are not installed; `make peers` installs them"
-        )
+        raise UserError(f"{options.peer_python}: the peers are not installed; `make peers` installs them")
 
 
 def measure(bench: Bench, lines: list[bytes]) -> dict[str, Any]:
@@ -234,6 +234,8 @@ def encoding(bench: Bench, texts: Path) -> None:
         label = f".{name}" if name else ""
         bench.add(f"encode_mb_per_cpu_s{label}", [size / MB / f["cpu_seconds"] for f in several], "MB/s")
         bench.versions.update(several[0].get("versions", {}))
+    bench.add("worst_s", [f["worst_seconds"] for f in found[""]], "s")
+    bench.add("worst_ratio", [f["worst_ratio"] for f in found[""]], "times")
     for name in LIBRARIES:
         bench.add(f"speedup.{name}", [median(name) / median("")], "times")
 

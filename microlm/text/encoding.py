@@ -86,6 +86,14 @@ class _Encoded:
     consumed: int
 
 
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What became of each user's source, by its word, and under which licences its records are."""
+
+    tallies: dict[str, Tally]
+    licences: set[str]
+
+
 def files_of_data(folder: Path, splits: Sequence[str]) -> list[File]:
     """The documents and conversations of a data artifact; a corpus without one of them has no such file."""
     kinds: dict[str, type[Document] | type[Conversation]] = {DOCUMENTS: Document, CONVERSATIONS: Conversation}
@@ -129,15 +137,15 @@ def encode_files(words: Sequence[str], tokenizer: Path, out: Path, processes: in
 
 def write_sets(
     files: Sequence[File], directory: Path, folder: Path, processes: int
-) -> tuple[dict[str, Any], dict[str, Tally]]:
-    """Encode files into token sets under `folder`; the index, and what became of each user's source."""
+) -> tuple[dict[str, Any], Found]:
+    """Encode files into token sets under `folder`; the index, and what was found in a user's sources."""
     tokenizer = Tokenizer.load(directory)
     total = sum(file.size_bytes for file in files)
     workers = min(processes, 1 + total // _PROCESS_BYTES)
     if workers > 1 and tokenizer.backend == "tokenizers":
         workers = 1  # the library works on all cores by itself
     written = _Sets(folder, tokenizer.dtype)
-    tallies: dict[str, Tally] = {}
+    found = Found({}, set())
     with (
         open_pool(workers, lambda: _warm(tokenizer)) as pool,
         Progress("tokenize", total or None, "bytes") as bar,
@@ -152,9 +160,10 @@ def write_sets(
                 tally.add(encoded.tally)
                 bar.update(encoded.consumed, tokens=f"{written.tokens:,}")
             if isinstance(file.place, Source):
-                tallies[file.place.word] = tally
+                found.tallies[file.place.word] = tally
+                found.licences.update(tally.licences)
                 _tell(file.place, tally)
-    return written.index(tokenizer, (file.split for file in files)), tallies
+    return written.index(tokenizer, (file.split for file in files)), found
 
 
 def _tell(source: Source, tally: Tally) -> None:
@@ -194,7 +203,7 @@ def _encode_block(task: _Task) -> _Encoded:
         if isinstance(record, Drop):
             tally.drop(record.reason, f"{record.place}: {record.detail}")
             continue
-        tally.keep()
+        tally.keep(record.licence)
         if isinstance(record, Document):
             texts.append(record.text)
         else:

@@ -17,7 +17,7 @@ from pydantic import Field
 
 from microlm.core.artifact import Workspace, stage
 from microlm.core.errors import UserError
-from microlm.core.recipe import StageRecipe, artifact_input
+from microlm.core.recipe import StageRecipe, artifact_input, unkeyed
 from microlm.text import sources
 from microlm.text.encoding import CONVERSATIONS, INDEX, SPLITS, files_of_data, files_of_words, write_sets
 from microlm.text.tokenizer import copy_files
@@ -27,13 +27,17 @@ class TokenizeRecipe(StageRecipe):
     """Turn every split of a data artifact, or raw files, into token sets."""
 
     data: str | None = artifact_input(None, kinds=("data",), description="data artifact")
-    source: tuple[str, ...] = Field(
-        (), description="in place of data: raw files as in data.source, encoded as they are"
+    source: str | list[str] | None = unkeyed(
+        None, description="in place of data: raw files as in the stage data, encoded as they are"
     )
     tokenizer: str = artifact_input(
         kinds=("tokenizer", "model"), description="tokenizer artifact, or a model's tokenizer"
     )
     splits: tuple[str, ...] = Field(SPLITS, description="splits of the data artifact to tokenize")
+
+    def words(self) -> list[str]:
+        """The sources, none if there is a data artifact."""
+        return [self.source] if isinstance(self.source, str) else self.source or []
 
 
 @dataclass(frozen=True)
@@ -48,26 +52,28 @@ class TokenSet:
 
 def fingerprint(recipe: TokenizeRecipe) -> Mapping[str, Any]:
     """The bytes of the user's files that the result depends on."""
-    words = [sources.parse(word) for word in recipe.source]
+    words = [sources.parse(word) for word in recipe.words()]
     return {"sources": [[word.kind, word.fingerprint()] for word in words]} if words else {}
 
 
 @stage("tokenize", "shards", version=1, fingerprint=fingerprint)
 def run(recipe: TokenizeRecipe, work: Workspace) -> None:
     """Encode documents (EOS after each) and conversations (with loss mask), one set for each task."""
-    if bool(recipe.source) == bool(recipe.data):
+    if bool(recipe.words()) == bool(recipe.data):
         raise UserError("tokenize: takes either data (an artifact) or source (raw files); give one of them")
     directory = work.inputs["tokenizer"].path
     copy_files(directory, work.path / "tokenizer")
-    if recipe.source:
-        files = files_of_words(recipe.source)
+    if recipe.words():
+        files = files_of_words(recipe.words())
     else:
         files = files_of_data(work.inputs["data"].path, recipe.splits)
     work.processes = recipe.parallel.processes
-    index, tallies = write_sets(files, directory, work.path, recipe.parallel.processes)
+    index, found = write_sets(files, directory, work.path, recipe.parallel.processes)
     work.write_json(INDEX, index)
-    if tallies:
-        work.write_json("logs/sources.json", {word: tally.to_json() for word, tally in tallies.items()})
+    work.licences |= found.licences
+    if found.tallies:
+        tallies = {word: tally.to_json() for word, tally in found.tallies.items()}
+        work.write_json("logs/sources.json", tallies)
     work.metrics["tokens"] = sum(s["tokens"] for s in index["sets"].values())
 
 

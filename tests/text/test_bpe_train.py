@@ -125,7 +125,7 @@ def reference(texts: Sequence[str], room: int, least: int) -> set[bytes]:
     chunks = Chunks(Pieces().rule(), None, 0, 1 << 22)
     chunks.add(list(texts))
     made: dict[int, bytes] = {}
-    ranked = [(-n, len(b) < 4 and is_whole(b), len(b), b) for b, n in parts.items() if n >= least]
+    ranked = [(-n, is_whole(b), len(b), b) for b, n in parts.items() if n >= least]
     lowest = 1 << 60
     words = []
     for left, right, seen, new in learn(

@@ -22,7 +22,7 @@ from microlm.text.near.signature import grams
 
 TOKENS = 13  # GPT-3's n-gram; a token is a Han character or a word, see `near.signature`
 SAMPLE = 64
-_SLOTS = 32  # bits of the filter before the table for each gram in it
+_SLOTS = 16  # bits of the filter before the table for each gram in it
 
 
 @dataclass(frozen=True)

@@ -98,7 +98,7 @@ class Chunks:
         while done < len(before.weights):
             if self.cut > highest or not highest:
                 raise OutOfMemory
-            self.cut *= 2
+            self.cut += self.cut // 4 + 1
             self.store = self._new()
             self.store, done = _add_all(before, 0, self.frequent, self.cut, self.store)
 
