@@ -19,10 +19,10 @@ from microlm.text import sources
 from microlm.text.audit import Audit, page
 from microlm.text.clean import CleanRecipe
 from microlm.text.corpus import holdout
-from microlm.text.corpus.engine import Engine
+from microlm.text.corpus.engine import Engine, load_kernels
 from microlm.text.corpus.intake import refine_factbook, refine_sources
 from microlm.text.corpus.pool import open_pool
-from microlm.text.corpus.refine import Report, Schema, load_kernels
+from microlm.text.corpus.refine import Report, Schema
 from microlm.text.sources import factbook
 from microlm.text.sources.factbook import Factbook, FactbookSizes
 from microlm.text.split import SPLITS, Kind, check_shares

@@ -132,8 +132,8 @@ def load(folder: Path, overlap: float) -> HeldOut:
     """What `save` wrote."""
 
     def column(name: str) -> NDArray[Any]:
-        found: NDArray[Any] = np.load(folder / f"held_out.{name}.npy", mmap_mode="r")
-        return np.asarray(found)  # a memmap costs microseconds with every slice
+        found: NDArray[Any] = np.load(folder / f"held_out.{name}.npy")
+        return found
 
     arrays = (column("grams"), column("items"), column("sizes"), column("filter"))
     return HeldOut(*arrays, overlap, int(column("tests")[0]))

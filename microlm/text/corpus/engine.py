@@ -14,8 +14,9 @@ import numpy as np
 
 from microlm.core import storage
 from microlm.core.metrics import Progress
-from microlm.text.audit import Audit
-from microlm.text.clean import glimpse
+from microlm.core.records import Document
+from microlm.text.audit import Audit, Survey
+from microlm.text.clean import CleanRecipe, Effects, clean, glimpse, rules
 from microlm.text.corpus import assemble, contaminate, duplicates, shared
 from microlm.text.corpus.assemble import Plan
 from microlm.text.corpus.cut import cut
@@ -32,13 +33,27 @@ from microlm.text.corpus.store import (
     Store,
     join_digest,
 )
-from microlm.text.dedup import digest
+from microlm.text.dedup import digest, record_digest
+from microlm.text.near.signature import sign
+from microlm.text.rules.repetition import repetition
 from microlm.text.split import KINDS, Kind
 
 PART_BYTES = 16 << 20
 """Of text in one range of the last pass."""
 REASONS = {EXACT: "duplicate", NEAR: "near_duplicate", LINES: "only_repeated_lines"}
 MAX_EXAMPLES = 3
+
+
+def load_kernels() -> None:
+    """Load, or compile, the loops that workers run, and their tables."""
+    text = "一二三四五六七八九十。" * 3
+    document, _ = clean(Document(text), rules(CleanRecipe.model_validate({})), Effects())
+    repetition(text)
+    record_digest(document)
+    sign([text])
+    shared.hash_lines(np.zeros(1, dtype=np.uint8), np.array([0]), np.array([1]))
+    contaminate.gather([text], [], overlap=1.0)[0].found_in(text)
+    Survey().observe("documents", "train", document)
 
 
 class Engine:

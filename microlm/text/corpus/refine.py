@@ -14,7 +14,6 @@ from microlm.text import sources
 from microlm.text.clean import CleanRecipe, Effects, clean, glimpse, rules, tidied
 from microlm.text.corpus.store import BlockWriter, finished
 from microlm.text.dedup import record_digest
-from microlm.text.near.signature import sign
 from microlm.text.read import Drop, Record
 from microlm.text.sources import Block, Tally
 from microlm.text.split import KINDS, kind_of, line_of
@@ -108,15 +107,6 @@ def refine(task: Task) -> dict[str, Any]:
         writer.put((KINDS.index(kind), int(composed)), record_digest(record), body, meta, chars)
     writer.finish({"block": task.identity(), "report": report.to_json()})
     return report.to_json()
-
-
-def load_kernels() -> None:
-    """Load the compiled loops of the passes over documents, and their tables."""
-    document, _ = clean(
-        Document("一二三四五六七八九十。 " * 2), rules(CleanRecipe.model_validate({})), Effects()
-    )
-    record_digest(document)
-    sign([document.text])
 
 
 def serialised(record: Record) -> tuple[bytes, bytes]:

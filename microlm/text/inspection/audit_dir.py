@@ -17,8 +17,8 @@ from typing import Any
 from microlm.core.errors import UserError
 from microlm.core.metrics import Progress
 from microlm.text import sources
+from microlm.text.corpus.engine import load_kernels
 from microlm.text.corpus.pool import open_pool
-from microlm.text.corpus.refine import load_kernels
 from microlm.text.inspection import drift, overlap
 from microlm.text.inspection.drift import Drift
 from microlm.text.inspection.gates import Gate
