@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import shutil
+from array import array
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -56,7 +57,7 @@ class Outcome:
     survey: Survey = field(default_factory=Survey)
     cut: int = 0
     pieces: int = 0
-    digests: dict[Split, list[int]] = field(default_factory=lambda: {split: [] for split in NAMES})
+    digests: dict[Split, array[int]] = field(default_factory=lambda: {split: array("Q") for split in NAMES})
     """The first halves of the digests of the documents written."""
 
 

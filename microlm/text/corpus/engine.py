@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from microlm.core import storage
+from microlm.core import runtime, storage
 from microlm.core.metrics import Progress
 from microlm.core.records import Document
 from microlm.text.audit import Audit, Survey
@@ -99,6 +99,7 @@ class Engine:
         lines = shared.find(self.pool, self.store, documents) if documents else np.zeros(0, dtype=np.uint64)
         for block, row in shared.remove(self.pool, self.store, lines, min_chars, self.audit.effects):
             self._drop(LINES, block, row)
+        runtime.give_memory_back()
         return len(lines) > 0
 
     def drop_near(self, threshold: float, memory_mb: int) -> None:
@@ -106,6 +107,7 @@ class Engine:
         if threshold:
             for block, row in duplicates.near(self.pool, self.store, threshold, memory_mb):
                 self._drop(NEAR, block, row)
+            runtime.give_memory_back()
 
     def note_held_out(self, plan: Plan, tests: list[str], said: Iterable[str]) -> None:
         """Write down what no training record may hold.
@@ -116,6 +118,8 @@ class Engine:
         held_out, short = contaminate.gather(tests, self._held_out_documents(plan, keys), plan.overlap)
         contaminate.save(held_out, self.blocks)
         self.audit.held_out = {"texts": len(held_out.sizes), "too_short_for_13_grams": short}
+        del held_out
+        runtime.give_memory_back()
         path = self.blocks / "held_out.json"
         with storage.explain_write(path):
             path.write_text(json.dumps(sorted(key.hex() for key in keys)), encoding="utf-8")
