@@ -49,7 +49,7 @@ def test_blocks_and_processes_change_no_byte(
     monkeypatch.setattr(packed, "_PIECE", 1_000)
     monkeypatch.setattr(encoding, "_PROCESS_BYTES", 1_000)
     [documents, *_] = encoding.files_of_data(data.path, ["train"])
-    assert len(list(documents.blocks())) > 8
+    assert len(list(documents.blocks())) >= 8
     encode_files([data.url], tokenizer.path, tmp_path / "parts", processes)
     assert content(tmp_path / "parts") == content(tmp_path / "whole")
 
