@@ -66,15 +66,14 @@ def characters_learnt(texts: Sequence[str], room: int, least: int) -> list[list[
     """Merges of characters, by our loops, from whole pieces."""
     chunks = Chunks(Pieces().rule(), None, 0, 1 << 22)
     chunks.add(list(texts))
-    made: dict[int, str] = {}
-    merges: dict[tuple[str, str], None] = {}
+    made: list[str] = []
+    merges = []
     rows = learn(chunks.columns(), CODE_POINTS, room, least, NOTHING, lambda _: None)
-    for left, right, _, new in rows.tolist():
-        a, b = (made[i] if i >= CODE_POINTS else chr(i) for i in (left, right))
-        made[new] = a + b
-        merges.pop((a, b), None)
-        merges[a, b] = None
-    return [list(merge) for merge in merges]
+    for left, right, _ in rows.tolist():
+        merges.append([made[i - CODE_POINTS] if i >= CODE_POINTS else chr(i) for i in (left, right)])
+        made.append("".join(merges[-1]))
+    assert len(set(made)) == len(made)
+    return merges
 
 
 def characters_theirs(texts: Sequence[str], room: int, least: int) -> list[list[str]]:
@@ -124,19 +123,18 @@ def reference(texts: Sequence[str], room: int, least: int) -> set[bytes]:
             parts[whole[:end]] = parts.get(whole[:end], 0) + 1
     chunks = Chunks(Pieces().rule(), None, 0, 1 << 22)
     chunks.add(list(texts))
-    made: dict[int, bytes] = {}
+    made: list[bytes] = []
     ranked = [(-n, is_whole(b), len(b), b) for b, n in parts.items() if n >= least]
-    lowest = 1 << 60
     words = []
-    for left, right, seen, new in learn(
-        chunks.columns(), CODE_POINTS, 1000, least, NOTHING, lambda _: None
-    ).tolist():
-        made[new] = b"".join(made[i] if i >= CODE_POINTS else chr(i).encode() for i in (left, right))
-        lowest = min(lowest, seen)
-        words.append((-lowest, made[new]))
+    rows = learn(chunks.columns(), CODE_POINTS, 1000, least, NOTHING, lambda _: None)
+    for left, right, seen in rows.tolist():
+        made.append(
+            b"".join(made[i - CODE_POINTS] if i >= CODE_POINTS else chr(i).encode() for i in (left, right))
+        )
+        words.append((-seen, made[-1]))
     first = [(n, 0, b) for n, _, _, b in sorted(ranked)] + [(n, 1, b) for n, b in words]
     first.sort(key=lambda row: row[:2])
-    return set(list(dict.fromkeys(b for _, _, b in first))[:room])
+    return {b for _, _, b in first[:room]}
 
 
 def is_whole(text: bytes) -> bool:

@@ -22,7 +22,7 @@ from microlm.text.bpe.learn import passes
 from microlm.text.bpe.learn.choose import Choice, choose_aligned, choose_exact
 from microlm.text.bpe.learn.chunks import Chunks, Columns, OutOfMemory
 from microlm.text.bpe.learn.count import CODE_POINTS, PairCounts
-from microlm.text.bpe.learn.lists import Ints
+from microlm.text.bpe.learn.initial import Ints
 from microlm.text.bpe.learn.merges import learn
 from microlm.text.bpe.learn.passes import Block, C, ChunkJob, PairJob, Share, Watch
 from microlm.text.bpe.learn.spelling import BYTES, byte_columns, parts_of
@@ -185,7 +185,7 @@ class _Run:
 
     def _learn(self, columns: Columns, base: int, least: int, others: Ints) -> Ints:
         if not self.plan.room:
-            return np.zeros((0, 4), dtype=np.int64)
+            return np.zeros((0, 3), dtype=np.int64)
         with self.watch("tokenizer merges", None, "merges") as bar:
             rows = learn(
                 columns, base, self.plan.room, least, others, lambda done: bar.update(done - bar.done)

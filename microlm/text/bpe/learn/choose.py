@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from microlm.text.bpe.learn.count import CODE_POINTS
-from microlm.text.bpe.learn.lists import Ints
+from microlm.text.bpe.learn.initial import Ints
 from microlm.text.bpe.learn.spelling import BYTES, Part
 
 Merge = tuple[bytes, bytes]
@@ -24,62 +24,44 @@ class Choice:
 
 
 def choose_exact(rows: Ints) -> Choice:
-    """What was learnt from bytes, as `tokenizers` writes it down."""
-    tokens, merges, counts = _tokens(rows, [bytes([b]) for b in BYTES])
-    return Choice(list(dict.fromkeys(tokens)), _last(merges), min(counts, default=0))
+    """What was learnt from bytes."""
+    tokens, merges = _tokens(rows, [bytes([byte]) for byte in BYTES])
+    return Choice(tokens, merges, int(rows[-1, 2]) if len(rows) else 0)
 
 
 def choose_aligned(rows: Ints, parts: list[Part], room: int) -> Choice:
     """The most frequent of `parts` and of what was learnt from characters, `room` of them.
 
-    A character is spelled by merges that come first, so that what is merged later are whole characters.
+    A character is spelled by merges that come first, so that what is merged later are whole characters. Of
+    two as frequent the part comes first: what is made of it needs it.
     """
-    tokens, merges, counts = _tokens(rows, None)
-    begun: list[bytes] = []
-    whole: list[bytes] = []
-    words: dict[bytes, None] = {}
-    taken, lowest, last = 0, counts[0] if counts else 0, 0
-
-    def take(part: Part) -> None:
-        (whole if part.is_whole else begun).append(part.text)
-
-    rest = iter(parts)
-    part = next(rest, None)
-    for token, count in zip(tokens, counts, strict=True):
-        lowest = min(lowest, count)  # a token that two merges give may bring a higher one back
-        while part and part.count >= lowest and len(begun) + len(whole) + len(words) < room:
-            take(part)
-            last, part = part.count, next(rest, None)
-        if len(begun) + len(whole) + len(words) == room:
-            break
-        words[token] = None
-        last, taken = lowest, taken + 1
-    while part and len(begun) + len(whole) + len(words) < room:
-        take(part)
-        last, part = part.count, next(rest, None)
-    begun.sort(key=len)  # three bytes begin with two
-    spelled = [(token[:-1], token[-1:]) for token in begun + whole]
-    return Choice([*begun, *whole, *words], spelled + _last(merges[:taken]), last)
+    words, merges = _tokens(rows, None)
+    ranked = [(-part.count, 0, i) for i, part in enumerate(parts)]
+    ranked += [(-count, 1, i) for i, count in enumerate(rows[:, 2].tolist())]
+    taken = sorted(ranked)[:room]
+    inside = [parts[i] for _, is_word, i in taken if not is_word]
+    inside.sort(key=lambda part: 4 if part.is_whole else len(part.text))  # three bytes begin with two
+    spelled = [part.text for part in inside]
+    count = sum(is_word for _, is_word, _ in taken)
+    return Choice(
+        [*spelled, *words[:count]],
+        [*((text[:-1], text[-1:]) for text in spelled), *merges[:count]],
+        -taken[-1][0] if taken else 0,
+    )
 
 
-def _tokens(rows: Ints, symbols: list[bytes] | None) -> tuple[list[bytes], list[Merge], list[int]]:
-    """What each row makes, of what, and how often it was seen; symbols are code points if none are given."""
-    made: dict[int, bytes] = {}
+def _tokens(rows: Ints, symbols: list[bytes] | None) -> tuple[list[bytes], list[Merge]]:
+    """What each row makes, and of what; symbols are code points if none are given."""
     base = CODE_POINTS if symbols is None else len(symbols)
+    tokens: list[bytes] = []
+    merges: list[Merge] = []
 
     def spelled(number: int) -> bytes:
         if number >= base:
-            return made[number]
+            return tokens[number - base]
         return chr(number).encode() if symbols is None else symbols[number]
 
-    tokens, merges, counts = [], [], []
-    for left, right, count, new in rows.tolist():
+    for left, right, _ in rows.tolist():
         merges.append((spelled(left), spelled(right)))
-        tokens.append(made.setdefault(new, b"".join(merges[-1])))
-        counts.append(count)
-    return tokens, merges, counts
-
-
-def _last(merges: list[Merge]) -> list[Merge]:
-    """Each merge where it stands last, as `tokenizers` ranks one that it learnt twice."""
-    return list(dict.fromkeys(reversed(merges)))[::-1]
+        tokens.append(b"".join(merges[-1]))
+    return tokens, merges

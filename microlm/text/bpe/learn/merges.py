@@ -1,8 +1,11 @@
 """Exact byte-pair encoding of weighted chunks: the merges of `tokenizers`' BpeTrainer, in its order.
 
-Enters: symbols in a row with a separator around every chunk. Leaves: rows (left, right, count, new).
-A token that begins at i stands at symbols[i]; one of several places has minus its length at its second and
-last place, and something negative in between, so that one can walk both ways.
+Enters: symbols in a row with a separator around every chunk. Leaves: rows (left, right, count); row i makes
+the token `base` + i. A token that begins at i stands at symbols[i]; one of several places has minus its
+length at its second and last place, and something negative in between, so that one can walk both ways.
+
+Two merges never make the same text: where a token begins and ends there were borders all the time, so between
+them the same happened everywhere. So a pair is made by one merge only, and from then on its count only falls.
 """
 
 from __future__ import annotations
@@ -13,36 +16,31 @@ from typing import NamedTuple
 import numpy as np
 
 from microlm.text.bpe.learn.chunks import SEPARATOR, Columns, Symbols
-from microlm.text.bpe.learn.initial import COUNT, NEWEST, count_pairs, pair_of, queue_all, words_of
-from microlm.text.bpe.learn.lists import (
+from microlm.text.bpe.learn.initial import (
+    COUNT,
     FOUND,
-    FREE,
-    GROUPS,
-    LEFT,
-    MADE,
-    NEW,
-    NODES,
-    NONE,
+    HEAD,
     PAIRS,
-    RIGHT,
     TAKEN,
     TOUCHED,
-    Groups,
+    USED,
     Ints,
     Nodes,
     Places,
-    Touched,
+    add_pair,
     append,
-    longer,
-    new_touched,
-    unlink,
+    count_pairs,
+    forget_places,
+    key_of,
+    queue_all,
+    take_places,
+    words_of,
 )
-from microlm.text.bpe.learn.names import Names, name, new_names
 from microlm.text.bpe.learn.queue import Queue, pop, push
 from microlm.text.bpe.learn.table import EMPTY, FIRST, Table, find, is_full
 from microlm.text.compiled import njit
 
-_BLOCK = 4096  # occurrences that are replaced before the tables are looked at again
+_BLOCK = 4096  # places that are replaced before the tables are looked at again
 _STEP = 1 << 20  # and before Python looks whether someone wants to stop
 
 
@@ -51,14 +49,11 @@ class Work(NamedTuple):
 
     symbols: Symbols
     words: Places
-    begins: Ints
     weights: Ints
     pairs: Table
     nodes: Nodes
-    groups: Groups
-    touched: Touched
+    touched: Ints
     queue: Queue
-    names: Names
     found: Ints
     state: Ints
 
@@ -66,10 +61,10 @@ class Work(NamedTuple):
 def learn(
     columns: Columns, base: int, room: int, least: int, others: Ints, step: Callable[[int], None]
 ) -> Ints:
-    """Rows (left, right, count, new), new ≥ `base`, down to a count of `least`. The columns are used up.
+    """Rows (left, right, count) down to a count of `least`. The columns are used up.
 
-    Ends when `room` is taken by new tokens and by those of `others` (counts, falling) that are as frequent.
-    `step` hears how many rows there are, often enough to be stopped there.
+    Ends when `room` is taken by rows and by those of `others` (counts, falling) that are as frequent. `step`
+    hears how many rows there are, often enough to be stopped there.
     """
     work = _begin(columns, room, least)
     is_done = False
@@ -84,70 +79,40 @@ def _begin(columns: Columns, room: int, least: int) -> Work:
     """Count all pairs, queue the frequent ones."""
     words = words_of(columns)
     pairs, state = count_pairs(columns.symbols, words, columns.weights)
-    nodes, groups, queue = queue_all(columns.symbols, pairs, state, least)
-    return Work(
-        columns.symbols,
-        words,
-        columns.begins,
-        columns.weights,
-        pairs,
-        nodes,
-        groups,
-        new_touched(2 * _BLOCK),
-        queue,
-        new_names(room),
-        np.empty((room + 16, 4), dtype=np.int64),
-        state,
-    )
+    nodes, queue = queue_all(columns.symbols, pairs, state, least)
+    touched, found = np.empty(4 * _BLOCK, dtype=np.int64), np.empty((room, 3), dtype=np.int64)
+    return Work(columns.symbols, words, columns.weights, pairs, nodes, touched, queue, found, state)
 
 
 @njit
 def _advance(work: Work, base: int, room: int, least: int, others: Ints) -> tuple[Work, bool]:
     """Merge until about a million places are replaced: (work, whether it is finished)."""
-    symbols, words, begins, weights, pairs, nodes, groups, touched, queue, names, found, state = work
-    done, is_done = 0, True
-    while queue.size[0] > 0 and state[MADE] < room:
+    state, done = work.state, 0
+    while work.queue.size[0] > 0 and state[FOUND] < room:
         if done >= _STEP:
-            is_done = False
-            break
-        count, key, group = pop(queue)
-        row = find(pairs, key)
-        if pairs[row, COUNT] != count:
-            if pairs[row, COUNT] >= least:
-                queue = push(queue, pairs[row, COUNT], key, group)
+            return work, False
+        count, key = pop(work.queue)
+        row = find(work.pairs, key)
+        now = work.pairs[row, COUNT]
+        if now != count:
+            if now >= least:
+                push(work.queue, now, key)  # where the entry was that came out, so it never grows
             continue
         while state[TAKEN] < len(others) and others[state[TAKEN]] >= count:
             state[TAKEN] += 1
-        if state[MADE] + state[TAKEN] >= room:
+        if state[FOUND] + state[TAKEN] >= room:
             break
-        if pairs[row, NEWEST] == group:
-            pairs[row, NEWEST] = NONE
-        names, found = _enter(names, found, state, base, key, count)
-        places = unlink(nodes, groups, group, state)
-        if groups.shared[group]:
-            places = _all_of_words(symbols, words, begins, places, state)
+        places = take_places(work.nodes, work.pairs, row, state)
+        work.pairs[row, COUNT] = 0
         for start in range(0, len(places), _BLOCK):
-            pairs, nodes, touched = _make_room(pairs, nodes, touched, state)
-            _replace(symbols, words, weights, pairs, places[start : start + _BLOCK], nodes, touched, state)
-        groups, queue = _settle(pairs, nodes, groups, touched, queue, state, least)
+            work = _with_room(work, least)
+            _replace(work, places[start : start + _BLOCK], key, base + state[FOUND])
+        work = _settled(work, least)
+        row = state[FOUND]
+        work.found[row, 0], work.found[row, 1], work.found[row, 2] = key >> 32, key & 0xFFFFFFFF, count
+        state[FOUND] += 1
         done += len(places)
-    work = Work(symbols, words, begins, weights, pairs, nodes, groups, touched, queue, names, found, state)
-    return work, is_done
-
-
-@njit
-def _enter(names: Names, found: Ints, state: Ints, base: int, key: int, count: int) -> tuple[Names, Ints]:
-    """Note the merge that is to come, and give it its token."""
-    state[LEFT], state[RIGHT] = key >> 32, key & 0xFFFFFFFF
-    names, new = name(names, state[MADE], base, state[LEFT], state[RIGHT])
-    state[MADE] = max(state[MADE], new + 1)
-    state[NEW] = base + new
-    if state[FOUND] == len(found):
-        found = np.concatenate((found, np.empty_like(found)))
-    row = found[state[FOUND]]
-    row[0], row[1], row[2], row[3] = state[LEFT], state[RIGHT], count, state[NEW]
-    state[FOUND] += 1
-    return names, found
+    return work, True
 
 
 @njit
@@ -166,72 +131,43 @@ def _before(symbols: Symbols, at: int) -> int:
 
 
 @njit
-def _all_of_words(symbols: Symbols, words: Places, begins: Ints, places: Places, state: Ints) -> Places:
-    """All places of the pair in the chunks of these places, as `tokenizers` takes the group of a pair."""
-    chosen = np.unique(words[places])
-    many = 0
-    for word in chosen:
-        many += begins[word + 1] - 1 - begins[word]
-    found = np.empty(many, dtype=np.int32)
-    many = 0
-    for word in chosen:
-        at = begins[word]
-        while symbols[at] != SEPARATOR:
-            following = _next(symbols, at)
-            if symbols[at] == state[LEFT] and symbols[following] == state[RIGHT]:
-                found[many] = at
-                many += 1
-            at = following
-    return found[:many]
-
-
-@njit
-def _make_room(pairs: Table, nodes: Nodes, touched: Touched, state: Ints) -> tuple[Table, Nodes, Touched]:
-    """Room for all that a block of occurrences can add: two pairs and two places each."""
+def _with_room(work: Work, least: int) -> Work:
+    """Room for all that a block of places can add: two pairs and two places each."""
+    symbols, words, weights, pairs, nodes, touched, queue, found, state = work
     more = 2 * _BLOCK
     if is_full(state[PAIRS] + more, pairs.shape[0]):
-        pairs = _without_dead(pairs, more, state)
-    if state[NODES] + more > len(nodes.places):
-        nodes = Nodes(longer(nodes.places), longer(nodes.following))
-    if state[TOUCHED] + more > len(touched.keys):
-        bigger = new_touched(2 * len(touched.keys) + more)
-        many = state[TOUCHED]
-        bigger.keys[:many] = touched.keys[:many]
-        bigger.head[:many] = touched.head[:many]
-        bigger.tail[:many] = touched.tail[:many]
-        bigger.earlier[:many] = touched.earlier[:many]
-        touched = bigger
-    return pairs, nodes, touched
+        pairs = _without_rare(pairs, more, state, least)
+    if state[USED] + more > len(nodes.places):
+        spare = np.empty_like(nodes.places)
+        nodes = Nodes(np.concatenate((nodes.places, spare)), np.concatenate((nodes.following, spare)))
+    if state[TOUCHED] + more > len(touched):
+        touched = np.concatenate((touched, np.empty_like(touched)))
+    return Work(symbols, words, weights, pairs, nodes, touched, queue, found, state)
 
 
 @njit
-def _without_dead(pairs: Table, more: int, state: Ints) -> Table:
-    """The pairs that occur or are queued, in a table with room for `more`."""
-    alive = 0
+def _without_rare(pairs: Table, more: int, state: Ints, least: int) -> Table:
+    """The pairs that can still be merged, and those being made, in a table with room for `more`."""
+    kept = 0
     for row in range(pairs.shape[0]):
         if pairs[row, 0] != EMPTY:
-            if pairs[row, COUNT] == 0 and pairs[row, NEWEST] == NONE:
-                continue
-            alive += 1
+            kept += pairs[row, COUNT] >= least or pairs[row, HEAD] >= 0
     slots = FIRST
-    while slots < 2 * (alive + more):
+    while slots < 2 * (kept + more):
         slots *= 2
-    other = np.full((slots, 3), EMPTY, dtype=np.int64)
+    other = np.full((slots, pairs.shape[1]), EMPTY, dtype=np.int64)
     for row in range(pairs.shape[0]):
-        if pairs[row, 0] == EMPTY or (pairs[row, COUNT] == 0 and pairs[row, NEWEST] == NONE):
-            continue
-        other[find(other, pairs[row, 0])] = pairs[row]
-    state[PAIRS] = alive
+        if pairs[row, 0] != EMPTY and (pairs[row, COUNT] >= least or pairs[row, HEAD] >= 0):
+            other[find(other, pairs[row, 0])] = pairs[row]
+    state[PAIRS] = kept
     return other
 
 
 @njit
-def _replace(
-    symbols: Symbols, words: Places, weights: Ints, pairs: Table, places: Places, nodes: Nodes,
-    touched: Touched, state: Ints,
-) -> None:  # fmt: skip
-    """Put the new token in these places, from left to right; the pair keeps its count, as in `tokenizers`."""
-    left, right, new = state[LEFT], state[RIGHT], state[NEW]
+def _replace(work: Work, places: Places, key: int, new: int) -> None:
+    """Put the new token in these places, from left to right."""
+    symbols, words, weights, pairs = work.symbols, work.words, work.weights, work.pairs
+    left, right = key >> 32, key & 0xFFFFFFFF
     for place in places:
         at = int(place)
         if symbols[at] != left:
@@ -243,61 +179,45 @@ def _replace(
         weight = weights[words[at]]
         before = _before(symbols, at)
         if before >= 0:
-            pairs[find(pairs, pair_of(symbols[before], left)), COUNT] -= weight
-            _note(pairs, pair_of(symbols[before], new), before, weight, nodes, touched, state)
+            _lose(pairs, key_of(symbols[before], left), weight)
+            _gain(work, key_of(symbols[before], new), before, weight)
         symbols[second] = symbols[at + 1] = symbols[end - 1] = at - end
         symbols[at] = new
         if symbols[end] >= 0:
-            pairs[find(pairs, pair_of(right, symbols[end])), COUNT] -= weight
-            _note(pairs, pair_of(new, symbols[end]), at, weight, nodes, touched, state)
+            _lose(pairs, key_of(right, symbols[end]), weight)
+            _gain(work, key_of(new, symbols[end]), at, weight)
 
 
 @njit
-def _note(
-    pairs: Table, key: int, place: int, weight: int, nodes: Nodes, touched: Touched, state: Ints
-) -> None:
-    """Count a new occurrence, and note its place."""
+def _lose(pairs: Table, key: int, weight: int) -> None:
+    """A pair occurs less often; if it is rare it may be forgotten already."""
+    row = find(pairs, key)
+    if pairs[row, 0] != EMPTY:
+        pairs[row, COUNT] -= weight
+
+
+@njit
+def _gain(work: Work, key: int, place: int, weight: int) -> None:
+    """A new pair occurs at a place."""
+    pairs, touched, state = work.pairs, work.touched, work.state
     row = find(pairs, key)
     if pairs[row, 0] == EMPTY:
-        pairs[row, 0], pairs[row, COUNT], pairs[row, NEWEST] = key, 0, NONE
-        state[PAIRS] += 1
+        add_pair(pairs, row, key, state)
+        touched[state[TOUCHED]] = key
+        state[TOUCHED] += 1
     pairs[row, COUNT] += weight
-    number = -2 - pairs[row, NEWEST]  # a pair that is being touched has the number of that for a group
-    if number < 0:
-        number = state[TOUCHED]
-        state[TOUCHED] = number + 1
-        touched.keys[number] = key
-        touched.head[number] = touched.tail[number] = NONE
-        touched.earlier[number] = pairs[row, NEWEST]
-        pairs[row, NEWEST] = -2 - number
-    append(nodes, touched.head, touched.tail, number, place, state)
+    append(work.nodes, pairs, row, place, state)
 
 
 @njit
-def _settle(
-    pairs: Table, nodes: Nodes, groups: Groups, touched: Touched, queue: Queue, state: Ints, least: int
-) -> tuple[Groups, Queue]:
+def _settled(work: Work, least: int) -> Work:
     """Queue what the merge made and is frequent enough; the places of the rest are forgotten."""
+    symbols, words, weights, pairs, nodes, touched, queue, found, state = work
     for number in range(state[TOUCHED]):
-        row = find(pairs, touched.keys[number])
-        earlier = touched.earlier[number]
-        is_live = earlier >= 0 and groups.head[earlier] >= 0
-        if pairs[row, COUNT] < least:
-            nodes.following[touched.tail[number]] = state[FREE]
-            state[FREE] = touched.head[number]
-            pairs[row, NEWEST] = earlier if is_live else NONE
-            continue
-        group = state[GROUPS]
-        if group == len(groups.head):
-            shared = np.zeros(2 * group, dtype=np.bool_)
-            shared[:group] = groups.shared
-            groups = Groups(longer(groups.head), longer(groups.tail), shared)
-        groups.head[group], groups.tail[group] = touched.head[number], touched.tail[number]
-        groups.shared[group] = is_live
-        if is_live:
-            groups.shared[earlier] = True
-        state[GROUPS] = group + 1
-        pairs[row, NEWEST] = group
-        queue = push(queue, pairs[row, COUNT], touched.keys[number], group)
+        row = find(pairs, touched[number])
+        if pairs[row, COUNT] >= least:
+            queue = push(queue, pairs[row, COUNT], touched[number])
+        else:
+            forget_places(nodes, pairs, row, state)
     state[TOUCHED] = 0
-    return groups, queue
+    return Work(symbols, words, weights, pairs, nodes, touched, queue, found, state)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from microlm.text.bpe.learn.chunks import SEPARATOR, Columns
-from microlm.text.bpe.learn.lists import Ints, Places
+from microlm.text.bpe.learn.initial import Ints, Places
 from microlm.text.bpe.vocabulary import BYTE_OF
 from microlm.text.compiled import njit
 
