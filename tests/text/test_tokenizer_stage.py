@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import signal
@@ -88,7 +89,7 @@ def test_raw_sources_and_a_data_artifact_of_them_give_the_same_tokenizer(tmp_pat
     ]
     talks.write_text("".join(json.dumps(line) + "\n" for line in lines * 3), "utf-8")
     ours = write_tokenizer(tmp_path / "a", data)
-    raw = trained_on(tmp_path / "b", [f"jsonl:{talks}", documents], vocab_size=400)
+    raw = trained_on(tmp_path / "b", [f"jsonl:{talks}", documents], vocab_size=400, assistant_name=None)
     assert raw.digest == ours.digest
     assert ours.manifest["metrics"]["texts"] == raw.manifest["metrics"]["texts"] == 3 * (5 + 6)
     assert all(row["bytes_per_token"] is None for row in fertility(raw))
@@ -203,8 +204,12 @@ def test_ctrl_c_ends_at_once_and_leaves_no_counts(tmp_path: Path, texts: list[st
     process = subprocess.Popen(words, stderr=subprocess.DEVNULL)
     resume = tmp_path / "out.tmp/resume"
     wait_for(lambda: any(resume.glob("counts-*")))
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=20) != 0
+    for _ in range(10):  # Python drops one that comes while LLVM calls back, as numba's kernels are loaded
+        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=2)
+            break
+    assert process.returncode != 0
     assert not list(resume.glob("counts-*"))
     assert not (tmp_path / "out").exists()
 
