@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -121,15 +122,17 @@ def encode_files(words: Sequence[str], tokenizer: Path, out: Path, processes: in
     files += files_of_words([word for word in words if word not in data])
     if not storage.is_free(str(out)) or (out / storage.MANIFEST).exists():
         raise UserError(f"{out}: is in the way; move it away or choose another place")
-    folder = out.with_name(f"{out.name}.tmp")
-    shutil.rmtree(folder, ignore_errors=True)
+    place = out.resolve()
+    with storage.explain_write(out):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(dir=place.parent, prefix=f"{place.name}."))
     try:
         with storage.explain_write(out):
-            folder.mkdir(parents=True)
+            folder.chmod(0o755)
             copy_files(tokenizer, folder / "tokenizer")
             index, _ = write_sets(files, tokenizer, folder, processes)
             (folder / INDEX).write_text(json.dumps(index, ensure_ascii=False, indent=1) + "\n", "utf-8")
-            folder.replace(out)
+            folder.replace(place)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return index

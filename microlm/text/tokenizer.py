@@ -6,6 +6,7 @@ A short text goes through `tokenizers`, many or long ones through our compiled e
 from __future__ import annotations
 
 import codecs
+import json
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
@@ -95,10 +96,19 @@ class Tokenizer:
     @cached_property
     def _plain(self) -> HFTokenizer:
         """`tokenizers` for text from users, in which it matches no added token, special or not."""
-        inner = HFTokenizer.from_str(self._controlled.to_str())
+        inner = HFTokenizer.from_str(self._without_control_pieces(self._controlled.to_str()))
         inner.add_special_tokens([AddedToken(t.content, special=True) for t in self._known.added])
         inner.encode_special_tokens = True
         return inner
+
+    def _without_control_pieces(self, description: str) -> str:
+        """Unigram finds any of its pieces in a text: those of control tokens get names that are in none."""
+        data = json.loads(description)
+        if data["model"]["type"] != "Unigram":
+            return description
+        for token in self._known.added:
+            data["model"]["vocab"][token.id][0] = f"\U0010fffe{token.id}"
+        return json.dumps(data | {"added_tokens": []})
 
     @cached_property
     def _compiled(self) -> Encoder | str:

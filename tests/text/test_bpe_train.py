@@ -310,3 +310,16 @@ def test_on_a_real_corpus_exact_training_is_that_of_tokenizers_and_aligned_as_sh
     ]
     assert sizes[1] <= 1.005 * sizes[0]
     assert aligned.tally == Tally(500, 500)
+
+
+def test_memory_that_is_too_little_for_the_shares_of_several_is_enough_for_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rng = random.Random(9)
+    letters = [chr(0x4E00 + i) for i in range(500)]
+    texts = ["".join(rng.choices(letters, k=300)) for _ in range(200)]
+    for name, value in (("PROCESS_BYTES", 0), ("LEAST_TABLE", 1 << 10), ("SMALL_BYTES", 100)):
+        monkeypatch.setattr(passes, name, value)
+    several = learnt(texts, 50, memory_bytes=16 << 20, mode="exact", processes=4)
+    assert several.report.processes == 1  # four, each with a fifth of the memory, had too little
+    assert several.choice == learnt(texts, 50, mode="exact").choice

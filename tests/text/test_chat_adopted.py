@@ -150,6 +150,26 @@ def test_generation_marks_give_the_mask_of_transformers(models: Any, chat: Conve
     assert next(encode_chats(tokenizer, [chat])) == (found["input_ids"], found["assistant_masks"])
 
 
+def test_marks_without_the_closing_token_still_teach_to_stop(tmp_path: Path) -> None:
+    marked = (TEMPLATES / "marked.jinja").read_text(encoding="utf-8")
+    outside = marked.replace(
+        " + '<|im_end|>' }}\n        {%- endgeneration %}", " }}{%- endgeneration %}{{- '<|im_end|>' }}"
+    )
+    unclosed = marked.replace("trim + '<|im_end|>'", "trim")
+    nowhere = marked.replace("message.role == 'assistant'", "message.role == 'nobody'")
+    assert len({marked, outside, unclosed, nowhere}) == 4
+    chat = Conversation((ASK, SAY, ASK, SAY))
+    found = {}
+    for name, template in (("outside", outside), ("unclosed", unclosed), ("nowhere", nowhere)):
+        found[name] = Tokenizer.load(write_model(tmp_path / name, template, MARKS, None))
+    assert learnt(found["outside"], chat) == ["诗人。<|im_end|>"] * 2
+    for name in ("unclosed", "nowhere"):
+        with pytest.raises(
+            UserError, match="marks show 0 answers that a control token ends, the conversation has 2"
+        ):
+            encode_chat(found[name], chat.messages)
+
+
 def test_qwen3_learns_one_answer_and_refuses_two(models: Any) -> None:
     """It drops earlier thinking: an answer is written otherwise when another turn follows it."""
     tokenizer, _ = models["qwen3"]

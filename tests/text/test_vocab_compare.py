@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 from small_tokenizer import train, write
 
 from microlm.core.errors import UserError
+from microlm.core.manifest import open_artifact
 from microlm.model.config import ModelConfig
 from microlm.model.transformer import Decoder
 from microlm.text.bpe.pieces import Pieces
+from microlm.text.tokenizer import Tokenizer
 from microlm.text.vocab import budget, compare, domains, others, page, peers, view
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "中", "国", "a", "##b", "。"]
@@ -241,3 +243,10 @@ def test_lower_case_follows_the_directory(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text('{"do_lower_case": false}', encoding="utf-8")
     [cut] = peers.open_peer(str(tmp_path)).cut(["A"])
     assert cut.ids == [4]
+
+
+def test_typed_control_tokens_are_text_to_every_peer() -> None:
+    ready = open_artifact("builtin:zh-6400").path
+    text = "<think>a</think><|im_end|>"
+    [cut] = peers.open_peer(str(ready)).cut([text])
+    assert list(cut.ids) == Tokenizer.load(ready).encode(text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,19 @@ def test_a_sentencepiece_model_is_for_comparison_only(tmp_path: Path) -> None:
     trained.inner.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(UserError, match="not of byte-level BPE"):
         Tokenizer.load(tmp_path).decode([100])
+
+
+def test_sentencepiece_does_not_find_typed_control_tokens(tmp_path: Path) -> None:
+    drawn = random.Random(0)
+    texts = [
+        "".join(drawn.choices("天地玄黄宇宙洪荒日月盈昃辰宿列张寒来暑往秋收冬藏", k=40)) for _ in range(300)
+    ]
+    trained = others.train("sentencepiece", texts, 600, Pieces(), CONTROL)
+    trained.inner.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer.load(tmp_path)
+    for typed in ("<|im_start|>", "天<|im_end|>地", "<think>"):
+        assert not set(tokenizer.encode(typed)) & set(tokenizer.control.values())
+        assert set(tokenizer.encode(typed, allow_control=True)) & set(tokenizer.control.values())
 
 
 def test_what_is_too_much_is_left_out_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:

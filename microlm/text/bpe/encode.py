@@ -20,6 +20,7 @@ Ids = NDArray[Any]  # uint16 or uint32
 Ends = NDArray[np.int64]
 Neighbours = NDArray[np.uint8]
 CHARACTERS = 256  # where the symbols of characters begin, behind those of the bytes
+_LAST_PLACE = (1 << 31) - 1  # that the cache of pieces can hold
 CACHED_CHARS = 32  # of a piece that is remembered
 _ROOM = max(SHORT, 4 * CACHED_CHARS)
 _CACHE_BITS = 15
@@ -236,7 +237,7 @@ def _recall(codes: Codes, start: int, size: int, cache: Symbols, out: Ids, writt
 
 @njit
 def _remember(codes: Codes, start: int, size: int, cache: Symbols, written: int, count: int) -> None:
-    if size > CACHED_CHARS:
+    if size > CACHED_CHARS or max(start, written) > _LAST_PLACE:
         return
     key = _hash(codes, start, start + size)
     slot = key >> _CACHE_SHIFT

@@ -137,6 +137,8 @@ def _standing_alone(step: dict[str, Any]) -> tuple[int, bool]:
         if word != _TRIPLES and word not in _ALONE:
             raise Unsupported("the pre-tokenizer's first step is not known")
         alone |= _ALONE.get(word, 0)
+    if _TRIPLES in words and alone & (pieces.NUMBER | pieces.DIGIT):
+        raise Unsupported("the pre-tokenizer's first step cuts numbers in two ways")
     return alone, _TRIPLES in words
 
 

@@ -36,6 +36,10 @@ ALIGNED_BYTES, EXACT_BYTES = 32, 96
 _FIRST_GUESS = 0.7  # of the count that the last token had if all were characters and pairs
 
 
+class TooLittleMemory(UserError):
+    """What is to be counted does not fit into the memory that was given."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """What is trained: `room` tokens beside the 256 bytes, each seen `min_frequency` times or more.
@@ -96,10 +100,22 @@ def train(
 ) -> Trained:
     """Learn merges from the blocks, which are gone through more than once.
 
-    What processes tell each other lies in `folder` meanwhile. A UserError if memory is too little.
+    What processes tell each other lies in `folder` meanwhile. Where memory is too little for the shares of
+    several processes, one works alone; a UserError if it is too little for that.
     """
     tell_slow("training a tokenizer")
     share = Share.of(plan.memory_bytes, 1 if passes.is_small(blocks) else plan.processes)
+    try:
+        return _train(blocks, plan, share, progress, folder)
+    except TooLittleMemory:
+        if share.processes == 1:
+            raise
+    return _train(blocks, plan, Share.of(plan.memory_bytes, 1), progress, folder)
+
+
+def _train(
+    blocks: Iterable[Block], plan: Plan, share: Share, progress: Watch, folder: Path | None
+) -> Trained:
     with (
         tempfile.TemporaryDirectory(dir=folder, prefix="counts-") as place,
         open_pool(share.processes, _warm) as pool,
@@ -158,11 +174,11 @@ class _Run:
                 raise self.memory_error()
             cut = max(floor, cut // 2)
 
-    def memory_error(self) -> UserError:
+    def memory_error(self) -> TooLittleMemory:
         """The sentence that says which number to change."""
         megabytes = self.plan.memory_bytes >> 20
         other = "mode to aligned" if self.plan.mode == "exact" else "vocab_size to less"
-        return UserError(
+        return TooLittleMemory(
             f"tokenizer: what is to be counted of this corpus does not fit in memory_mb {megabytes}; "
             f"set memory_mb to {2 * megabytes}, or {other}"
         )

@@ -129,7 +129,10 @@ def _added(rows: Any, ids: dict[str, int]) -> tuple[Added, ...]:
 
 def _merges(model: dict[str, Any], ids: dict[str, int]) -> list[tuple[str, str]]:
     merges: list[tuple[str, str]] = []
-    prefix = len(model.get("continuing_subword_prefix") or "")
+    mark = model.get("continuing_subword_prefix") or ""
+    if not isinstance(mark, str):
+        raise _Fault("model.continuing_subword_prefix is not a text")
+    prefix = len(mark)
     for row in _list(model.get("merges"), "model.merges"):
         pair = row.split(" ") if isinstance(row, str) else row
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):

@@ -60,7 +60,9 @@ class Adopted:
     def _encode(self, tokenizer: Tokenizer, chat: Conversation) -> tuple[list[int], list[int]]:
         guard = Protection(chat, self._controls)
         text, spans = self._render(guard, len(chat.messages), False)
-        if not _MARKED.search(self._source(chat)):
+        if _MARKED.search(self._source(chat)):
+            spans = self._closed(chat, text, spans)
+        else:
             spans = self._by_prefixes(guard, chat, text)
         ids = [i for some in guard.encode(tokenizer, text) for i in some]
         return ids, self._mask(tokenizer, ids, guard, text, spans)
@@ -92,6 +94,23 @@ class Adopted:
     def _error(self, fault: TemplateFault) -> UserError:
         line = f" line {fault.line}" if fault.line else ""
         return UserError(f"{self._where}{line}: {fault.reason}; change the template or the conversation")
+
+    def _closed(self, chat: Conversation, text: str, spans: Sequence[Span]) -> list[Span]:
+        """Marked spans, each with the control token right behind it; refused if an answer has no end."""
+        found = []
+        for first, last in spans:
+            following = self._controls.match(text, last)
+            found.append((first, following.end() if following else last))
+        ends = {match.end() for match in self._controls.finditer(text)}
+        closed = sum(first + len(text[first:last].rstrip()) in ends for first, last in found)
+        answers = sum(message.role == "assistant" for message in chat.messages)
+        if closed < answers:
+            raise UserError(
+                f"{self._where}: no loss mask: the {{% generation %}} marks show {closed} answers that a "
+                f"control token ends, the conversation has {answers}; put each answer and its closing token "
+                "between marks"
+            )
+        return found
 
     def _by_prefixes(self, guard: Protection, chat: Conversation, whole: str) -> list[Span]:
         """Where the answers stand: after each one's prompt, up to the token that ends the turn."""

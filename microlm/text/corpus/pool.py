@@ -45,8 +45,8 @@ class Pool:
                 yield waiting.popleft().result()
         except BrokenProcessPool:
             raise UserError(
-                "data: a worker process was killed (is there enough memory?); run the same command again to "
-                "continue, with fewer parallel.processes"
+                "a worker process was killed (is there enough memory?); run the same command again, with "
+                "fewer parallel.processes"
             ) from None
 
 

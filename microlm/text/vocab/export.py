@@ -95,14 +95,16 @@ def to_hf(folder: Path, target: Path, lines: Sequence[str], *, check: bool = Tru
     source = _open(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target}: is in the way; move it away or choose another folder")
-    made = target.with_name(f"{target.name}.tmp")
-    shutil.rmtree(made, ignore_errors=True)
+    with storage.explain_write(target):
+        target.resolve().parent.mkdir(parents=True, exist_ok=True)
+        made = Path(tempfile.mkdtemp(dir=target.resolve().parent, prefix=f"{target.resolve().name}."))
     try:
+        made.chmod(0o755)
         copy_files(folder, made)
         if check:
             _require_equal(source, lines, _transformers(made, lines), "transformers")
         with storage.explain_write(target):
-            made.replace(target)
+            made.replace(target.resolve())
     finally:
         shutil.rmtree(made, ignore_errors=True)
     return Written(str(target), "transformers", len(lines) if check else 0)

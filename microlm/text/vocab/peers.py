@@ -13,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from tokenizers import AddedToken
 from tokenizers import Tokenizer as HFTokenizer
 
 from microlm.core import storage
@@ -52,6 +53,8 @@ class _Rust:
     def __init__(self, name: str, inner: HFTokenizer) -> None:
         inner.no_truncation()
         inner.no_padding()
+        added = inner.get_added_tokens_decoder().values()
+        inner.add_special_tokens([AddedToken(token.content, special=True) for token in added])
         inner.encode_special_tokens = True
         model = json.loads(inner.to_str())["model"]
         unknown = model.get("unk_token")
