@@ -217,7 +217,7 @@ def test_ids_are_those_of_transformers(trained: Artifact, tokenizer: Tokenizer) 
         assert theirs.decode(ids) == text
     assert len(theirs) == tokenizer.vocab_size
     assert (theirs.eos_token_id, theirs.pad_token_id) == (tokenizer.eos_id, tokenizer.pad_id) == (2, 0)
-    assert theirs.chat_template == chat.template_text("MicroLM")
+    assert theirs.chat_template == chat.template_text(None)
     assert theirs.bos_token is None and theirs.unk_token is None
     assert set(theirs.all_special_tokens) == set(SPECIAL)
 

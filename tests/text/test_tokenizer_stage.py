@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import random
 import signal
@@ -204,12 +203,8 @@ def test_ctrl_c_ends_at_once_and_leaves_no_counts(tmp_path: Path, texts: list[st
     process = subprocess.Popen(words, stderr=subprocess.DEVNULL)
     resume = tmp_path / "out.tmp/resume"
     wait_for(lambda: any(resume.glob("counts-*")))
-    for _ in range(10):  # Python drops one that comes while LLVM calls back, as numba's kernels are loaded
-        process.send_signal(signal.SIGINT)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=2)
-            break
-    assert process.returncode != 0
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=20) != 0
     assert not list(resume.glob("counts-*"))
     assert not (tmp_path / "out").exists()
 
