@@ -7,7 +7,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=15
 STAMP  := $(VENV)/.microlm-setup
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart lint check test e2e bench clean
+.PHONY: help setup quickstart lint check test e2e peers bench clean
 
 help: ## list these targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z0-9]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,7 +31,9 @@ test: lint ## lint and every test but e2e, gpu and internet: within twenty minut
 e2e: quickstart ## the quickstart for real, then whole pipelines, kills and a browser: within 35 minutes
 	$(PYTEST) -m "e2e and not gpu and not internet" --junitxml=build/junit-e2e.xml
 
-bench: $(if $(QUICK),setup,quickstart) ## every benchmark, results in build/bench (QUICK=1: a minute each)
+peers: build/peers/.microlm-setup ## what benchmarks compare with, in an environment of its own (build/peers)
+
+bench: $(if $(QUICK),setup,quickstart) peers ## every benchmark, results in build/bench (QUICK=1: a minute each)
 	@mkdir -p build/bench
 	@set -e; for file in benchmarks/*.py; do name=$$(basename $$file .py); \
 	  echo "benchmark $$name" >&2; \
@@ -47,6 +49,11 @@ $(BIN)/python:
 	    echo "$$python -m venv $(VENV)"; $$python -m venv $(VENV) || { rm -rf $(VENV); exit 1; }; exit 0; fi; done; \
 	echo "make setup: found no Python 3.11, 3.12 or 3.13 with its venv module; install one (Debian: apt-get install python3-venv python3-dev), or name it: make setup PYTHON=/path/to/python" >&2; \
 	exit 1
+
+build/peers/.microlm-setup: benchmarks/peers/requirements.txt | $(BIN)/python
+	$(BIN)/python -m venv build/peers
+	build/peers/bin/python -m pip install -r $<
+	@touch $@
 
 # torch comes first, in the build that TORCH names; what is installed then is what the rest is resolved for
 $(STAMP): pyproject.toml constraints.txt | $(BIN)/python

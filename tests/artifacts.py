@@ -66,7 +66,7 @@ def write_data(out: Path, prose: Sequence[str] = PROSE, repeat: int = 20) -> Art
 
 def write_tokenizer(out: Path, data: Artifact, **fields: Any) -> Artifact:
     """A tokenizer artifact trained on `data`."""
-    defaults = {"vocab_size": 400}
+    defaults: dict[str, Any] = {"vocab_size": 400, "assistant_name": None}
     return train_tokenizer.run(
         train_tokenizer.TokenizerRecipe(out=str(out), data=str(data.path), **(defaults | fields))
     )

@@ -232,7 +232,7 @@ def write_recipe(file: Path, data: str, output: str, **loop: Any) -> Path:
         "intermediate_size": 64,
     }
     stages = [
-        {"stage": "tokenizer", "data": data, "vocab_size": 320},
+        {"stage": "tokenizer", "data": data, "vocab_size": 320, "assistant_name": None},
         {"stage": "tokenize", "name": "shards", "data": data, "tokenizer": "tokenizer"},
         {"stage": "pretrain", "shards": "shards", "architecture": shape, "loop": loop},
         {"stage": "sft", "model": "pretrain", "shards": "shards", "loop": loop},

@@ -170,7 +170,7 @@ def _place(value: Any, places: Mapping[str, str], names: list[str], where: str) 
         return places.get(value, value) if isinstance(value, str) else value
     if value in names:
         raise UserError(f"{where}: stage '{value}' does not run before this one; move it up in the list")
-    if value and "/" not in value and not value.startswith("."):
+    if value and "/" not in value and not value.startswith((".", storage.BUILTIN)):
         hint = nearest(value, places) if places else "no stage runs before this one"
         raise UserError(f"{where}: '{value}' is no earlier stage; {hint} (a directory is written ./{value})")
     return value

@@ -44,7 +44,6 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "Compose conversations from templates, or ask an endpoint for them in bulk.",
         "synth.endpoint.concurrency=8",
     ),
-    "tokenizer train": ("tokenizer", "Train a tokenizer on prepared data.", "tokenizer.vocab_size=4000"),
     "pretrain": ("pretrain", "Train a model from token shards.", "pretrain.loop.tokens=1e6"),
     "sft": ("sft", "Tune a model on conversations, wholly or by LoRA.", "seed=1"),
     "eval predict": ("predict", "Let a model answer the held-out items.", "output=runs/mine"),
@@ -126,10 +125,14 @@ def _add_stage_command(app: typer.Typer, word: str, words: str, stage: str, help
 
 
 def _run(path: Path, words: Sequence[str], stage: str | None, *, as_json: bool, dry_run: bool) -> None:
+    execute(plan_of(path, words, stage), str(path), as_json=as_json, dry_run=dry_run)
+
+
+def execute(plan: Sequence[Planned], where: str, *, as_json: bool, dry_run: bool) -> None:
+    """Check and run a plan, and say what became of it; with `dry_run` show it and run nothing."""
     from microlm.core import runtime
 
-    plan = plan_of(path, words, stage)
-    recipes = build_all(plan, str(path))
+    recipes = build_all(plan, where)
     speaks = runtime.rank() == 0  # under torchrun all ranks come here
     if dry_run:
         if speaks and stage in TRAINING:

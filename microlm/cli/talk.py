@@ -44,7 +44,10 @@ class LocalTalker:
     def reply(self, prompt: str | Sequence[Message]) -> Pieces:
         """Stream from the engine; a quarter of the window is kept for the reply."""
         from microlm.engine.prompts import encode_prompt
+        from microlm.text.sources.marked import answered
 
+        if not isinstance(prompt, str):  # marks that the model wrote are marks again
+            prompt = [answered(m.content) if m.role == "assistant" else m for m in prompt]
         window = self.engine.max_seq_len
         ids = encode_prompt(self.engine.tokenizer, prompt, self.engine.config.vocab_size)
         room = min(self.sampling.max_tokens, max(1, window // 4))

@@ -311,7 +311,7 @@ def _sign(head: dict[str, Any], recipe: StageRecipe, work: Workspace, started: f
 def _reference(out: str, artifact: Artifact) -> dict[str, str]:
     """An input as the manifest names it: relative to our parent folder when both are local."""
     place = artifact.url
-    if not storage.is_remote(place):
+    if not storage.is_remote(place) and not place.startswith(storage.BUILTIN):
         path = storage.local_path(place).resolve()
         here = storage.local_path(out).absolute().parent.resolve()
         place = str(path) if storage.is_remote(out) else os.path.relpath(path, here)

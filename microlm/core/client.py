@@ -165,7 +165,7 @@ class Client:
         self, messages: Sequence[Message], sampling: Sampling, model: str | None = None
     ) -> dict[str, Any]:
         """The request body of a chat."""
-        turns = [{"role": m.role, "content": m.content} for m in messages]
+        turns = payload.chat_turns(messages)
         return {"model": model or self.default_model(), "messages": turns, **wire(sampling)}
 
     def request(self, method: str, path: str, content: bytes | None = None) -> httpx.Response:

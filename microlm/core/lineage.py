@@ -84,7 +84,7 @@ def find_artifacts(url: str, depth: int = MAX_DEPTH) -> Iterator[str]:
 
 def input_url(url: str, path: str) -> str:
     """Where an input lies that the manifest of `url` names; paths are relative to the artifact's parent."""
-    if storage.is_remote(path) or storage.is_remote(url):
+    if storage.is_remote(path) or storage.is_remote(url) or path.startswith(storage.BUILTIN):
         return path
     return str((storage.local_path(url).resolve().parent / path).resolve())
 

@@ -1,13 +1,15 @@
-"""Reading of what an endpoint sends. Enter: bytes, JSON; leave: events, texts and counts, or `Malformed`."""
+"""What goes to an endpoint and comes back. Conversations → JSON; bytes and JSON → events, texts, counts."""
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from microlm.core.errors import UserError
+from microlm.core.records import Message
 
 COUNTS = ("prompt_tokens", "completion_tokens", "total_tokens")
 MAX_COUNT = 2**63
@@ -24,6 +26,33 @@ class Event:
 
     data: str
     received_s: float
+
+
+def chat_turns(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Messages as OpenAI's protocol writes them; calls are numbered, and their results in the same order."""
+    turns = []
+    called = answered = 0
+    for message in messages:
+        turn: dict[str, Any] = {"role": message.role, "content": message.content}
+        if message.reasoning:
+            turn["reasoning_content"] = message.reasoning
+        if message.tool_calls:
+            functions = [{"name": c.name, "arguments": c.arguments} for c in message.tool_calls]
+            turn["tool_calls"] = [
+                {"id": f"call_{called + i}", "type": "function", "function": function}
+                for i, function in enumerate(functions)
+            ]
+            called += len(functions)
+        if message.role == "tool":
+            turn["tool_call_id"] = f"call_{answered}"
+            answered += 1
+        turns.append(turn)
+    return turns
+
+
+def tool_fields(tools: Sequence[str]) -> dict[str, Any]:
+    """The fields of a request that shows tools; calls in the answer are to stay text."""
+    return {"tools": [json.loads(tool) for tool in tools], "tool_choice": "none"} if tools else {}
 
 
 def member(holder: dict[str, Any], name: str) -> dict[str, Any]:

@@ -20,32 +20,47 @@ class Document:
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call that the assistant makes; `arguments` is the JSON text of an object, as OpenAI writes it."""
+
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True)
 class Message:
-    """One turn of a conversation."""
+    """One turn of a conversation; what the assistant thought before it spoke, what it called after."""
 
     role: Role
     content: str
+    reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Turns in order; `task` names what it teaches (chat, question, extraction, reading …)."""
+    """Turns in order; `task` names what it teaches (chat, question, extraction, reading …).
+
+    `tools` are what the assistant may call: the JSON text of OpenAI's `{type, function}`, each.
+    """
 
     messages: tuple[Message, ...]
     task: str = "chat"
     source: str = ""
     licence: str = ""
+    tools: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Preference:
-    """A prompt with a preferred and a rejected answer."""
+    """A prompt with a preferred and a rejected answer; thinking and calls stand in the answers as text."""
 
     prompt: tuple[Message, ...]
     chosen: str
     rejected: str
     source: str = ""
     licence: str = ""
+    tools: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +147,21 @@ class Prediction:
     extra: dict[str, Any] = field(default_factory=dict)
 
 
+def words_of(message: Message) -> tuple[str, ...]:
+    """All that a message says: what was thought, the words, the calls."""
+    if not (message.reasoning or message.tool_calls):
+        return (message.content,)
+    calls = (word for call in message.tool_calls for word in (call.name, call.arguments))
+    return (*((message.reasoning,) if message.reasoning else ()), message.content, *calls)
+
+
+_WHERE_THERE_ARE = frozenset({"reasoning", "tool_calls", "tools"})
+
+
 def to_json(record: Any) -> dict[str, Any]:
-    """The JSON object of any record here (tuples become lists when dumped)."""
-    return asdict(record)
+    """The JSON object of any record here; thinking, calls and tools only where there are any."""
+    return asdict(record, dict_factory=_object)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {key: value for key, value in pairs if value or key not in _WHERE_THERE_ARE}

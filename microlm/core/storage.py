@@ -22,6 +22,8 @@ from microlm.core import runtime
 from microlm.core.errors import UserError
 
 MANIFEST = "manifest.json"
+BUILTIN = "builtin:"
+"""`builtin:NAME` is an artifact that comes with the package: a folder of `microlm/ready`."""
 UPLOADING = ".uploading"  # lies in a remote place while `publish` works there
 
 
@@ -32,6 +34,8 @@ def is_remote(url: str) -> bool:
 
 def local_path(url: str) -> Path:
     """The path of a local URL."""
+    if url.startswith(BUILTIN):
+        return Path(__file__).parents[1] / "ready" / url.removeprefix(BUILTIN)
     return Path(url.removeprefix("file://")).expanduser()
 
 

@@ -1,15 +1,17 @@
-"""What a caller may ask with (raw text, chat messages or ids) → checked ids, or one sentence."""
+"""What a caller may ask with (raw text, a conversation or ids) → checked ids, or one sentence."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from microlm.core.errors import UserError
-from microlm.core.records import Message
-from microlm.text.chat import encode_chat
+from microlm.core.records import Conversation, Message
+from microlm.text.chat import chat_ids
+from microlm.text.read import texts_of
 from microlm.text.tokenizer import Tokenizer
 
-Prompt = str | Sequence[Message] | Sequence[int]
+Prompt = str | Conversation | Sequence[Message] | Sequence[int]
+"""Messages are a conversation without tools."""
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, vocab_size: int) -> list[int]:
@@ -17,11 +19,13 @@ def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, vocab_size: int) -> list
     if isinstance(prompt, str):
         _check_text(prompt)
         ids = tokenizer.encode(prompt)
+    elif isinstance(prompt, Conversation):
+        for text in texts_of(prompt):
+            _check_text(text)
+        ids = chat_ids(tokenizer, prompt, generation_prompt=True)
     elif prompt and isinstance(prompt[0], Message):
-        messages = [m for m in prompt if isinstance(m, Message)]
-        for message in messages:
-            _check_text(message.content)
-        ids, _ = encode_chat(tokenizer, messages, generation_prompt=True)
+        chat = Conversation(tuple(m for m in prompt if isinstance(m, Message)))
+        return encode_prompt(tokenizer, chat, vocab_size)
     else:
         ids = [i for i in prompt if isinstance(i, int)]
         if len(ids) != len(prompt) or any(not 0 <= i < vocab_size for i in ids):

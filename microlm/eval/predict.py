@@ -95,10 +95,10 @@ def items_of(recipe: PredictRecipe, data: Artifact, task: Task) -> list[Item]:
         chosen = _pick(named(questions).items(), limits.questions, recipe.seed, _group)
         return [Item(name, task, (Message("user", q.question),), sampling) for name, q in chosen]
     if task == "chat":
-        chats = [c.messages for c in read_records(data.file("chats/test.jsonl"), Conversation)]
+        chats = read_records(data.file("chats/test.jsonl"), Conversation)
         return [
-            Item(f"chat-{i:05d}", task, messages, _chat_sampling(recipe, i))
-            for i, messages in _pick(enumerate(chats), limits.chats, recipe.seed, lambda _: "chat")
+            Item(f"chat-{i:05d}", task, chat.messages, _chat_sampling(recipe, i), chat.tools)
+            for i, chat in _pick(enumerate(chats), limits.chats, recipe.seed, lambda _: "chat")
         ]
     records = read_records(data.file("extraction/test.jsonl"), Extraction)
     picked = _pick(named(records).items(), limits.extraction, recipe.seed, _group)

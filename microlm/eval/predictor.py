@@ -14,10 +14,11 @@ from typing import Protocol, get_args
 
 from microlm.core.client import ChatReply, Client
 from microlm.core.errors import UserError
-from microlm.core.records import Completion, FinishReason, Message, Sampling
+from microlm.core.payload import tool_fields
+from microlm.core.records import Completion, Conversation, FinishReason, Message, Sampling
 from microlm.core.runtime import Dtype
 from microlm.engine.engine import Engine
-from microlm.text.chat import encode_chat
+from microlm.text.chat import chat_ids
 
 Told = Callable[[int], None]
 """Hears how many more items are done."""
@@ -25,12 +26,13 @@ Told = Callable[[int], None]
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One thing to ask: raw text or messages, and how to draw the answer."""
+    """One thing to ask: raw text or messages, how to draw the answer, and the tools that may be called."""
 
     id: str
     task: str
     prompt: str | tuple[Message, ...]
     sampling: Sampling
+    tools: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +67,7 @@ class EnginePredictor:
 
     def predict(self, items: Sequence[Item], progress: Told | None = None) -> list[Completion]:
         """Answers; a prompt that leaves no room in the window is an error of that item only."""
-        asked = [self._encode(item.prompt) for item in items]
+        asked = [self._encode(item) for item in items]
         fits = [i for i, ids in enumerate(asked) if len(ids) < self.engine.max_seq_len]
         done = self.engine.generate([asked[i] for i in fits], [items[i].sampling for i in fits], progress)
         answered = dict(zip(fits, done, strict=True))
@@ -98,10 +100,11 @@ class EnginePredictor:
         window = self.engine.max_seq_len
         return Completion("", (), "error", len(ids), f"prompt of {len(ids)} tokens in a window of {window}")
 
-    def _encode(self, prompt: str | tuple[Message, ...]) -> list[int]:
-        if isinstance(prompt, str):
-            return self.engine.tokenizer.encode(prompt)
-        return encode_chat(self.engine.tokenizer, prompt, generation_prompt=True)[0]
+    def _encode(self, item: Item) -> list[int]:
+        if isinstance(item.prompt, str):
+            return self.engine.tokenizer.encode(item.prompt)
+        chat = Conversation(item.prompt, tools=item.tools)
+        return chat_ids(self.engine.tokenizer, chat, generation_prompt=True)
 
 
 def cut(length: int, window: int) -> Iterator[tuple[int, int, int]]:
@@ -153,7 +156,8 @@ class EndpointPredictor:
             if isinstance(item.prompt, str):
                 reply = self.client.complete(item.prompt, item.sampling, self.model)
             else:
-                reply = self.client.chat(item.prompt, item.sampling, self.model)
+                tools = tool_fields(item.tools)
+                reply = self.client.chat(item.prompt, item.sampling, self.model, **tools)
         except UserError as e:
             return Completion("", (), "error", 0, str(e))
         return Completion(reply.text, (), _reason(reply), reply.usage.prompt_tokens if reply.usage else 0)

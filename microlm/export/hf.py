@@ -11,7 +11,7 @@ from microlm.core import lineage, runtime
 from microlm.core.artifact import Artifact, Workspace, open_artifact, stage
 from microlm.core.errors import UserError
 from microlm.core.recipe import StageRecipe, artifact_input
-from microlm.core.records import Conversation, Document, Message
+from microlm.core.records import Conversation, Document
 from microlm.export import card, licences, parity
 from microlm.model import directory
 from microlm.text.read import read_records
@@ -89,16 +89,16 @@ def _walk(node: lineage.Node, urls: dict[str, None]) -> None:
         urls[node.url] = None
 
 
-def held_out(history: list[Artifact], limit: int) -> tuple[list[str], list[tuple[Message, ...]]]:
+def held_out(history: list[Artifact], limit: int) -> tuple[list[str], list[Conversation]]:
     """At most `limit` validation texts and conversations of the data that the model comes from."""
     texts: list[str] = []
-    conversations: list[tuple[Message, ...]] = []
+    conversations: list[Conversation] = []
     for data in (a for a in history if a.kind == "data"):
         documents, chats = _file(data, "documents"), _file(data, "conversations")
         if documents.exists():
             texts += [d.text for d in islice(read_records(documents, Document), limit)]
         if chats.exists():
-            conversations += [c.messages for c in islice(read_records(chats, Conversation), limit)]
+            conversations += islice(read_records(chats, Conversation), limit)
     return texts[:limit], conversations[:limit]
 
 

@@ -5,6 +5,7 @@ Enters: a directory that was written, held-out texts and conversations. Leaves: 
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,12 +17,14 @@ import torch
 from torch import Tensor
 
 from microlm.core.errors import CheckFailed
-from microlm.core.records import Message
+from microlm.core.records import Conversation, Message, ToolCall
 from microlm.model import directory
 from microlm.model.config import ModelConfig
 from microlm.model.transformer import Decoder
-from microlm.text.chat import encode_chat
-from microlm.text.tokenizer import SPECIAL, Tokenizer
+from microlm.text.chat import chat_ids
+from microlm.text.chat.protection import template_message
+from microlm.text.read import texts_of
+from microlm.text.tokenizer import Tokenizer
 
 TOLERANCE = 1e-4  # largest difference of two float32 logits
 PROMPT_TOKENS = 128
@@ -41,17 +44,30 @@ TEXTS = (
 """Lines that every export is tried with, whatever its data was."""
 
 CONVERSATIONS = (
-    (Message("user", "李白是谁？"),),
-    (
-        Message("system", "Answer briefly."),
-        Message("user", "Who was Li Bai?"),
-        Message("assistant", "A poet."),
+    Conversation((Message("user", "李白是谁？"),)),
+    Conversation(
+        (
+            Message("system", "Answer briefly."),
+            Message("user", "Who was Li Bai?"),
+            Message("assistant", "A poet."),
+        )
     ),
-    (Message("user", " \n 缩进"), Message("assistant", "\n\n  indented "), Message("user", "5\t")),
+    Conversation(
+        (Message("user", " \n 缩进"), Message("assistant", "\n\n  indented "), Message("user", "5\t"))
+    ),
+    Conversation(
+        (
+            Message("user", "2 + 2?"),
+            Message("assistant", "I count.", tool_calls=(ToolCall("add", '{"numbers": [2, 2]}'),)),
+            Message("tool", "4"),
+            Message("assistant", "4", "two and two"),
+        ),
+        tools=('{"type": "function", "function": {"name": "add", "description": "求和"}}',),
+    ),
 )
 
 
-def compare(path: Path, texts: Sequence[str], conversations: Sequence[Sequence[Message]]) -> dict[str, Any]:
+def compare(path: Path, texts: Sequence[str], conversations: Sequence[Conversation]) -> dict[str, Any]:
     """Compare on the fixed lines and the given ones; the first difference of each kind is in the report."""
     tokenizer = Tokenizer.load(path)
     lines, chats = [*TEXTS, *texts], [*CONVERSATIONS, *conversations]
@@ -88,16 +104,17 @@ def _compare_tokens(theirs: Any, tokenizer: Tokenizer, texts: Sequence[str]) -> 
     }
 
 
-def _compare_chats(theirs: Any, tokenizer: Tokenizer, chats: Sequence[Sequence[Message]]) -> dict[str, Any]:
+def _compare_chats(theirs: Any, tokenizer: Tokenizer, chats: Sequence[Conversation]) -> dict[str, Any]:
     """Ids of conversations by our walk and by the saved Jinja template; a generation prompt after a user."""
-    plain = [c for c in chats if not any(token in m.content for token in SPECIAL for m in c)]
+    plain = [c for c in chats if not any(token in t for token in tokenizer.control for t in texts_of(c))]
     unequal: list[str] = []
     for chat in plain:
-        ask = chat[-1].role == "user"
-        turns = [{"role": m.role, "content": m.content} for m in chat]
-        ids = theirs.apply_chat_template(turns, add_generation_prompt=ask, tokenize=True, return_dict=False)
-        if ids != encode_chat(tokenizer, chat, generation_prompt=ask)[0]:
-            unequal.append(chat[0].content)
+        ask = chat.messages[-1].role == "user"
+        turns = [template_message(m) for m in chat.messages]
+        tools = [json.loads(tool) for tool in chat.tools] or None
+        ids = theirs.apply_chat_template(turns, tools, add_generation_prompt=ask, return_dict=False)
+        if ids != chat_ids(tokenizer, chat, generation_prompt=ask):
+            unequal.append(chat.messages[0].content)
     first = next(iter(unequal), None)
     return {
         "conversations": len(plain),
@@ -112,12 +129,12 @@ def longest(config: ModelConfig) -> int:
 
 
 def _prompts(
-    path: Path, tokenizer: Tokenizer, texts: Sequence[str], conversations: Sequence[Sequence[Message]]
+    path: Path, tokenizer: Tokenizer, texts: Sequence[str], conversations: Sequence[Conversation]
 ) -> list[list[int]]:
     """The beginnings of fixed lines, held-out texts and chats; then all lines as one long sequence."""
     most = longest(directory.read_config(path))
     lines = tokenizer.encode_batch([*TEXTS, *texts[:HELD_OUT_TEXTS]])
-    chats = [encode_chat(tokenizer, c)[0] for c in conversations[:HELD_OUT_CHATS]]
+    chats = [chat_ids(tokenizer, c) for c in conversations[:HELD_OUT_CHATS]]
     filling = cycle(chain.from_iterable([*line, tokenizer.eos_id] for line in lines))
     short = [ids[: min(PROMPT_TOKENS, most)] for ids in (*lines, *chats) if ids]
     return [*short, list(islice(filling, most))]

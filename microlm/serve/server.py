@@ -140,7 +140,7 @@ def _add_generation(app: FastAPI, desk: Desk) -> None:
         """Answer a conversation."""
         desk.require_engine()
         desk.require_model(body.model)
-        ids = await desk.encode(body.turns, "messages")
+        ids = await desk.encode(body.conversation, "messages")
         return desk.answer(body, desk.jobs(body, [ids], None), chat=True)
 
     @app.post("/v1/completions", response_class=JSONResponse)

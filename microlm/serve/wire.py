@@ -1,17 +1,21 @@
 """OpenAI's request bodies. Enters: parsed JSON; leaves: a typed request with its `Sampling`, or an error.
 
-What this server does not do yet (tools, logprobs, penalties …) is refused unless at its neutral value.
+What this server does not do yet (logprobs, penalties …) is refused unless at its neutral value. Tools reach
+the template with `tool_choice` "none": the calls of an answer are not read out of its text.
 """
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict, model_validator
 
-from microlm.core.records import Message, Role, Sampling
+from microlm.core.records import Conversation, Message, Role, Sampling, ToolCall
 from microlm.serve.errors import UNSUPPORTED, ApiError, printable, unsupported
+from microlm.text.read import Fault
+from microlm.text.sources.marked import answered, tool_call, tool_text
 
 MAX_CHOICES = 8
 MAX_STOPS = 16
@@ -42,7 +46,8 @@ NEUTRAL: dict[str, Any] = {
     "echo": False,
     "suffix": None,
 }
-MESSAGE_NEUTRAL = ("name", "refusal", "annotations", "audio", "function_call", "tool_calls", "tool_call_id")
+MESSAGE_NEUTRAL = ("name", "refusal", "annotations", "audio", "function_call", "tool_call_id")
+MESSAGE_NAMES = ("name", "tool_call_id")  # accepted and not used
 
 
 def _encodable(text: str) -> str:
@@ -71,30 +76,59 @@ class Wire(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True)
 
 
+class CalledFunction(Wire):
+    """The function that an earlier answer called; `arguments` is a JSON text."""
+
+    name: Text
+    arguments: Text
+
+    @property
+    def record(self) -> ToolCall:
+        """Our record of it."""
+        try:
+            return tool_call(self.name, self.arguments)
+        except Fault as fault:
+            raise ApiError(400, fault.detail, "invalid_value", "messages") from None
+
+
+class CalledTool(Wire):
+    """A call of an earlier answer."""
+
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
 class ChatMessage(Wire):
     """One turn as OpenAI writes it; a list of text parts is joined."""
 
-    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Text | list[dict[str, Any]] | None = None
+    reasoning_content: Text | None = Field(None, description="what an earlier answer thought, as in vLLM")
+    tool_calls: list[CalledTool] | None = None
 
     @model_validator(mode="after")
     def _check(self) -> ChatMessage:
-        if self.role in ("tool", "function"):
-            raise ApiError(
-                400, f"role '{self.role}' is not supported: this server has no tools", UNSUPPORTED, "messages"
-            )
         for name, value in (self.model_extra or {}).items():
-            if name not in MESSAGE_NEUTRAL or (value not in (None, [], "") and name != "name"):
+            if name not in MESSAGE_NEUTRAL or (value not in (None, [], "") and name not in MESSAGE_NAMES):
                 raise unsupported(f"messages.{printable(name)}")
-        if self.content is None:
+        if self.role != "assistant" and (self.tool_calls or self.reasoning_content):
+            raise ValueError("only the assistant thinks and calls tools")
+        if self.content is None and not self.tool_calls:
             raise ValueError("content is missing")
         return self
 
     @property
     def record(self) -> Message:
         """Our record of it."""
-        role: Role = "user" if self.role == "user" else "assistant" if self.role == "assistant" else "system"
-        return Message(role, self.content if isinstance(self.content, str) else _join(self.content or []))
+        role: Role = "system" if self.role == "developer" else self.role
+        content = self.content if isinstance(self.content, str) else _join(self.content or [])
+        if role != "assistant":
+            return Message(role, content)
+        calls = tuple(call.function.record for call in self.tool_calls or [])
+        said = answered(content)  # thinking and calls that our own answers hold as text
+        return replace(
+            said, reasoning=self.reasoning_content or said.reasoning, tool_calls=said.tool_calls + calls
+        )
 
 
 class StreamOptions(BaseModel):
@@ -216,6 +250,22 @@ class ChatRequest(Request):
 
     messages: list[ChatMessage] = Field(min_length=1, max_length=4096)
     max_completion_tokens: Whole | None = Field(None, ge=1, le=MAX_TOKENS)
+    tools: list[dict[str, Any]] | None = Field(None, max_length=128)
+    tool_choice: Any = None
+
+    @model_validator(mode="after")
+    def _check_tools(self) -> ChatRequest:
+        if self.tools and self.tool_choice is None:
+            raise ApiError(
+                400,
+                "the calls of an answer are not read out of its text here; set tool_choice to 'none' to get "
+                "them as <tool_call> blocks",
+                UNSUPPORTED,
+                "tools",
+            )
+        if self.tool_choice not in (None, "none"):
+            raise unsupported("tool_choice")
+        return self
 
     @property
     def token_limit(self) -> int | None:
@@ -223,9 +273,13 @@ class ChatRequest(Request):
         return self.max_completion_tokens or self.max_tokens
 
     @property
-    def turns(self) -> list[Message]:
-        """The conversation as records."""
-        return [m.record for m in self.messages]
+    def conversation(self) -> Conversation:
+        """The messages and tools as records."""
+        try:
+            tools = tuple(_encodable(tool_text(tool)) for tool in self.tools or [])
+        except (Fault, ValueError) as e:
+            raise ApiError(400, f"'tools': {e}", "invalid_value", "tools") from None
+        return Conversation(tuple(m.record for m in self.messages), tools=tools)
 
 
 class CompletionRequest(Request):

@@ -11,11 +11,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from microlm.core.artifact import Artifact
 from microlm.core.records import Conversation, Document
 from microlm.core.report import Page
 from microlm.text.clean import Effects
+from microlm.text.compiled import njit
 from microlm.text.read import Record
+from microlm.text.rules.profile import code_points
 from microlm.text.sources import Tally
 
 if TYPE_CHECKING:
@@ -25,8 +30,8 @@ SCHEMA = 1
 STEPS = ("read", "clean", "dedup", "decontaminate")
 SAMPLE_CHARS = 1000  # of each document, for its script
 MAX_NAMES = 200
-_HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\U00020000-\U000323af]")
-_LATIN = re.compile("[A-Za-z\u00c0-\u024f]")
+SCRIPTS = ("han", "latin", "other")
+_END_OF_NAME = re.compile("[:#]")
 
 
 @dataclass
@@ -43,14 +48,14 @@ class Survey:
     def observe(self, kind: str, split: str, record: Record) -> None:
         """Count a record that was written."""
         self.written.setdefault(kind, Counter())[split] += 1
-        _count(self.sources, re.split("[:#]", record.source, maxsplit=1)[0] or "unknown")
+        _count(self.sources, _END_OF_NAME.split(record.source, maxsplit=1)[0] or "unknown")
         _count(self.licences, record.licence or "unknown")
         if isinstance(record, Document):
             self.lengths[len(record.text).bit_length()] += 1
             self.chars += len(record.text)
-            sample = record.text[:SAMPLE_CHARS]
-            han, latin = len(_HAN.findall(sample)), len(_LATIN.findall(sample))
-            self.scripts.update(han=han, latin=latin, other=len(sample) - han - latin)
+            sample = code_points(record.text)[:SAMPLE_CHARS]
+            for script, count in zip(SCRIPTS, _count_scripts(sample).tolist(), strict=True):
+                self.scripts[script] += count
 
     def add(self, other: Survey) -> None:
         """Put the survey of another part to this."""
@@ -136,6 +141,20 @@ class Audit:
             "from_factbook": self.filled,
             "warnings": self.warnings(),
         }
+
+
+@njit
+def _count_scripts(points: NDArray[np.uint32]) -> NDArray[np.int64]:
+    """How many of the characters are Han, Latin and other."""
+    counts = np.zeros(3, dtype=np.int64)
+    for point in points:
+        if 0x4E00 <= point <= 0x9FFF or 0x3400 <= point <= 0x4DBF or 0x20000 <= point <= 0x323AF:
+            counts[0] += 1
+        elif 0x61 <= point <= 0x7A or 0x41 <= point <= 0x5A or 0xC0 <= point <= 0x24F:
+            counts[1] += 1
+        else:
+            counts[2] += 1
+    return counts
 
 
 def _count(counter: Counter[str], name: str, count: int = 1) -> None:

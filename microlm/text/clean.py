@@ -13,7 +13,15 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from microlm.core.recipe import Recipe
-from microlm.core.records import Conversation, Document, Extraction, Message, Preference, Triple
+from microlm.core.records import (
+    Conversation,
+    Document,
+    Extraction,
+    Message,
+    Preference,
+    ToolCall,
+    Triple,
+)
 from microlm.text.read import Record, texts_of
 from microlm.text.rules import Rule, encoding, filters, language, lines, markup, privacy
 from microlm.text.rules.encoding import normalised as normalised
@@ -164,8 +172,12 @@ def clean(document: Document, steps: dict[str, Rule], effects: Effects) -> tuple
 def tidied(record: Record) -> tuple[Record, str | None]:
     """The tidy record, or why to drop it: a text of which nothing visible is left."""
     after = tidy(record)
-    emptied = any(b.strip() and not a.strip() for b, a in zip(_texts(record), _texts(after), strict=True))
-    return after, "nothing_visible" if emptied else None
+    return after, "nothing_visible" if _said(after) < _said(record) else None
+
+
+def _said(record: Record) -> int:
+    """How many texts of a record say something."""
+    return sum(bool(text.strip()) for text in _texts(record))
 
 
 def _texts(record: Record) -> tuple[str, ...]:
@@ -178,17 +190,30 @@ def _texts(record: Record) -> tuple[str, ...]:
 def tidy(record: Record) -> Record:
     """A conversation, extraction or preference without invisible characters and in NFC."""
     if isinstance(record, Conversation):
-        return replace(record, messages=_tidy_messages(record.messages))
+        tools = tuple(map(_plain, record.tools))
+        return replace(record, messages=_tidy_messages(record.messages), tools=tools)
     if isinstance(record, Preference):
-        prompt = _tidy_messages(record.prompt)
-        return replace(record, prompt=prompt, chosen=_plain(record.chosen), rejected=_plain(record.rejected))
+        return replace(
+            record,
+            prompt=_tidy_messages(record.prompt),
+            chosen=_plain(record.chosen),
+            rejected=_plain(record.rejected),
+            tools=tuple(map(_plain, record.tools)),
+        )
     if isinstance(record, Extraction):
         return replace(record, text=_plain(record.text), relation=tuple(map(_tidy_triple, record.relation)))
     return record
 
 
 def _tidy_messages(messages: tuple[Message, ...]) -> tuple[Message, ...]:
-    return tuple(Message(m.role, _plain(m.content)) for m in messages)
+    return tuple(
+        Message(m.role, _plain(m.content), _plain(m.reasoning), tuple(map(_tidy_call, m.tool_calls)))
+        for m in messages
+    )
+
+
+def _tidy_call(call: ToolCall) -> ToolCall:
+    return ToolCall(_plain(call.name), _plain(call.arguments))
 
 
 def _tidy_triple(triple: Triple) -> Triple:
@@ -208,6 +233,8 @@ def glimpse(document: Document) -> str:
 
 def _difference(before: str, after: str) -> str:
     """The first place where two texts part, 40 characters of each, without what is a person's."""
+    first = max(_parting(before, after) - GLIMPSE_CHARS, 0)
+    before, after = (text[first : first + 2 * GLIMPSE_CHARS] for text in (before, after))
     old, new = privacy.masked(before), privacy.masked(after)
     if old == new:
         start = max(_parting(before, after) - 8, 0)
@@ -217,5 +244,8 @@ def _difference(before: str, after: str) -> str:
 
 
 def _parting(before: str, after: str) -> int:
-    pairs = enumerate(zip(before, after, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(before), len(after)))
+    low, high = 0, min(len(before), len(after))
+    while low < high:  # the longest beginning that they share
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if before[low:middle] == after[low:middle] else (low, middle - 1)
+    return low

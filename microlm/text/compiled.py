@@ -30,7 +30,7 @@ def njit(function: F) -> F:
 
 
 @functools.cache
-def tell_slow(job: str) -> None:
+def tell_slow(job: str, way: str = "as plain Python") -> None:
     """Without numba: one line on stderr, once for each job."""
     if not IS_COMPILED:
-        sys.stderr.write(f"{job}: numba is not installed, so this runs as plain Python, far slower\n")
+        sys.stderr.write(f"{job}: numba is not installed, so this runs {way}, far slower\n")

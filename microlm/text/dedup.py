@@ -11,12 +11,13 @@ import re
 import unicodedata
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
-from microlm.core.records import Conversation, Document, Extraction
+from microlm.core.records import Conversation, Document, Extraction, words_of
 from microlm.text.clean import normalised
+from microlm.text.compiled import njit
 from microlm.text.read import Record
+from microlm.text.rules.profile import code_points
 
 DIGEST_BYTES = 16
 _EMPTY = bytes(DIGEST_BYTES)
@@ -24,17 +25,25 @@ _BETWEEN = "\ue000"  # private use: cleaning leaves none in a text, normalisatio
 # after NFKC: whitespace, ASCII punctuation without operators ($ + < = > ^ | ~), general and CJK punctuation
 _WIDE = re.compile("[！-＃％-＊，-／：；？＠［-］＿｛｝　…]+")
 _SKIPPED = re.compile(r"[\s!-#%-*,-/:;?@\[-\]_`{}¡§«¶·»¿‐-‧‰-⁞、-〃〈-】〔-〟・]+")
-_TABLE = 0x10000  # what UTF-8 has in at most three bytes
+_TABLE = 0x1FC00
+_HAN = 0x20000, 0x2F800  # behind the table: what no normal form changes
 _HARD = 0xFFFFFFFF
-_ONE_BY_ONE = ((0x0001, 0x1100), (0x1200, 0x3400), (0xA000, 0xA960), (0xA980, 0xAC00), (0xF900, 0x10000))
+_ONE_BY_ONE = (
+    (0x0001, 0x1100),
+    (0x1200, 0x3400),
+    (0xA000, 0xA960),
+    (0xA980, 0xAC00),
+    (0xF900, 0x10000),
+    (0x1F300, 0x1FB00),
+)
 _THEMSELVES = ((0x3400, 0x4DC0), (0x4E00, 0xA000), (0xAC00, 0xD7A4), (0xE000, 0xF900))
 """Han, hangul, private use: what no normal form changes; the ranges leave out jamo."""
 
 
 def digest(text: str) -> bytes:
     """16 bytes of sha256 over the normalised text (NFKC, casefold, without whitespace and punctuation)."""
-    codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
-    out = np.empty(3 * len(codes), dtype=np.uint8)
+    codes = code_points(text)
+    out = np.empty(4 * len(codes), dtype=np.uint8)
     size = _fold(codes, _fold_table(), out)  # the same as `fold`, in a tenth of its time
     said = out[:size].data if size >= 0 else fold(text).encode("utf-8")
     return hashlib.sha256(said).digest()[:DIGEST_BYTES]
@@ -60,12 +69,15 @@ def _fold_table() -> NDArray[np.uint32]:
     return table
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@njit
 def _fold(codes, table, out):  # type: ignore[no-untyped-def]
     """Write `fold` of a text into `out` in UTF-8; its size, or -1 if a character is hard."""
     size = 0
     for code in codes:
-        value = table[code] if code < _TABLE else _HARD
+        if code < _TABLE:
+            value = table[code]
+        else:
+            value = code if _HAN[0] <= code < _HAN[1] else np.uint32(_HARD)
         if value == _HARD:
             return -1
         if value == 0:
@@ -77,11 +89,17 @@ def _fold(codes, table, out):  # type: ignore[no-untyped-def]
             out[size] = 0xC0 | value >> 6
             out[size + 1] = 0x80 | value & 0x3F
             size += 2
-        else:
+        elif value < 0x10000:
             out[size] = 0xE0 | value >> 12
             out[size + 1] = 0x80 | value >> 6 & 0x3F
             out[size + 2] = 0x80 | value & 0x3F
             size += 3
+        else:
+            out[size] = 0xF0 | value >> 18
+            out[size + 1] = 0x80 | value >> 12 & 0x3F
+            out[size + 2] = 0x80 | value >> 6 & 0x3F
+            out[size + 3] = 0x80 | value & 0x3F
+            size += 4
     return size
 
 
@@ -95,7 +113,7 @@ def record_digest(record: Record) -> bytes:
     if isinstance(record, Document | Extraction):
         return digest(record.text)
     turns = record.messages if isinstance(record, Conversation) else record.prompt
-    said = [part for turn in turns for part in (turn.role, turn.content)]
+    said = [*record.tools, *(part for turn in turns for part in (turn.role, *words_of(turn)))]
     if not isinstance(record, Conversation):
         said += [record.chosen, record.rejected]
     return digest(_BETWEEN.join(said))

@@ -19,7 +19,7 @@ from microlm.text import sources
 from microlm.text.audit import Audit, page
 from microlm.text.clean import CleanRecipe
 from microlm.text.corpus import holdout
-from microlm.text.corpus.engine import Engine
+from microlm.text.corpus.engine import Engine, load_kernels
 from microlm.text.corpus.intake import refine_factbook, refine_sources
 from microlm.text.corpus.pool import open_pool
 from microlm.text.corpus.refine import Report, Schema
@@ -124,7 +124,7 @@ def run(recipe: PrepareRecipe, work: Workspace) -> None:
     """Refine the user's sources and what the factbook fills in → duplicates → held-out → files → audit."""
     check_shares(recipe.validation_share, recipe.test_share)
     audit = Audit()
-    with open_pool(recipe.parallel.processes) as pool:
+    with open_pool(recipe.parallel.processes, load_kernels) as pool:
         engine = Engine(work.resume, pool, audit)
         report = refine_sources(engine, recipe.words(), recipe.clean, recipe.strict)
         kinds = kinds_to_fill(recipe, report)

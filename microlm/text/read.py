@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import json
 import re
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from microlm.core.errors import UserError
-from microlm.core.records import Conversation, Document, Extraction, Preference
+from microlm.core.records import Conversation, Document, Extraction, Preference, words_of
 from microlm.text.rules.privacy import masked
 
 Record = Document | Conversation | Extraction | Preference
@@ -31,8 +32,9 @@ def texts_of(record: Record) -> tuple[str, ...]:
     if isinstance(record, Document | Extraction):
         return (record.text,)
     if isinstance(record, Conversation):
-        return tuple(m.content for m in record.messages)
-    return (*(m.content for m in record.prompt), record.chosen, record.rejected)
+        return (*record.tools, *(word for m in record.messages for word in words_of(m)))
+    prompt = (word for m in record.prompt for word in words_of(m))
+    return (*record.tools, *prompt, record.chosen, record.rejected)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +62,7 @@ def parse_json(line: bytes) -> dict[str, Any]:
     if b"\0" in line:
         raise Fault("nul_byte", "the line holds a NUL byte")
     try:
-        value = json.loads(line.decode("utf-8-sig"))
+        value = json.loads(line.removeprefix(codecs.BOM_UTF8).decode())
     except UnicodeDecodeError as e:
         raise Fault("invalid_utf8", f"byte {e.start} of the line is not UTF-8") from None
     except (ValueError, RecursionError) as e:

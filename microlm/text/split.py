@@ -66,12 +66,16 @@ def line_of(record: Record) -> str:
     data: dict[str, Any]
     if isinstance(record, Document):
         data = {"text": record.text, "source": record.source, "licence": record.licence}
-    elif isinstance(record, Conversation):
+    elif isinstance(record, Conversation) and _of_words_alone(record):
         messages = [{"role": m.role, "content": m.content} for m in record.messages]
         data = {"messages": messages, "task": record.task, "source": record.source, "licence": record.licence}
     else:
         data = to_json(record)
     return json.dumps(data, ensure_ascii=False, separators=(",", ":")) + "\n"
+
+
+def _of_words_alone(chat: Conversation) -> bool:
+    return not (chat.tools or any(m.reasoning or m.tool_calls for m in chat.messages))
 
 
 def records_of(root: Path, kind: Kind, split: Split) -> Iterator[Any]:

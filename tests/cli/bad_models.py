@@ -51,7 +51,7 @@ def tokenizer_file(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], 
 def without_controls(data: dict[str, Any]) -> None:
     data["added_tokens"] = []
     for word in ("<|im_start|>", "<|im_end|>", "<|endoftext|>"):
-        data["model"]["vocab"][f"word{data['model']['vocab'].pop(word)}"] = 0
+        data["model"]["vocab"][f"word {word}"] = data["model"]["vocab"].pop(word)
 
 
 def one_prompt(room: Room, line: str) -> list[str]:

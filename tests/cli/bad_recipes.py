@@ -41,8 +41,8 @@ RECIPES: dict[str, tuple[Prepare, str]] = {
         r"unknown key 'factbook\.docs'; did you mean 'documents'",
     ),
     "missing key": (
-        lambda r: r.recipe("stage: tokenizer\nout: out/t\n"),
-        r"recipe\.yaml: .*key 'data' is missing; add",
+        lambda r: r.recipe("stage: pretrain\nout: out/t\n"),
+        r"recipe\.yaml: .*key 'shards' is missing; add",
     ),
     "no place": (lambda r: r.recipe("stage: data\n"), r"recipe\.yaml: key 'out' is missing; add"),
     "neither stage nor stages": (

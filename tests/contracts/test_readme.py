@@ -18,6 +18,7 @@ PAIRS = [
     ("README.md", "README.zh.md"),
     ("docs/quickstart.md", "docs/quickstart.zh.md"),
     ("docs/data.md", "docs/data.zh.md"),
+    ("docs/tokenizer.md", "docs/tokenizer.zh.md"),
 ]
 DOCUMENTS = [name for pair in PAIRS for name in pair] + ["CONTRIBUTING.md"]
 LINKED = [*DOCUMENTS, "SECURITY.md", "CHANGELOG.md", "docs/architecture.md"]

@@ -225,13 +225,23 @@ def test_a_user_s_folders_stay_out_of_the_card(tokenizer: Artifact, tmp_path: Pa
     assert made.json("logs/parity.json")["texts"] == len(parity.TEXTS)
 
 
-def test_a_template_of_other_words_fails_the_check(exported: Artifact, tmp_path: Path) -> None:
+def test_a_template_of_other_words_is_followed(exported: Artifact, tmp_path: Path) -> None:
     folder = shutil.copytree(exported.path, tmp_path / "m")
     template = folder / "chat_template.jinja"
-    template.write_text(template.read_text(encoding="utf-8").replace("\n", " "), encoding="utf-8")
+    template.write_text("{{ 'Words. ' }}" + template.read_text(encoding="utf-8"), encoding="utf-8")
+    report = parity.compare(folder, [], [])
+    assert report["ok"] and report["conversations"] == len(parity.CONVERSATIONS)
+
+
+def test_a_template_that_tells_the_time_fails_the_check(exported: Artifact, tmp_path: Path) -> None:
+    """Our clock stands still, so that equal conversations are equal tokens; that of transformers does not."""
+    folder = shutil.copytree(exported.path, tmp_path / "m")
+    template = folder / "chat_template.jinja"
+    told = "{{ strftime_now('%Y-%m-%d') }}" + template.read_text(encoding="utf-8")
+    template.write_text(told, encoding="utf-8")
     report = parity.compare(folder, [], [])
     assert not report["ok"] and report["conversations_unequal"] == len(parity.CONVERSATIONS)
-    with pytest.raises(CheckFailed, match="3 conversations have other ids"):
+    with pytest.raises(CheckFailed, match=f"{len(parity.CONVERSATIONS)} conversations have other ids"):
         parity.require(report, "m")
 
 

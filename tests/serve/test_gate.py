@@ -38,13 +38,19 @@ def post(server: Running, body, path: str = CHAT, **kwargs) -> httpx.Response:
     return HTTP.post(server.url + path, json=body, **kwargs)
 
 
+CALLED = {"name": "add", "arguments": '{"numbers": [2, 2]}'}
 HOSTILE = {
     "no model": {"messages": BODY["messages"]},
     "no messages": {"model": "tiny"},
     "empty messages": BODY | {"messages": []},
     "messages text": BODY | {"messages": "hi"},
     "role": BODY | {"messages": [{"role": "bot", "content": "x"}]},
-    "tool role": BODY | {"messages": [{"role": "tool", "content": "x", "tool_call_id": "1"}]},
+    "function role": BODY | {"messages": [{"role": "function", "content": "x", "name": "f"}]},
+    "tool calls of a user": BODY
+    | {"messages": [{"role": "user", "content": "x", "tool_calls": [{"function": CALLED}]}]},
+    "arguments that are no object": BODY
+    | {"messages": [{"role": "assistant", "tool_calls": [{"function": CALLED | {"arguments": "[1]"}}]}]},
+    "a tool without a name": BODY | {"tools": [{"type": "function"}], "tool_choice": "none"},
     "no content": BODY | {"messages": [{"role": "user"}]},
     "null content": BODY | {"messages": [{"role": "user", "content": None}]},
     "picture": BODY

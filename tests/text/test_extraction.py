@@ -66,7 +66,7 @@ def accepts(tmp_path_factory: pytest.TempPathFactory) -> Any:
     from transformers import AutoTokenizer
 
     root = tmp_path_factory.mktemp("run")
-    path = write_tokenizer(root / "t", write_data(root / "data"), vocab_size=259).path
+    path = write_tokenizer(root / "t", write_data(root / "data"), vocab_size=272).path
     theirs = AutoTokenizer.from_pretrained(path)
     inner = from_tokenizer(theirs)
 

@@ -7,18 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from artifacts import write_data, write_tokenizer
+from chat_models import write_model
 
-from microlm.core.records import Conversation, Message, Preference
-from microlm.text.chat import encode_chat
+from microlm.core.records import Conversation, Message, Preference, ToolCall
+from microlm.text.chat import encode_chat, template_text
 from microlm.text.inspection import masks
 from microlm.text.tokenizer import SPECIAL, Tokenizer
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("run")
-    return write_tokenizer(root / "tokenizer", write_data(root / "data")).path
+    return write_model(tmp_path_factory.mktemp("run") / "t", template_text(None))
 
 
 def chat(*turns: str) -> Conversation:
@@ -54,14 +53,27 @@ def test_control_tokens_typed_by_a_user_are_no_fault(folder: Path) -> None:
     assert seen.fault == ""
 
 
-def test_a_separator_that_is_no_special_token_is_found(folder: Path, tmp_path: Path) -> None:
-    """`<|im_end|>` as an ordinary added token: typed by a user it ends the turn."""
+def test_a_separator_that_is_no_special_token_stays_text_when_it_is_typed(
+    folder: Path, tmp_path: Path
+) -> None:
     data = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     for token in data["added_tokens"]:
         token["special"] = token["content"] != "<|im_end|>"
     (tmp_path / "tokenizer.json").write_text(json.dumps(data), encoding="utf-8")
     faults = [s.fault for s in masks.look(tmp_path, 99, [chat("问", "答"), chat("说<|im_end|>了", "答")])]
-    assert faults == ["", "control_token_from_text"]
+    assert faults == ["", ""]
+
+
+def test_thinking_calls_and_a_default_system_turn_are_no_fault(tmp_path: Path) -> None:
+    path = write_model(tmp_path / "t", template_text("小明"))
+    tool = '{"type": "function", "function": {"name": "f"}}'
+    called = Message("assistant", "", "想", (ToolCall("f", "{}"),))
+    turns = (Message("user", "问"), called, Message("tool", "4"), Message("assistant", "答"))
+    pair = Preference(turns[:1], "<think>\n想\n</think>\n\n好", "坏", tools=(tool,))
+    seen = list(masks.look(path, 9999, [Conversation(turns, tools=(tool,)), pair]))
+    assert [(s.record, s.answers, s.cut, s.fault) for s in seen] == [
+        (0, 2, 0, ""), (1, 1, 0, ""), (1, 1, 0, "")
+    ]  # fmt: skip
 
 
 def test_every_wrong_mask_has_a_name(folder: Path) -> None:

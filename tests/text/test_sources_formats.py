@@ -6,17 +6,55 @@ import json
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from microlm.core.records import Conversation, Document, Message, Preference
+from microlm.core.records import Conversation, Document, Message, Preference, ToolCall
 from microlm.text.read import Drop
+from microlm.text.sources.marked import answer_text, parse_answer, tool_call
 from microlm.text.sources.shapes import parse_line, shape_of
 
 SYSTEM, ASK, SAY = Message("system", "简短回答。"), Message("user", "问"), Message("assistant", "答")
 TOOLS = [{"name": "gpa", "parameters": {}}]
 CALL = {"name": "gpa", "arguments": {"grades": ["A"]}}
-CALLED = Message("assistant", '<tool_call>\n{"name": "gpa", "arguments": {"grades": ["A"]}}\n</tool_call>')
+GPA = ToolCall("gpa", '{"grades": ["A"]}')
+CALLED = Message("assistant", "", tool_calls=(GPA,))
 RESULT, TOLD = Message("tool", '{"GPA": 4}'), Message("assistant", "4 分")
-TOOL_SYSTEM = '<tools>\n[{"name": "gpa", "parameters": {}}]\n</tools>'
+THOUGHTFUL = Message("assistant", "4 分", "查到了")
+TOOL = '{"type": "function", "function": {"name": "gpa", "parameters": {}}}'
+CHATML_TOOLS = f"""<|im_start|>system
+简短回答。
+
+# Tools
+
+You may call one or more functions to assist with the user query.
+
+You are provided with function signatures within <tools></tools> XML tags:
+<tools>
+{TOOL}
+</tools>
+
+For each function call, return a json object with function name and arguments within <tool_call></tool_call> XML tags:
+<tool_call>
+{{"name": <function-name>, "arguments": <args-json-object>}}
+</tool_call><|im_end|>
+<|im_start|>user
+问<|im_end|>
+<|im_start|>assistant
+<tool_call>
+{{"name": "gpa", "arguments": {{"grades": ["A"]}}}}
+</tool_call><|im_end|>
+<|im_start|>user
+<tool_response>
+{{"GPA": 4}}
+</tool_response><|im_end|>
+<|im_start|>assistant
+<think>
+查到了
+</think>
+
+4 分<|im_end|>
+"""  # noqa: E501
 
 
 def openai(*messages: Message) -> list[dict[str, Any]]:
@@ -76,7 +114,7 @@ CONVERSATIONS: dict[str, tuple[str, dict[str, Any], list[Message]]] = {
                 *openai(RESULT, TOLD),
             ],
         },
-        [Message("system", f"简短回答。\n\n{TOOL_SYSTEM}"), ASK, CALLED, RESULT, TOLD],
+        [SYSTEM, ASK, CALLED, RESULT, TOLD],
     ),
     "ShareGPT": (
         "ShareGPT conversations",
@@ -94,7 +132,7 @@ CONVERSATIONS: dict[str, tuple[str, dict[str, Any], list[Message]]] = {
                 ("gpt", "4 分"),
             ),
         },
-        [Message("system", TOOL_SYSTEM), ASK, CALLED, RESULT, TOLD],
+        [ASK, CALLED, RESULT, TOLD],
     ),
     "ChatML": (
         "ChatML text",
@@ -117,12 +155,55 @@ CONVERSATIONS: dict[str, tuple[str, dict[str, Any], list[Message]]] = {
             ]
         },
         [
-            Message("system", f"简短回答。\n\n{TOOL_SYSTEM}"),
+            SYSTEM,
             ASK,
             CALLED,
             RESULT,
-            Message("assistant", "<think>\n查到了\n</think>\n\n4 分"),
+            THOUGHTFUL,
         ],
+    ),
+    "minimind, tools alone in the system turn": (
+        "minimind conversations",
+        {"conversations": [{"role": "system", "content": "", "tools": json.dumps(TOOLS)}, *openai(ASK, SAY)]},
+        [ASK, SAY],
+    ),
+    "ChatML, tools and thought": (
+        "ChatML text",
+        {"text": CHATML_TOOLS},
+        [SYSTEM, ASK, CALLED, RESULT, THOUGHTFUL],
+    ),
+    "ShareGPT, marks in the words": (
+        "ShareGPT conversations",
+        {
+            "tools": [TOOL],
+            "conversations": sharegpt(
+                ("human", "问"),
+                (
+                    "gpt",
+                    "<think>查</think>\n<tool_call>\n"
+                    + json.dumps(CALL)
+                    + "\n</tool_call>\n<tool_call>"
+                    + json.dumps(CALL)
+                    + "</tool_call>",
+                ),
+                ("tool", '<tool_response>\n{"GPA": 4}\n</tool_response>'),
+                ("gpt", "4 分"),
+            ),
+        },
+        [ASK, Message("assistant", "", "查", (GPA, GPA)), RESULT, TOLD],
+    ),
+    "OpenAI, the older single call": (
+        "OpenAI messages",
+        {
+            "tools": [{"type": "function", "function": TOOLS[0]}],
+            "messages": [
+                *openai(ASK),
+                {"role": "assistant", "content": "我查。", "reasoning": "要查", "function_call": CALL},
+                {"role": "function", "name": "gpa", "content": '{"GPA": 4}'},
+                *openai(TOLD),
+            ],
+        },
+        [ASK, Message("assistant", "我查。", "要查", (GPA,)), RESULT, TOLD],
     ),
     "turns as a JSON text": (
         "OpenAI messages",
@@ -135,8 +216,9 @@ CONVERSATIONS: dict[str, tuple[str, dict[str, Any], list[Message]]] = {
 @pytest.mark.parametrize("name", CONVERSATIONS)
 def test_a_conversation_in_anyones_words_is_its_messages(name: str) -> None:
     shape, data, messages = CONVERSATIONS[name]
+    tools = (TOOL,) if "tools" in name or "marks" in name or "single call" in name else ()
     assert shape_of(data) == shape
-    assert record(data) == Conversation(tuple(messages), source="f:1")
+    assert record(data) == Conversation(tuple(messages), source="f:1", tools=tools)
 
 
 PAIR = Preference((ASK,), "好", "坏", "f:1")
@@ -169,6 +251,52 @@ def test_an_answer_that_is_json_stays_an_answer() -> None:
     assert record({"prompt": "问", **answers}) == Preference((ASK,), *answers.values(), "f:1")
 
 
+def test_a_preference_keeps_thinking_calls_and_tools() -> None:
+    chosen = {
+        "role": "assistant",
+        "content": "",
+        "reasoning_content": "想",
+        "tool_calls": [{"function": {"name": "gpa", "arguments": '{"grades": ["A"]}'}}],
+    }
+    found = record({"prompt": "问", "chosen": chosen, "rejected": "坏", "tools": TOOLS})
+    assert isinstance(found, Preference)
+    assert found.tools == (TOOL,) and parse_answer(found.chosen) == Message("assistant", "", "想", (GPA,))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "标记 <think> 和 </think> 在文中",
+        "先 <tool_call>{}</tool_call> 后文",
+        '<tool_call>{"name": "gpa"}</tool_call> 后文',
+        "<tool_call>不是 JSON</tool_call>",
+        "<think>没有结束",
+        "</think>",
+    ],
+)
+def test_marks_that_are_part_of_the_words_stay_words(words: str) -> None:
+    assert parse_answer(words) == Message("assistant", words)
+
+
+@settings(max_examples=200)
+@given(
+    st.text(),
+    st.text(min_size=1).filter(lambda t: t.strip() and "</think>" not in t),
+    st.dictionaries(st.text(), st.none() | st.booleans() | st.integers() | st.text() | st.lists(st.text())),
+    st.integers(0, 3),
+)
+def test_an_answer_is_read_back_from_its_text(
+    content: str, reasoning: str, arguments: dict[str, Any], calls: int
+) -> None:
+    called = (tool_call("gpa", arguments),) * calls
+    for message in (
+        Message("assistant", content, reasoning, called),
+        Message("assistant", content, "", called),
+    ):
+        if "<" not in content:
+            assert parse_answer(answer_text(message)) == message
+
+
 def turns(*messages: dict[str, Any]) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": "问"}, *messages]}
 
@@ -182,6 +310,20 @@ DROPPED: dict[str, tuple[dict[str, Any], str]] = {
     "a surrogate in a call": (
         turns({"role": "assistant", "tool_calls": [{"name": "f", "arguments": '"\\ud800"'}]}),
         "lone_surrogate",
+    ),
+    "arguments that are no object": (
+        turns({"role": "assistant", "tool_calls": [{"name": "f", "arguments": "[1]"}]}),
+        "bad_tool_call",
+    ),
+    "a call that is no JSON": (
+        {"conversations": sharegpt(("human", "问"), ("function_call", "{'name': 'f'}"), ("gpt", "答"))},
+        "bad_tool_call",
+    ),
+    "tools that are no JSON": ({"tools": "use gpa()", "messages": openai(ASK, SAY)}, "bad_tools"),
+    "a tool without a name": ({"tools": [{"type": "function"}], "messages": openai(ASK, SAY)}, "bad_tools"),
+    "thinking and no answer": (
+        turns({"role": "assistant", "content": "<think>\n想\n</think>\n\n"}),
+        "content_empty",
     ),
     "history without answers": (
         {"instruction": "x", "output": "y", "history": ["一", "二"]},

@@ -8,12 +8,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 from microlm.core.report import charts
 from microlm.core.report.charts import escape
 
 Cell = str | int | float | None
 Point = tuple[float, float]
+PieceKind = Literal["token", "unknown", "dropped"]
 Bar = tuple[str, float | None, tuple[float, float] | None]
 
 
@@ -79,6 +81,19 @@ class Page:
     ) -> None:
         """Horizontal bars: (label, value, (low, high) or None); a value of None reads "not measured"."""
         self._figure(title, charts.bars(title, bars, unit, maximum))
+
+    def group_chart(self, title: str, rows: Mapping[str, Mapping[str, float | None]], unit: str = "") -> None:
+        """Bars side by side: group → series → value; None reads "not measured"."""
+        self._figure(title, charts.groups(title, rows, unit))
+
+    def pieces(self, label: str, row: Sequence[tuple[str, PieceKind]]) -> None:
+        """A text cut into pieces, in alternating colours; unknown and dropped ones stand out."""
+        tone, spans = 0, []
+        for text, kind in row:
+            name = f"p{tone % charts.COLOURS}" if kind == "token" else kind
+            tone += kind == "token"
+            spans.append(f'<span class="{name}">{escape(text)}</span>')
+        self._parts.append(f'<div class="pieces"><b>{escape(label)}</b><p>{"".join(spans)}</p></div>')
 
     def details(self, summary: str, inner: Page | str) -> None:
         """A block that is folded until it is clicked: another page's parts, or plain text."""

@@ -90,6 +90,35 @@ def _bar(
     return f"{label}: {text}", name + body + told
 
 
+def groups(title: str, rows: Mapping[str, Mapping[str, float | None]], unit: str) -> str:
+    """Horizontal bars side by side: group → series → value, one colour a series, from zero."""
+    names = list(dict.fromkeys(name for values in rows.values() for name in values))
+    known = [v for values in rows.values() for v in values.values() if v is not None and math.isfinite(v)]
+    if not known:
+        return _empty(title)
+    left = 16.0 + min(200, max(map(_text_width, rows)))
+    across = _Axis([0.0, max(known) or 1.0], left, WIDTH - 90)
+    parts, told, y = [], [], 6
+    for group, values in rows.items():
+        middle = y + 7 * len(values) + 4
+        short = _short(group, left)
+        parts.append(f'<text class="label" x="{left - 8}" y="{middle}" text-anchor="end">{short}</text>')
+        for name, value in values.items():
+            shown = "not measured" if value is None or not math.isfinite(value) else f"{number(value)}{unit}"
+            width = across.at(value) - left if value is not None and math.isfinite(value) else 0.0
+            again = " again" if names.index(name) >= COLOURS else ""
+            colour = f'class="filled c{names.index(name) % COLOURS}{again}"'
+            parts.append(f'<rect {colour} x="{left}" y="{y}" width="{width:.1f}" height="11" rx="2"/>')
+            parts.append(
+                f'<text class="value" x="{left + width + 6:.1f}" y="{y + 10}">{escape(shown)}</text>'
+            )
+            told.append(f"{group}, {name}: {shown}")
+            y += 14
+        y += 12
+    legend, depth = _legend(names, y) if len(names) > 1 else ("", 0)
+    return _svg(title, "; ".join(told), y + depth, "".join(parts) + legend)
+
+
 def thin(points: Sequence[Point]) -> list[Point]:
     """At most about `MAX_POINTS` points, evenly chosen, the first and the last among them."""
     if len(points) <= MAX_POINTS:
@@ -164,9 +193,9 @@ def _frame(x: _Axis, y: _Axis, x_label: str, y_label: str) -> str:
     return "".join(parts)
 
 
-def _legend(names: Sequence[str]) -> tuple[str, int]:
-    """The legend below the chart, and its height."""
-    parts, x, y = [], LEFT, HEIGHT + 14
+def _legend(names: Sequence[str], top: int = HEIGHT) -> tuple[str, int]:
+    """The legend below a chart of this height, and its own height."""
+    parts, x, y = [], LEFT, top + 14
     for i, name in enumerate(names):
         width = 34 + _text_width(name)
         if x > LEFT and x + width > WIDTH - RIGHT:
@@ -175,7 +204,7 @@ def _legend(names: Sequence[str]) -> tuple[str, int]:
         parts.append(f'<path class="line c{i % COLOURS}"{dash} d="M{x} {y - 4}h18"/>')
         parts.append(f'<text x="{x + 24}" y="{y}">{escape(name)}</text>')
         x += width + 12
-    return "".join(parts), y - HEIGHT + 10
+    return "".join(parts), y - top + 10
 
 
 def _svg(title: str, description: str, height: float, body: str) -> str:

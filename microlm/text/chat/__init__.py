@@ -1,66 +1,75 @@
-"""ChatML. One walk over the messages gives ids and loss mask; the Jinja form gives the same text."""
+"""Chat templates. Enters: a tokenizer's directory and conversations. Leaves: their text, ids and loss masks.
+
+Our own template is a walk (`chatml`); any other is a Jinja text that the directory brings along (`adopted`).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 
-from microlm.core.records import Message
-from microlm.text.tokenizer import END, START, Tokenizer
+from microlm.core.records import Conversation, Message
+from microlm.text.chat.adopted import Adopted
+from microlm.text.chat.chatml import ChatML
+from microlm.text.chat.directory import read_sources, special_tokens
+from microlm.text.tokenizer import Tokenizer
 
-JINJA = (
-    "{% for message in messages %}"
-    "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
+Template = ChatML | Adopted
 
 
-def render(messages: Sequence[Message], generation_prompt: bool = False) -> str:
+def template_text(assistant_name: str | None) -> str:
+    """Our template as Jinja, for a model's directory; a name gives conversations a default system turn."""
+    return ChatML.named(assistant_name).source
+
+
+@lru_cache(maxsize=8)
+def template_of(tokenizer: Tokenizer) -> Template:
+    """The template of the tokenizer's directory; ours where there is none."""
+    sources = read_sources(tokenizer.path)
+    own = ChatML.read(sources["default"]) if "default" in sources else ChatML()
+    return own or Adopted(sources, special_tokens(tokenizer.path), tokenizer)
+
+
+def render(
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    generation_prompt: bool = False,
+    tools: Sequence[str] = (),
+) -> str:
     """The conversation as one string."""
-    turns = "".join(f"{START}{m.role}\n{m.content}{END}\n" for m in messages)
-    return turns + (f"{START}assistant\n" if generation_prompt else "")
+    return template_of(tokenizer).render(_chat(messages, tools), generation_prompt)
 
 
 def encode_chat(
-    tokenizer: Tokenizer, messages: Sequence[Message], generation_prompt: bool = False
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    generation_prompt: bool = False,
+    tools: Sequence[str] = (),
 ) -> tuple[list[int], list[int]]:
-    """Ids of the conversation and a mask: 1 on the assistant's words and on the EOS that closes them.
+    """Ids of the conversation and a mask: 1 on what the assistant writes, the EOS that closes it included.
 
-    The newline after a turn belongs to nobody; a control token typed inside a message stays text. Role and
-    words are encoded as one string, as the Jinja form does it: a token may reach over the newline between.
+    With a generation prompt it is a question: nothing in it is learnt. Control tokens typed inside a message
+    stay text. Raises UserError when a foreign template cannot render the conversation or tell its answers.
     """
-    [encoded] = encode_chats(tokenizer, [messages])
-    ids, mask = encoded
+    chat = _chat(messages, tools)
     if generation_prompt:
-        head = [tokenizer.start_id, *tokenizer.encode("assistant\n")]
-        ids += head
-        mask += [0] * len(head)
-    return ids, mask
+        ids = chat_ids(tokenizer, chat, generation_prompt)
+        return ids, [0] * len(ids)
+    [encoded] = encode_chats(tokenizer, [chat])
+    return encoded
+
+
+def chat_ids(tokenizer: Tokenizer, chat: Conversation, generation_prompt: bool = False) -> list[int]:
+    """The ids of `encode_chat` alone: a foreign template need not be able to tell the answers."""
+    return template_of(tokenizer).ids(tokenizer, chat, generation_prompt)
 
 
 def encode_chats(
-    tokenizer: Tokenizer, chats: Sequence[Sequence[Message]]
+    tokenizer: Tokenizer, chats: Sequence[Conversation]
 ) -> Iterator[tuple[list[int], list[int]]]:
-    """`encode_chat` of many conversations; their turns are encoded in one batch, on all cores."""
-    turns = iter(tokenizer.encode_batch([f"{m.role}\n{m.content}" for messages in chats for m in messages]))
-    newline = tokenizer.encode("\n")
-    for messages in chats:
-        ids: list[int] = []
-        mask: list[int] = []
-        for message in messages:
-            turn = next(turns)
-            covered = _count_covering(tokenizer, turn, len(message.role) + 1)
-            learn = int(message.role == "assistant")
-            ids += [tokenizer.start_id, *turn, tokenizer.eos_id, *newline]
-            mask += [0] * (1 + covered) + [learn] * (len(turn) - covered + 1) + [0] * len(newline)
-        yield ids, mask
+    """Ids and mask of many conversations, as `encode_chat` has them; texts are encoded in one batch."""
+    return template_of(tokenizer).encode(tokenizer, chats)
 
 
-def _count_covering(tokenizer: Tokenizer, ids: Sequence[int], size: int) -> int:
-    """How many of the first ids it takes to cover `size` bytes."""
-    covered = 0
-    for count, token_id in enumerate(ids):
-        if covered >= size:
-            return count
-        covered += len(tokenizer.token_bytes[token_id])
-    return len(ids)
+def _chat(messages: Sequence[Message], tools: Sequence[str]) -> Conversation:
+    return Conversation(tuple(messages), tools=tuple(tools))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import shutil
+from array import array
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -23,7 +24,7 @@ from microlm.text.audit import Survey
 from microlm.text.corpus import contaminate
 from microlm.text.corpus.cut import cut
 from microlm.text.corpus.refine import document
-from microlm.text.corpus.store import KEPT, Entries, Reader, Store, join_digest
+from microlm.text.corpus.store import Entries, Reader, Store, join_digest
 from microlm.text.dedup import digest
 from microlm.text.read import Record, builder, parse_json, texts_of
 from microlm.text.sources import Tally
@@ -56,7 +57,7 @@ class Outcome:
     survey: Survey = field(default_factory=Survey)
     cut: int = 0
     pieces: int = 0
-    digests: dict[Split, list[int]] = field(default_factory=lambda: {split: [] for split in NAMES})
+    digests: dict[Split, array[int]] = field(default_factory=lambda: {split: array("Q") for split in NAMES})
     """The first halves of the digests of the documents written."""
 
 
@@ -64,24 +65,19 @@ def assemble(task: tuple[Plan, int]) -> Outcome:
     """Write the parts of one range of digests."""
     plan, piece = task
     store, outcome = Store(plan.blocks, plan.count), Outcome()
-    blocks, rows, entries = store.slice(piece, plan.pieces)
-    states = [store.state(n) for n in range(plan.count)]
-    kept = np.array([states[b][r] == KEPT for b, r in zip(blocks, rows, strict=True)], dtype=bool)
-    blocks, entries = blocks[kept], entries[kept]
+    blocks, _, entries = store.kept(piece, plan.pieces)
     order = np.lexsort((entries["lo"], entries["hi"], entries["kind"]))
     with ExitStack() as stack, storage.explain_write(plan.parts):
-        reader = stack.enter_context(Reader(plan.blocks))
+        stored = stack.enter_context(Reader(plan.blocks)).all(blocks, entries)
         files: dict[tuple[Kind, Split], Any] = {}
         sides = np.zeros(len(entries), dtype=np.int64)
         for number, name in enumerate(KINDS):
             mine = entries["kind"] == number
             sides[mine] = splits(plan, name, entries[mine])
         for at in order:
-            kind, entry = KINDS[entries["kind"][at]], entries[at]
-            split = NAMES[sides[at]]
-            stored = reader.both(int(blocks[at]), entry)
-            key = join_digest(entry["hi"], entry["lo"])
-            for line, record in _lines(plan, outcome, (kind, split), key, stored):
+            kind, split = KINDS[entries["kind"][at]], NAMES[sides[at]]
+            key = join_digest(entries["hi"][at], entries["lo"][at])
+            for line, record in _lines(plan, outcome, (kind, split), key, stored[at]):
                 if (kind, split) not in files:
                     files[kind, split] = stack.enter_context(part(plan.parts, piece, kind, split).open("wb"))
                 files[kind, split].write(line.encode("utf-8"))

@@ -13,19 +13,16 @@ from numpy.typing import NDArray
 
 from microlm.core.metrics import Progress
 from microlm.text.corpus.pool import Pool
-from microlm.text.corpus.store import EXACT, KEPT, NEAR, OPEN_FILES, Entries, Reader, Store
+from microlm.text.corpus.store import DOCUMENTS, ENTRY, EXACT, KEPT, NEAR, OPEN_FILES, Entries, Reader, Store
 from microlm.text.near import index, signature
-from microlm.text.split import KINDS
-
-_DOCUMENTS = KINDS.index("documents")
 
 
 def exact(store: Store) -> Iterator[tuple[int, int, int]]:
     """Mark the exact duplicates in the states of all blocks; yields (kind, block, row) of each."""
     states = [store.state(n) for n in range(store.count)]
-    for blocks, rows, entries in store.slices(store.pieces()):
-        alive = np.array([states[b][r] == KEPT for b, r in zip(blocks, rows, strict=True)], dtype=bool)
-        blocks, rows, entries = blocks[alive], rows[alive], entries[alive]
+    pieces = store.pieces()
+    for piece in range(pieces):
+        blocks, rows, entries = store.kept(piece, pieces)
         for at in np.flatnonzero(_repeats(entries)).tolist():
             block, row = int(blocks[at]), int(rows[at])
             states[block][row] = EXACT
@@ -68,7 +65,7 @@ def near(pool: Pool, store: Store, threshold: float, memory_mb: int) -> Iterator
             return found
 
         search = index.NearIndex(store.folder, store.count, memory_mb)
-        ranks = _ranks([np.array(store.entries(n)[r]) for n, r in enumerate(rows)])
+        ranks = _ranks(store, rows)
         outcome = search.resolve(ranks, lambda pairs: signature.jaccards(texts, pairs), threshold)
     removed = outcome.removed()
     at = np.searchsorted(first, removed, side="right") - 1
@@ -82,19 +79,20 @@ def near(pool: Pool, store: Store, threshold: float, memory_mb: int) -> Iterator
 
 def _sign(task: tuple[Store, int, float]) -> None:
     store, number, threshold = task
-    entries = store.entries(number)
-    with Reader(store.folder) as reader:
-        texts = [reader.body(number, entries[r]).decode("utf-8") for r in _documents(store, number)]
-    index.write(store.folder, number, *signature.sign(texts, threshold))
+    text, _, starts, sizes = store.documents(number)
+    index.write(store.folder, number, *signature.sign_bytes(text, starts, sizes, threshold))
 
 
 def _documents(store: Store, number: int) -> NDArray[np.int64]:
-    return np.flatnonzero((store.state(number) == KEPT) & (store.entries(number)["kind"] == _DOCUMENTS))
+    return np.flatnonzero((store.state(number) == KEPT) & (store.entries(number)["kind"] == DOCUMENTS))
 
 
-def _ranks(entries: list[Entries]) -> NDArray[np.uint64]:
+def _ranks(store: Store, rows: list[NDArray[np.int64]]) -> NDArray[np.uint64]:
     """The place of every document in the order of preference: the longest first."""
-    columns = [np.concatenate([e[name] for e in entries]) for name in ("tie", "lo", "hi", "chars")]
+    columns = [
+        np.concatenate([np.zeros(0, ENTRY[name]), *(store.entries(n)[name][r] for n, r in enumerate(rows))])
+        for name in ("tie", "lo", "hi", "chars")
+    ]
     order = np.lexsort((*columns[:3], ~columns[3]))
     ranks = np.empty(len(order), dtype=np.uint64)
     ranks[order] = np.arange(len(order), dtype=np.uint64)

@@ -6,21 +6,24 @@ refine → exact → near duplicates → repeated lines (then both again) → he
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
-from microlm.core import storage
+from microlm.core import runtime, storage
 from microlm.core.metrics import Progress
-from microlm.text.audit import Audit
-from microlm.text.clean import glimpse
+from microlm.core.records import Document
+from microlm.text.audit import Audit, Survey
+from microlm.text.clean import CleanRecipe, Effects, clean, glimpse, rules
 from microlm.text.corpus import assemble, contaminate, duplicates, shared
 from microlm.text.corpus.assemble import Plan
 from microlm.text.corpus.cut import cut
 from microlm.text.corpus.pool import Pool
 from microlm.text.corpus.refine import Report, Task, document, refine
 from microlm.text.corpus.store import (
+    DOCUMENTS,
     EXACT,
     KEPT,
     LINES,
@@ -30,14 +33,27 @@ from microlm.text.corpus.store import (
     Store,
     join_digest,
 )
-from microlm.text.dedup import digest
+from microlm.text.dedup import digest, record_digest
+from microlm.text.near.signature import sign
+from microlm.text.rules.repetition import repetition
 from microlm.text.split import KINDS, Kind
 
 PART_BYTES = 16 << 20
 """Of text in one range of the last pass."""
 REASONS = {EXACT: "duplicate", NEAR: "near_duplicate", LINES: "only_repeated_lines"}
 MAX_EXAMPLES = 3
-DOCUMENTS = KINDS.index("documents")
+
+
+def load_kernels() -> None:
+    """Load, or compile, the loops that workers run, and their tables."""
+    text = "一二三四五六七八九十。" * 3
+    document, _ = clean(Document(text), rules(CleanRecipe.model_validate({})), Effects())
+    repetition(text)
+    record_digest(document)
+    sign([text])
+    shared.hash_lines(np.zeros(1, dtype=np.uint8), np.array([0]), np.array([1]))
+    contaminate.gather([text], [], overlap=1.0)[0].found_in(text)
+    Survey().observe("documents", "train", document)
 
 
 class Engine:
@@ -51,15 +67,21 @@ class Engine:
             with storage.explain_write(path):
                 path.mkdir(parents=True, exist_ok=True)
 
-    def refine(self, tasks: Iterable[Task]) -> Report:
-        """Clean all blocks; the sum of their reports."""
-        total = Report()
-        for found in self.pool.map(refine, tasks):
-            total.add(Report.from_json(found))
+    def refine(self, tasks: Iterable[Task]) -> Iterator[tuple[str, Report]]:
+        """Clean all blocks; yields the word of the source and the report of each, in order."""
+        words: deque[str] = deque()
+
+        def noted() -> Iterator[Task]:
+            for task in tasks:
+                words.append(task.word)
+                yield task
+
+        for found in self.pool.map(refine, noted()):
+            report = Report.from_json(found)
             self.store = Store(self.blocks, self.store.count + 1)
+            self.audit.take(report)
+            yield words.popleft(), report
         self.store.reset()  # an earlier attempt may have got further
-        self.audit.take(total)
-        return total
 
     def numbered(self) -> int:
         """The number of the next block."""
@@ -77,6 +99,7 @@ class Engine:
         lines = shared.find(self.pool, self.store, documents) if documents else np.zeros(0, dtype=np.uint64)
         for block, row in shared.remove(self.pool, self.store, lines, min_chars, self.audit.effects):
             self._drop(LINES, block, row)
+        runtime.give_memory_back()
         return len(lines) > 0
 
     def drop_near(self, threshold: float, memory_mb: int) -> None:
@@ -84,6 +107,7 @@ class Engine:
         if threshold:
             for block, row in duplicates.near(self.pool, self.store, threshold, memory_mb):
                 self._drop(NEAR, block, row)
+            runtime.give_memory_back()
 
     def note_held_out(self, plan: Plan, tests: list[str], said: Iterable[str]) -> None:
         """Write down what no training record may hold.
@@ -94,6 +118,8 @@ class Engine:
         held_out, short = contaminate.gather(tests, self._held_out_documents(plan, keys), plan.overlap)
         contaminate.save(held_out, self.blocks)
         self.audit.held_out = {"texts": len(held_out.sizes), "too_short_for_13_grams": short}
+        del held_out
+        runtime.give_memory_back()
         path = self.blocks / "held_out.json"
         with storage.explain_write(path):
             path.write_text(json.dumps(sorted(key.hex() for key in keys)), encoding="utf-8")
@@ -154,7 +180,8 @@ class Engine:
                     (train if split == "train" else held_out).append(np.array(digests, dtype=np.uint64))
                 bar.update(1)
         assemble.join(plan, root)
-        return int(np.isin(np.concatenate(train), np.concatenate(held_out)).sum())
+        known = np.concatenate(held_out)
+        return sum(int(np.isin(part, known).sum()) for part in train)
 
     def count_kept(self) -> None:
         """Enter into the audit what the duplicates left."""

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from microlm.core.artifact import Workspace
 from microlm.core.errors import UserError
-from microlm.core.records import Extraction, to_json
+from microlm.core.records import Conversation, Extraction, to_json
 from microlm.text import sources
 from microlm.text.audit import Audit
 from microlm.text.clean import tidy
@@ -62,20 +61,23 @@ def write(
         for record in book.extraction_test:
             audit.tallies["read"].keep()
             audit.survey.observe("extraction", "test", record)
-    chats = (
-        book.chats if book and "conversations" in kinds and "chat" not in own else list(_prompts(work.path))
-    )
-    work.write_jsonl("chats/test.jsonl", [{"messages": [to_json(m) for m in chat]} for chat in chats])
+    if book and "conversations" in kinds and "chat" not in own:
+        prompts = [Conversation(tuple(chat)) for chat in book.chats]
+    else:
+        prompts = list(_prompts(work.path))
+    kept = ("messages", "tools")
+    rows = ({key: value for key, value in to_json(chat).items() if key in kept} for chat in prompts)
+    work.write_jsonl("chats/test.jsonl", list(rows))
 
 
-def _prompts(root: Path) -> Iterator[tuple[Any, ...]]:
+def _prompts(root: Path) -> Iterator[Conversation]:
     """The beginnings of held-out conversations, up to the last question."""
     for number, conversation in enumerate(records_of(root, "conversations", "validation")):
         if number >= MAX_CHATS:
             return
         asked = [i for i, m in enumerate(conversation.messages) if m.role == "user"]
         if asked:
-            yield conversation.messages[: asked[-1] + 1]
+            yield Conversation(conversation.messages[: asked[-1] + 1], tools=conversation.tools)
 
 
 def complete_extraction(work: Workspace, schema: Schema) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 
 from microlm.core.metrics import Progress
 from microlm.text import sources
@@ -21,10 +22,18 @@ COMPOSED_BLOCK = 4_000
 
 def refine_sources(engine: Engine, words: list[str], clean: CleanRecipe, strict: bool) -> Report:
     """Refine the user's sources, in the order of their names, with progress on the way."""
-    total = Report()
-    for source in sorted(map(sources.parse, words), key=lambda s: s.word):
-        if source.kind != sources.FACTBOOK:
-            total.add(_refine_source(engine, source, clean, strict))
+    found = sorted((s for s in map(sources.parse, words) if s.kind != sources.FACTBOOK), key=lambda s: s.word)
+    reports = {source.word: Report() for source in found}
+    last, total = "", Report()
+    with ExitStack() as bars:
+        for word, report in engine.refine(_tasks(engine, found, bars, clean, strict)):
+            if last not in ("", word):
+                _require_usable(last, reports[last])
+            reports[word].add(report)
+            total.add(report)
+            last = word
+    if last:
+        _require_usable(last, reports[last])
     return total
 
 
@@ -48,20 +57,26 @@ def refine_factbook(engine: Engine, book: Factbook, kinds: list[Kind], own: froz
                 yield Task(engine.blocks, number, chunk, CleanRecipe.model_validate({}))
                 bar.update(len(chunk))
 
-        return engine.refine(tasks())
+        total = Report()
+        for _, report in engine.refine(tasks()):
+            total.add(report)
+        return total
 
 
-def _refine_source(engine: Engine, source: Source, clean: CleanRecipe, strict: bool) -> Report:
-    sources.announce(source)
-    first = engine.numbered()
-    with Progress(f"data {source.word}", source.size_bytes(), "bytes") as bar:
+def _tasks(
+    engine: Engine, found: list[Source], bars: ExitStack, clean: CleanRecipe, strict: bool
+) -> Iterator[Task]:
+    """The blocks of all sources, so that no worker waits at the end of one; `bars` holds the open bar."""
+    numbers = itertools.count(engine.numbered())
+    for source in found:
+        sources.announce(source)
+        bar = bars.enter_context(Progress(f"data {source.word}", source.size_bytes(), "bytes"))
+        for block in sources.blocks(source):
+            yield Task(engine.blocks, next(numbers), block, clean, strict, source.word)
+            bar.update(block.consumed)
+        bars.close()
 
-        def tasks() -> Iterator[Task]:
-            for number, block in enumerate(sources.blocks(source), first):
-                yield Task(engine.blocks, number, block, clean, strict, source.word)
-                bar.update(block.consumed)
 
-        report = engine.refine(tasks())
+def _require_usable(word: str, report: Report) -> None:
     report.read.check()
-    sources.require_usable(source, report.read)
-    return report
+    sources.require_usable(sources.parse(word), report.read)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
+import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -43,20 +45,29 @@ class Pool:
                 yield waiting.popleft().result()
         except BrokenProcessPool:
             raise UserError(
-                "data: a worker process was killed (is there enough memory?); run the same command again to "
-                "continue, with fewer parallel.processes"
+                "a worker process was killed (is there enough memory?); run the same command again, with "
+                "fewer parallel.processes"
             ) from None
 
 
 @contextmanager
-def open_pool(processes: int) -> Iterator[Pool]:
-    """A pool that is gone when the block is left, however that comes."""
+def open_pool(processes: int, warm: Callable[[], None]) -> Iterator[Pool]:
+    """A pool that is gone when the block is left, however that comes.
+
+    `warm` loads what workers need; they are forked behind it where no other thread can hold a lock, else
+    each starts anew.
+    """
+    runtime.give_memory_back()
     if processes == 1:
         yield Pool(None, 1)
         return
-    context = multiprocessing.get_context("spawn")
+    may_fork = sys.platform == "linux" and threading.active_count() == 1
+    if may_fork:
+        warm()
+    context = multiprocessing.get_context("fork" if may_fork else "spawn")
     executor = ProcessPoolExecutor(processes, mp_context=context, initializer=_settle)
     try:
+        executor.submit(int)  # all are forked now, before a progress bar has a thread
         yield Pool(executor, processes)
         executor.shutdown()
     except BaseException:
@@ -68,4 +79,5 @@ def open_pool(processes: int) -> Iterator[Pool]:
 
 def _settle() -> None:
     runtime.die_with_parent()
+    runtime.give_memory_back()
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -139,14 +139,12 @@ def _cleaned(records: Iterable[Record], recipe: CleanRecipe, report: Report) -> 
     steps = rules(recipe)
     for record in records:
         if isinstance(record, Document):
-            cleaned, reason = clean(record, steps, report.effects)
-            shown = glimpse(cleaned)
-            after: Record = cleaned
+            after: Record
+            after, reason = clean(record, steps, report.effects)
         else:
             after, reason = tidied(record)
-            shown = record.source
         if reason:
-            report.clean.drop(reason, shown)
+            report.clean.drop(reason, glimpse(after) if isinstance(after, Document) else record.source)
             continue
         report.clean.keep()
         yield after

@@ -5,31 +5,31 @@ A line counts once in a document; which lines are known by a 64-bit hash of thei
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from microlm.core import storage
 from microlm.core.metrics import Progress
-from microlm.text.clean import Effects
+from microlm.core.records import Document
+from microlm.text.clean import MAX_EXAMPLES, Effects
+from microlm.text.compiled import njit
 from microlm.text.corpus.pool import Pool
-from microlm.text.corpus.refine import document, serialised
-from microlm.text.corpus.store import KEPT, LINES, Entries, Store, ranges, save_array, split_digest
+from microlm.text.corpus.store import LINES, Bytes, Numbers, Store, ranges, save_array, split_digest
 from microlm.text.dedup import digest
-from microlm.text.split import KINDS
+from microlm.text.near.kernels import Hashes
 
 RULE = "repeated_lines"
-_DOCUMENTS = KINDS.index("documents")
 Change = tuple[int, Effects, list[int]]
 """A block's number, what was taken out of it, and the rows of documents of which nothing was left."""
 MIN_CHARS, MAX_CHARS = 10, 400
 """Shorter lines are headings and names, longer ones are matter for the near duplicates."""
-PIECE_BYTES = 32 << 20
+PIECE_BYTES = 8 << 20
+BREAK, SPACE = 10, 32
 COUNTED = np.dtype([("line", "<u8"), ("documents", "<u4")])
-Hashes = NDArray[np.uint64]
 
 
 def find(pool: Pool, store: Store, documents: int) -> Hashes:
@@ -59,34 +59,34 @@ def _counts(store: Store, number: int) -> Path:
 
 def _count(task: tuple[Store, int]) -> None:
     store, number = task
-    text, rows, entries = _documents(store, number)
-    starts, sizes = _spans(entries[rows])
+    text, _, starts, sizes = store.documents(number)
     save_array(_counts(store, number), count_lines(text, starts, sizes))
 
 
 def _remove(task: tuple[Store, int, int]) -> Change:
     store, number, min_chars = task
-    found = np.load(store.folder / "lines.npy", mmap_mode="r")
-    text, rows, entries = _documents(store, number)
-    touched = rows[holders(text, *_spans(entries[rows]), found)]
-    effects, dropped = Effects(), []
+    found = np.load(store.folder / "lines.npy")
+    text, rows, starts, sizes = store.documents(number)
+    touched, places = _listed(text, starts, sizes, found)
+    effects = Effects()
     if not len(touched):
         return number, effects, []
-    entries, state = np.array(entries), store.state(number)
+    entries, state = np.array(store.entries(number)), store.state(number)
+    assert not entries["changed"].any(), "lines are taken out once"
     pieces: list[bytes] = []
     offset = 0
-    for row in touched.tolist():
-        entry = entries[row]
+    for d, gone in zip(touched.tolist(), places, strict=True):
+        entry = entries[rows[d]]
         start, size, meta = int(entry["offset"]), int(entry["size"]), int(entry["meta"])
-        before = document(text[start : start + size], text[start + size : start + size + meta])
-        shorter = without(before.text, found)
-        after = type(before)(shorter, before.source, before.licence)
-        effects.note(RULE, before, after)
+        stored = text[start : start + size + meta].tobytes()
+        before, rest = stored[:size].decode("utf-8"), stored[size:]
+        shorter = without(stored[:size], (gone - start).tolist())
+        _note(effects, before, shorter, rest)
         if len(shorter) < max(1, min_chars):
-            state[row] = LINES
+            state[rows[d]] = LINES
             continue
-        body, _ = serialised(after)
-        pieces += [body, text[start + size : start + size + meta]]
+        body = shorter.encode("utf-8")
+        pieces += [body, rest]
         entry["hi"], entry["lo"] = split_digest(digest(shorter))
         entry["offset"], entry["size"], entry["chars"], entry["changed"] = offset, len(body), len(shorter), 1
         offset += len(body) + meta
@@ -97,56 +97,49 @@ def _remove(task: tuple[Store, int, int]) -> Change:
     return number, effects, dropped
 
 
-def _documents(store: Store, number: int) -> tuple[bytes, NDArray[np.int64], Entries]:
-    """A block's payload, the rows of its kept documents, its index."""
-    entries, state = store.entries(number), store.state(number)
-    rows = np.flatnonzero((state == KEPT) & (entries["kind"] == _DOCUMENTS))
-    return (store.folder / f"{number:05d}.payload").read_bytes(), rows, entries
-
-
-def _spans(entries: Entries) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    return entries["offset"].astype(np.int64), entries["size"].astype(np.int64)
-
-
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def hash_lines(text, starts, sizes):  # type: ignore[no-untyped-def]
-    """(hash, document) of every line of 10 to 400 characters of the documents text[start : start + size]."""
-    count = 0
+@njit
+def hash_lines(text: Bytes, starts: Numbers, sizes: Numbers) -> tuple[Hashes, Numbers, Numbers]:
+    """(hash, document, place) of each line of 10 to 400 characters of text[start : start + size]."""
+    count = len(starts)
     for d in range(len(starts)):
-        count += 1
-        for i in range(starts[d], starts[d] + sizes[d]):
-            count += text[i] == 10
+        for byte in text[starts[d] : starts[d] + sizes[d]]:
+            count += byte == BREAK
     hashes = np.empty(count, dtype=np.uint64)
     documents = np.empty(count, dtype=np.int64)
+    places = np.empty(count, dtype=np.int64)
     found = 0
     for d in range(len(starts)):
-        i, end = starts[d], starts[d] + sizes[d]
-        while i < end:
-            stop = i
-            while stop < end and text[stop] != 10:
-                stop += 1
-            first, last = i, stop
-            while first < last and text[first] == 32:
-                first += 1
-            while last > first and text[last - 1] == 32:
-                last -= 1
-            chars, value = 0, np.uint64(0xCBF29CE484222325)
-            for k in range(first, last):
-                chars += (text[k] & 0xC0) != 0x80
-                value = (value ^ np.uint64(text[k])) * np.uint64(0x100000001B3)
+        some = text[starts[d] : starts[d] + sizes[d]]
+        at = 0
+        while at < len(some):
+            start = at
+            while at < len(some) and some[at] == SPACE:
+                at += 1
+            value = trimmed = np.uint64(0xCBF29CE484222325)
+            chars = seen = 0
+            while at < len(some) and some[at] != BREAK:
+                value = (value ^ np.uint64(some[at])) * np.uint64(0x100000001B3)
+                seen += (some[at] & 0xC0) != 0x80
+                if some[at] != SPACE:
+                    trimmed, chars = value, seen
+                at += 1
             if MIN_CHARS <= chars <= MAX_CHARS:
-                hashes[found] = value ^ (value >> np.uint64(29))
+                hashes[found] = trimmed ^ (trimmed >> np.uint64(29))
                 documents[found] = d
+                places[found] = starts[d] + start
                 found += 1
-            i = stop + 1
-    return hashes[:found], documents[:found]
+            at += 1
+    return hashes[:found], documents[:found], places[:found]
 
 
-def count_lines(text: bytes, starts: NDArray[np.int64], sizes: NDArray[np.int64]) -> NDArray[np.void]:
+def count_lines(text: Bytes, starts: Numbers, sizes: Numbers) -> NDArray[np.void]:
     """The lines of a block with the number of its documents that hold them, by hash."""
-    hashes, documents = hash_lines(np.frombuffer(text, dtype=np.uint8), starts, sizes)
-    pairs = np.unique(np.stack([hashes, documents.astype(np.uint64)]), axis=1)[0] if len(hashes) else hashes
-    lines, counts = np.unique(pairs, return_counts=True)
+    hashes, documents, _ = hash_lines(text, starts, sizes)
+    order = np.argsort(hashes, kind="stable")  # a line's documents stay in order
+    hashes, documents = hashes[order], documents[order]
+    is_first = np.ones(len(hashes), dtype=bool)
+    is_first[1:] = (hashes[1:] != hashes[:-1]) | (documents[1:] != documents[:-1])
+    lines, counts = np.unique(hashes[is_first], return_counts=True)
     found = np.empty(len(lines), dtype=COUNTED)
     found["line"], found["documents"] = lines, counts
     return found
@@ -164,28 +157,29 @@ def repeated(paths: Sequence[Path], documents: int) -> Hashes:
     return np.concatenate(found)
 
 
-def without(text: str, lines: Hashes) -> str:
-    """The text without the lines whose hash is listed."""
-    raw = text.encode("utf-8")
-    buffer = np.frombuffer(raw, dtype=np.uint8)
-    kept = []
-    at = 0
-    for line in raw.split(b"\n"):
-        hashes, _ = hash_lines(buffer, np.array([at]), np.array([len(line)]))
-        if not (len(hashes) and _holds(lines, hashes[:1])[0]):
-            kept.append(line)
-        at += len(line) + 1
-    return b"\n".join(kept).decode("utf-8").strip()
+def without(text: bytes, lines: Sequence[int]) -> str:
+    """The text without the lines that begin at these places."""
+    kept, at = [], 0
+    for place in lines:
+        kept.append(text[at:place])
+        at = text.find(b"\n", place) + 1 or len(text)
+    return b"".join([*kept, text[at:]]).decode("utf-8").strip()
 
 
-def holders(
-    text: bytes, starts: NDArray[np.int64], sizes: NDArray[np.int64], lines: Hashes
-) -> NDArray[np.int64]:
-    """Which documents hold a listed line."""
-    if not len(lines):
-        return np.zeros(0, dtype=np.int64)
-    hashes, documents = hash_lines(np.frombuffer(text, dtype=np.uint8), starts, sizes)
-    return np.unique(documents[_holds(lines, hashes)])
+def _listed(text: Bytes, starts: Numbers, sizes: Numbers, lines: Hashes) -> tuple[Numbers, list[Numbers]]:
+    """Which documents hold listed lines, and where in the text those of each begin."""
+    hashes, documents, places = hash_lines(text, starts, sizes)
+    found = _holds(lines, hashes)
+    holders, first = np.unique(documents[found], return_index=True)
+    return holders, np.split(places[found], first[1:])
+
+
+def _note(effects: Effects, before: str, after: str, meta: bytes) -> None:
+    if effects.changed[RULE] < MAX_EXAMPLES:
+        source, licence = json.loads(meta)
+        effects.note(RULE, Document(before, source, licence), Document(after, source, licence))
+    else:
+        effects.changed[RULE] += 1
 
 
 def _holds(lines: Hashes, hashes: Hashes) -> NDArray[np.bool_]:

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from microlm.core import storage
+from microlm.text.split import KINDS
 
 ENTRY = np.dtype(
     [
@@ -37,8 +38,11 @@ ENTRY = np.dtype(
 KEPT, EXACT, LINES, NEAR = range(4)
 """States of a record: kept, or why it is not; what holds held-out texts is found while it is written."""
 OPEN_FILES = 64
-SLICE_BYTES = 32 << 20  # of entries that are looked at together
+SLICE_BYTES = 8 << 20  # of entries that are looked at together
+DOCUMENTS = KINDS.index("documents")
 Entries = NDArray[np.void]
+Bytes = NDArray[np.uint8]
+Numbers = NDArray[np.int64]
 
 
 def split_digest(digest: bytes) -> tuple[int, int]:
@@ -64,24 +68,26 @@ class BlockWriter:
     def put(self, kind: tuple[int, int], digest: bytes, body: bytes, meta: bytes, chars: int) -> None:
         """Add a record; `kind` is its number and whether we composed it."""
         hi, lo = split_digest(digest)
-        tie = int.from_bytes(hashlib.blake2b(body + meta, digest_size=8).digest(), "big")
-        self._rows.append((hi, lo, tie, self._offset, len(body), len(meta), chars, *kind, 0))
+        tie = hashlib.blake2b(body, digest_size=8)
+        tie.update(meta)
+        self._rows.append(
+            (hi, lo, int.from_bytes(tie.digest(), "big"), self._offset, len(body), len(meta), chars, *kind, 0)
+        )
         self._pieces += [body, meta]
         self._offset += len(body) + len(meta)
 
-    def finish(self, report: Any) -> None:
+    def finish(self, report: dict[str, Any]) -> None:
         """Write payload, index and, last, the report that marks the block as whole."""
         stem = self.folder / f"{self.number:05d}"
         with storage.explain_write(stem):
             stem.with_suffix(".json").unlink(missing_ok=True)  # of another block that had this number
             with stem.with_suffix(".payload").open("wb") as f:
                 f.writelines(self._pieces)
-                f.flush()
-                os.fsync(f.fileno())
             entries = np.array(self._rows, dtype=ENTRY)
             save_array(stem.with_suffix(".index.npy"), entries[by_digest(entries)])
             part = stem.with_suffix(".json.part")
-            part.write_text(json.dumps(report, ensure_ascii=False), encoding="utf-8")
+            whole = {"sizes": _sizes(stem), **report}
+            part.write_text(json.dumps(whole, ensure_ascii=False), encoding="utf-8")
             part.replace(stem.with_suffix(".json"))
 
 
@@ -91,15 +97,27 @@ def save_array(path: Path, array: NDArray[Any]) -> None:
         np.lib.format.write_array(SimpleNamespace(write=f.write), array, allow_pickle=False)
 
 
-def by_digest(entries: Entries) -> NDArray[np.int64]:
+def by_digest(entries: Entries) -> Numbers:
     """The order of entries by what they say."""
     return np.lexsort((entries["tie"], entries["lo"], entries["hi"]))
 
 
 def finished(folder: Path, number: int) -> Any | None:
-    """The report of a block that an earlier attempt finished."""
-    path = folder / f"{number:05d}.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    """The report of a block that an earlier attempt finished.
+
+    Nothing waits for the disk: a machine that lost its power may lack what a report speaks of, or the report.
+    """
+    stem = folder / f"{number:05d}"
+    try:
+        report = json.loads(stem.with_suffix(".json").read_bytes())
+        return report if report.get("sizes") == _sizes(stem) else None
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _sizes(stem: Path) -> list[int]:
+    """The bytes of payload and index."""
+    return [stem.with_suffix(suffix).stat().st_size for suffix in (".payload", ".index.npy")]
 
 
 def ranges(paths: Sequence[Path], key: str, size: int) -> Iterator[Entries]:
@@ -156,6 +174,22 @@ class Store:
         """Remember the states of a block."""
         self._save(f"{number:05d}.state.npy", state)
 
+    def documents(self, number: int) -> tuple[Bytes, Numbers, Numbers, Numbers]:
+        """The bytes of a block; of its kept documents the rows, where in the bytes each begins, its size."""
+        entries = self.entries(number)
+        rows = np.flatnonzero((self.state(number) == KEPT) & (entries["kind"] == DOCUMENTS))
+        starts, sizes, changed = (
+            entries[name][rows].astype(np.int64) for name in ("offset", "size", "changed")
+        )
+        suffixes = ("payload", "changed") if changed.any() else ("payload",)
+        files = [self.folder / f"{number:05d}.{suffix}" for suffix in suffixes]
+        ends = np.cumsum([path.stat().st_size for path in files])
+        text = np.empty(ends[-1], dtype=np.uint8)
+        for path, end in zip(files, ends.tolist(), strict=True):
+            with path.open("rb") as f:
+                f.readinto(text[end - path.stat().st_size : end].data)
+        return text, rows, starts + changed * ends[0], sizes
+
     def set_entries(self, number: int, entries: Entries, state: NDArray[np.uint8]) -> None:
         """Put changed entries and their states in the place of the old ones."""
         order = by_digest(entries)
@@ -167,24 +201,17 @@ class Store:
         save_array(part, array)
         part.replace(self.folder / name)
 
-    def slices(self, pieces: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], Entries]]:
-        """(block, row, entry) of all records by range of digest: equal digests lie in one slice."""
-        for piece in range(pieces):
-            yield self.slice(piece, pieces)
-
-    def slice(self, piece: int, pieces: int) -> tuple[NDArray[np.int64], NDArray[np.int64], Entries]:
-        """The records of one of `pieces` ranges of the digest."""
-        blocks, rows, found = [], [], []
+    def kept(self, piece: int, pieces: int) -> tuple[Numbers, Numbers, Entries]:
+        """(block, row, entry) of the kept records of one of `pieces` ranges of the digest."""
+        blocks, rows, found = [], [], [np.zeros(0, dtype=ENTRY)]
         for number in range(self.count):
             entries = self.entries(number)
             here = within(entries["hi"], piece, pieces)
-            rows.append(np.arange(here.start, here.stop))
+            rows.append(here.start + np.flatnonzero(self.state(number)[here] == KEPT))
             blocks.append(np.full(len(rows[-1]), number))
-            found.append(np.array(entries[here]))
-        if not found:
-            nothing = np.zeros(0, dtype=np.int64)
-            return nothing, nothing, np.zeros(0, dtype=ENTRY)
-        return np.concatenate(blocks), np.concatenate(rows), np.concatenate(found)
+            found.append(entries[rows[-1]])
+        nothing = np.zeros(0, dtype=np.int64)
+        return np.concatenate([nothing, *blocks]), np.concatenate([nothing, *rows]), np.concatenate(found)
 
     def pieces(self) -> int:
         """Into how many ranges of the digest the index is looked at."""
@@ -215,6 +242,13 @@ class Reader:
         size = int(entry["size"])
         found = self._read(block, entry, size + int(entry["meta"]))
         return found[:size], found[size:]
+
+    def all(self, blocks: Numbers, entries: Entries) -> list[tuple[bytes, bytes]]:
+        """`both` of all entries, in their order; read block by block."""
+        found = [(b"", b"")] * len(entries)
+        for at in np.lexsort((entries["offset"], blocks)).tolist():
+            found[at] = self.both(int(blocks[at]), entries[at])
+        return found
 
     def _file(self, block: int, entry: Any) -> int:
         key = block, int(entry["changed"])

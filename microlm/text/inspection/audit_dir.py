@@ -17,6 +17,7 @@ from typing import Any
 from microlm.core.errors import UserError
 from microlm.core.metrics import Progress
 from microlm.text import sources
+from microlm.text.corpus.engine import load_kernels
 from microlm.text.corpus.pool import open_pool
 from microlm.text.inspection import drift, overlap
 from microlm.text.inspection.drift import Drift
@@ -139,7 +140,7 @@ def _survey(found: Found, options: Options, processes: int) -> tuple[Outcome, in
             for block in sources.blocks(part.source):
                 yield Task(options, part, next(numbers), block, earlier, split != splits[-1])
 
-    with open_pool(processes) as pool, Progress("audit", total, "bytes") as bar:
+    with open_pool(processes, load_kernels) as pool, Progress("audit", total, "bytes") as bar:
         for split in splits:
             done: list[tuple[str, int]] = []
             for result in pool.map(survey, tasks(split)):

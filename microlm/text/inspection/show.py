@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from microlm.core import runtime
 from microlm.core.metrics import Progress
-from microlm.core.records import Conversation, Extraction, Preference
+from microlm.core.records import Conversation, Extraction, Message, Preference
 from microlm.text import sources
 from microlm.text.inspection.parts import Part
 from microlm.text.inspection.survey import parse
 from microlm.text.read import Drop, Record
+from microlm.text.sources.marked import answer_text
 
 Turn = tuple[str, str]
 
@@ -49,16 +50,21 @@ def draw(part: Part, count: int, seed: int, contains: str | None) -> Sample:
 def turns(record: Record) -> Iterator[Turn]:
     """What a record says, by who says it."""
     if isinstance(record, Conversation):
-        yield from ((m.role, m.content) for m in record.messages)
+        yield from _chat(record.tools, record.messages)
     elif isinstance(record, Extraction):
         yield "text", record.text
         yield from (("relation", f"{t.head} · {t.relation} · {t.tail}") for t in record.relation)
     elif isinstance(record, Preference):
-        yield from ((m.role, m.content) for m in record.prompt)
+        yield from _chat(record.tools, record.prompt)
         yield "chosen", record.chosen
         yield "rejected", record.rejected
     else:
         yield "text", record.text
+
+
+def _chat(tools: Sequence[str], messages: Sequence[Message]) -> Iterator[Turn]:
+    yield from (("tools", tool) for tool in tools)
+    yield from ((m.role, answer_text(m) if m.role == "assistant" else m.content) for m in messages)
 
 
 def head(record: Record) -> str:

@@ -6,9 +6,9 @@ A forest is `parent` [N]: a document's parent is itself or one of lower rank, so
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from microlm.text.compiled import njit
 from microlm.text.near.kernels import BINS, Hashes, Signatures, mix
 
 Documents = NDArray[np.uint32]
@@ -20,7 +20,7 @@ ROW, PARTNER, LOOKED_AT, REJECTED = range(4)
 """What `Numbers` of `candidates` hold: where to go on, and two counts of pairs."""
 
 
-@njit(cache=True, nogil=True)
+@njit
 def find(parent: Documents, document: int) -> int:
     """The root of a document; paths are halved on the way."""
     while parent[document] != document:
@@ -29,7 +29,7 @@ def find(parent: Documents, document: int) -> int:
     return document
 
 
-@njit(cache=True, nogil=True)
+@njit
 def roots(parent: Documents, documents: Documents) -> Documents:
     """The root of each."""
     found = np.empty(len(documents), dtype=np.uint32)
@@ -38,7 +38,7 @@ def roots(parent: Documents, documents: Documents) -> Documents:
     return found
 
 
-@njit(cache=True, nogil=True)
+@njit
 def forest(ends: Numbers, count: int) -> NDArray[np.bool_]:
     """Which of the edges [P, 2] between `count` clusters join two that no edge before has joined."""
     parent = np.arange(count).astype(np.uint32)
@@ -50,13 +50,13 @@ def forest(ends: Numbers, count: int) -> NDArray[np.bool_]:
     return chosen
 
 
-@njit(cache=True, nogil=True)
+@njit
 def pair_key(one: np.uint64, other: np.uint64) -> np.uint64:
     """A number for two ranks in any order, never 0."""
     return mix(max(one, other) + mix(min(one, other))) | np.uint64(1)
 
 
-@njit(cache=True, nogil=True)
+@njit
 def equal_values(a: Signatures, b: Signatures) -> int:
     """In how many places two signatures agree."""
     equal = 0
@@ -65,7 +65,7 @@ def equal_values(a: Signatures, b: Signatures) -> int:
     return equal
 
 
-@njit(cache=True, nogil=True)
+@njit
 def candidates(
     rows: tuple[Numbers, Documents, Numbers],
     signatures: Signatures,
@@ -107,7 +107,7 @@ def candidates(
     return found
 
 
-@njit(cache=True, nogil=True)
+@njit
 def settle(
     pairs: Documents, alike: NDArray[np.bool_], ranks: Hashes, parent: Documents, differ: Hashes
 ) -> None:

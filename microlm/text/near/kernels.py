@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
+
+from microlm.text.compiled import njit
 
 Codes = NDArray[np.uint32]
 Hashes = NDArray[np.uint64]
@@ -22,8 +23,11 @@ _ALONE_RANGES = (
     (0x16FE0, 0x19000), (0x1AFF0, 0x1B300),
 )  # fmt: skip
 """Han, kana, bopomofo, hangul and other scripts of East Asia that are written without spaces."""
+_SMALL_RANGES = ((0x3400, 0x4DC0), (0x4E00, 0xA000), (0xAC00, 0xD7A4))
+"""Han and hangul, which have no other form: not looked at one by one."""
 _BASE = np.uint64(0x9E3779B97F4A7C15)
 _PRIME = np.uint64(0x100000001B3)
+_EMPTY = np.uint64(0xFFFFFFFFFFFFFFFF)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
 
@@ -32,7 +36,9 @@ _MIX_2 = np.uint64(0x94D049BB133111EB)
 def fold_table() -> Codes:
     """code point → 0 for what separates, else its small, narrow form, marked if it is a token."""
     table = np.zeros(_TABLE, dtype=np.uint32)
-    for code in range(_TABLE):
+    for low, high in _SMALL_RANGES:
+        table[low:high] = np.arange(low, high)
+    for code in np.flatnonzero(table == 0).tolist():
         narrow = chr(code - 0xFEE0 if 0xFF01 <= code <= 0xFF5E else code)
         if narrow.isalnum():
             small = next((s for s in (narrow.casefold(), narrow.lower()) if len(s) == 1), narrow)
@@ -42,7 +48,7 @@ def fold_table() -> Codes:
     return table
 
 
-@njit(cache=True, nogil=True)
+@njit
 def mix(value: np.uint64) -> np.uint64:
     """Spread 64 bits (the end of splitmix64)."""
     value = (value ^ (value >> np.uint64(30))) * _MIX_1
@@ -50,27 +56,31 @@ def mix(value: np.uint64) -> np.uint64:
     return value ^ (value >> np.uint64(31))
 
 
-@njit(cache=True, nogil=True)
-def is_in_characters(codes: Codes, fold: Codes) -> bool:
-    """Whether a text has at least as many characters that stand alone as words, and one of them."""
-    alone = words = 0
+@njit
+def letters(codes: Codes, fold: Codes, out: Hashes) -> tuple[int, bool]:
+    """Hash each letter of a text into `out` (as long as `codes`).
+
+    Returns how many, and whether they are its tokens: if at least as many stand alone as there are words.
+    """
+    count = alone = words = 0
     in_word = False
     for code in codes:
-        folded = fold[code] if code < _TABLE else np.uint32(_ALONE if code < 0x40000 else 0)
-        if folded >= _ALONE:
-            alone += 1
-        elif folded and not in_word:
-            words += 1
-        in_word = bool(0 < folded < _ALONE)
-    return alone > 0 and alone >= words
+        if code < _TABLE:
+            folded = fold[code]
+        else:
+            folded = np.uint32(code | _ALONE) if code < 0x40000 else np.uint32(0)
+        out[count] = mix(np.uint64(folded) * _BASE)  # in all cases: a branch would cost more
+        count += folded != 0
+        alone += folded >= _ALONE
+        is_letter = (folded != 0) & (folded < _ALONE)
+        words += is_letter and not in_word
+        in_word = is_letter
+    return count, alone > 0 and alone >= words
 
 
-@njit(cache=True, nogil=True)
-def tokens(codes: Codes, fold: Codes, has_words: bool, out: Hashes) -> int:
-    """Hash the tokens of a text into `out` (as long as `codes`); without words each letter is a token.
-
-    Returns how many there are.
-    """
+@njit
+def tokens(codes: Codes, fold: Codes, out: Hashes) -> int:
+    """Hash the words and the lone characters of a text into `out` (as long as `codes`); returns how many."""
     count = 0
     word = np.uint64(0)  # 0 between words
     for code in codes:
@@ -78,7 +88,7 @@ def tokens(codes: Codes, fold: Codes, has_words: bool, out: Hashes) -> int:
             folded = fold[code]
         else:
             folded = np.uint32(code | _ALONE) if code < 0x40000 else np.uint32(0)
-        if folded == 0 or folded >= _ALONE or not has_words:
+        if folded == 0 or folded >= _ALONE:
             if word:
                 out[count] = mix(word)
                 count += 1
@@ -94,54 +104,95 @@ def tokens(codes: Codes, fold: Codes, has_words: bool, out: Hashes) -> int:
     return count
 
 
-@njit(cache=True, nogil=True)
+@njit
 def join(hashes: Hashes, count: int, size: int) -> int:
     """Put hashes of `size` tokens in a row in the place of `count` hashes of tokens; returns how many."""
     found = max(0, count - size + 1)
+    value, power = np.uint64(0), np.uint64(1)
+    for k in range(size if found else 0):
+        value = value * _BASE + hashes[k]
+        power *= _BASE
     for i in range(found):
-        value = hashes[i]
-        for k in range(1, size):
-            value = value * _BASE + hashes[i + k]
+        first = hashes[i]
         hashes[i] = mix(value)
+        if i + 1 < found:
+            value = value * _BASE + hashes[i + size] - first * power
     return found
 
 
-@njit(cache=True, nogil=True)
+@njit
 def shingle(codes: Codes, fold: Codes, size: int, out: Hashes) -> int:
     """Hash the shingles of a text into `out`; fewer than `size` tokens make one shingle, no token none."""
-    count = tokens(codes, fold, not is_in_characters(codes, fold), out)
+    count, is_in_characters = letters(codes, fold, out)
+    if not is_in_characters:
+        count = tokens(codes, fold, out)
     return join(out, count, min(size, count)) if count else 0
 
 
-@njit(cache=True, nogil=True)
+@njit
 def fill(shingles: Hashes, bins: Hashes) -> None:
     """Fast similarity sketch: P(two texts have the same value in a bin) is the Jaccard of their shingles.
 
     One pass for a long text. The bins that are left empty are filled by further passes with other hashes, so
     short texts have an unbiased estimate too (Dahlgaard, Knudsen, Thorup: Fast Similarity Sketching, 2017).
     """
-    bins[:] = 0
-    mask = np.uint64(BINS - 1)
-    filled = 0
-    done = np.zeros(BINS, dtype=np.bool_)
-    for turn in range(2 * BINS):
-        for shingle_hash in shingles:
-            value = mix(shingle_hash + np.uint64(turn) * _BASE) if turn else shingle_hash
-            at = value & mask if turn < BINS else np.uint64(turn - BINS)
-            if done[at]:
-                continue
-            value |= np.uint64(1) << np.uint64(63)  # never 0, which is an empty bin
-            if bins[at] == 0:
-                filled += 1
-                bins[at] = value
-            elif value < bins[at]:
-                bins[at] = value
+    for k in range(BINS):
+        bins[k] = _EMPTY
+    mask, top = np.uint64(BINS - 1), np.uint64(1) << np.uint64(63)
+    for value in shingles:
+        at = value & mask
+        bins[at] = min(bins[at], value | top)
+    done = np.empty(BINS, dtype=np.bool_)
+    for turn in range(1, 2 * BINS):
+        filled = 0
+        for k in range(BINS):
+            done[k] = bins[k] != _EMPTY
+            filled += done[k]
         if filled == BINS:
             return
-        done[:] = bins != 0
+        for shingle_hash in shingles:
+            value = mix(shingle_hash + np.uint64(turn) * _BASE)
+            at = value & mask if turn < BINS else np.uint64(turn - BINS)
+            if not done[at]:
+                bins[at] = min(bins[at], value | top)
 
 
-@njit(cache=True, nogil=True)
+@njit
+def decode(
+    text: NDArray[np.uint8], starts: NDArray[np.int64], sizes: NDArray[np.int64]
+) -> tuple[Codes, NDArray[np.int64]]:
+    """Code points of the UTF-8 text[start : start + size], one text behind the other, and where each ends."""
+    count = 0
+    for d in range(len(starts)):
+        for byte in text[starts[d] : starts[d] + sizes[d]]:
+            count += (byte & 0xC0) != 0x80
+    codes = np.empty(count, dtype=np.uint32)
+    ends = np.empty(len(starts), dtype=np.int64)
+    at = 0
+    for d in range(len(starts)):
+        some = text[starts[d] : starts[d] + sizes[d]]
+        i = 0
+        while i < len(some):
+            code = int(some[i])
+            if code < 0x80:
+                i += 1
+            elif code < 0xE0:
+                code = (code & 31) << 6 | int(some[i + 1]) & 63
+                i += 2
+            elif code < 0xF0:
+                code = (code & 15) << 12 | (int(some[i + 1]) & 63) << 6 | int(some[i + 2]) & 63
+                i += 3
+            else:
+                code = (code & 7) << 6 | int(some[i + 1]) & 63
+                code = code << 12 | (int(some[i + 2]) & 63) << 6 | int(some[i + 3]) & 63
+                i += 4
+            codes[at] = code
+            at += 1
+        ends[d] = at
+    return codes, ends
+
+
+@njit
 def sign(
     codes: Codes, ends: NDArray[np.int64], fold: Codes, size: int, rows: int
 ) -> tuple[Signatures, Hashes]:
@@ -171,7 +222,7 @@ def sign(
     return signatures, bands
 
 
-@njit(cache=True, nogil=True)
+@njit
 def overlap(a: Hashes, b: Hashes) -> int:
     """How many values two sorted sets share."""
     i = j = shared = 0

@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from microlm.text.near import kernels
-from microlm.text.near.kernels import BINS, Codes, Hashes, Signatures
+from microlm.text.near.kernels import BINS, Hashes, Signatures
+from microlm.text.rules.profile import code_points
 
 SHINGLE = 5
 RECALL = 0.97
@@ -23,15 +24,15 @@ _TOGETHER = 32  # pairs whose texts are held at the same time
 
 def grams(text: str, size: int) -> Hashes:
     """A hash of each `size` tokens in a row, in the text's order; none if the text has fewer tokens."""
-    codes = _codes(text)
+    codes = code_points(text)
     out = np.empty(len(codes), dtype=np.uint64)
-    count = kernels.tokens(codes, kernels.fold_table(), True, out)
+    count = kernels.tokens(codes, kernels.fold_table(), out)
     return out[: kernels.join(out, count, size)]
 
 
 def shingles(text: str) -> Hashes:
     """The set of the text's shingles, sorted; a text of one to four tokens is one shingle."""
-    codes = _codes(text)
+    codes = code_points(text)
     out = np.empty(len(codes), dtype=np.uint64)
     found = np.sort(out[: kernels.shingle(codes, kernels.fold_table(), SHINGLE, out)])
     return found[np.diff(found, prepend=~found[:1]) != 0]  # four times as quick as np.unique
@@ -69,15 +70,21 @@ def sign(texts: Sequence[str], threshold: float = 0.8) -> tuple[Signatures, Hash
 
     Texts that share a band key are candidates; the number of bands follows from the threshold.
     """
-    ends = np.cumsum([len(text) for text in texts], dtype=np.int64)
-    return kernels.sign(_codes("".join(texts)), ends, kernels.fold_table(), SHINGLE, rows_for(threshold))
+    coded = [text.encode("utf-8", "surrogatepass") for text in texts]
+    sizes = np.array([len(text) for text in coded], dtype=np.int64)
+    whole = np.frombuffer(bytearray().join(coded), dtype=np.uint8)
+    return sign_bytes(whole, np.cumsum(sizes) - sizes, sizes, threshold)
+
+
+def sign_bytes(
+    text: NDArray[np.uint8], starts: NDArray[np.int64], sizes: NDArray[np.int64], threshold: float = 0.8
+) -> tuple[Signatures, Hashes]:
+    """`sign` of the texts text[start : start + size], which are in UTF-8."""
+    codes, ends = kernels.decode(text, starts, sizes)
+    return kernels.sign(codes, ends, kernels.fold_table(), SHINGLE, rows_for(threshold))
 
 
 def estimate(a: Signatures, b: Signatures) -> float:
     """The Jaccard of two texts from their signatures [128]; a byte in 256 agrees by chance."""
     equal = float(np.mean(a == b))
     return max(0.0, (equal - 1 / 256) / (1 - 1 / 256))
-
-
-def _codes(text: str) -> Codes:
-    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)

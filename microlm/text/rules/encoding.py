@@ -116,6 +116,8 @@ def fold_fullwidth(document: Document) -> tuple[Document, str | None]:
 
 def normalise_unicode(document: Document) -> tuple[Document, str | None]:
     """NFC: one way to write each character."""
+    if not profile(document.text).unsettled:
+        return document, None
     return edited(document, normalised("NFC", document.text)), None
 
 

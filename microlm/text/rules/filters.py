@@ -15,7 +15,7 @@ from microlm.text.corpus.cut import cut
 from microlm.text.rules import edited
 from microlm.text.rules.lines import any_of
 from microlm.text.rules.profile import profile
-from microlm.text.rules.repetition import repetition
+from microlm.text.rules.repetition import is_varied, repetition
 
 MIN_PHRASES = 3  # of advertising, or fewer in a short text
 CHARS_PER_PHRASE = 40
@@ -67,6 +67,8 @@ def drop_repetition(document: Document, max_repeated: float, max_top: float) -> 
     `max_repeated` is the share of tokens in runs of 10 that stood there before, `max_top` of those in the
     run of 4 that is the most frequent.
     """
+    if is_varied(document.text, max_repeated, max_top):
+        return document, None
     found = repetition(document.text)
     is_repetition = (found.repeated > max_repeated and found.tokens >= MIN_TOKENS) or (
         found.top > max_top and found.tokens >= MIN_TOKENS_TOP

@@ -41,6 +41,8 @@ _BOILERPLATE = re.compile(
     r")$",
     re.MULTILINE | re.IGNORECASE,
 )
+_INSIDE = ("公众号", "网络", "互联网")
+"""What the lines hold whose beginning the profile does not know; see `profile.OPENING`."""
 
 
 def remove_links(document: Document) -> tuple[Document, str | None]:
@@ -53,6 +55,9 @@ def remove_links(document: Document) -> tuple[Document, str | None]:
 
 def remove_boilerplate(document: Document) -> tuple[Document, str | None]:
     """Remove lines of navigation, copyright and sharing."""
+    text, found = document.text, profile(document.text)
+    if not (found.openings or found.odd_spaces or any(word in text for word in _INSIDE)):
+        return document, None  # quicker than the pattern
     return edited(document, _BOILERPLATE.sub("", document.text)), None
 
 

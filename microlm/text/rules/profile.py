@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import functools
+import unicodedata
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
+
+from microlm.text.compiled import njit
 
 OTHER, HAN, KANA, HANGUL, LATIN, LETTER, DIGIT, SPACE, BREAK, CONTROL, PRIVATE, LOST, WIDE, ODD_SPACE = range(
     14
@@ -31,8 +34,9 @@ RANGES = {
 }
 """Class → the code points it holds, in hexadecimal; what is not listed is OTHER."""
 
-# marks on a class: what tells of mojibake, of lists and of texts that trail off
+# marks on a class: what tells of mojibake, lists, broken-off lines, boilerplate, of what NFC changes
 GARBLED, LEAD, TRAIL, BULLET, ELLIPSIS, HASH = 16, 32, 64, 128, 256, 512
+SEEN, OPENING, SECOND, UNSETTLED = 1024, 2048, 4096, 8192
 MARKS = {
     # the characters that Chinese in UTF-8 makes most often when it is read as GBK, and no text else holds
     GARBLED: "锛紝銆鐨殑鍙鏈屽鍒鍏鐢鍚鍦敤勫鎴鏄屾鏂傛竴鏉鍗勬佸鏃鍔",
@@ -41,7 +45,12 @@ MARKS = {
     BULLET: "•‣▪●○■□◆◇★☆▶►▸·-*+",
     ELLIPSIS: "…",
     HASH: "#",
+    # the first two characters of the lines of `lines.remove_boilerplate` that begin with certain words
+    OPENING: "vV原译校选责作来本上下版cC点收评分举打转登注首返阅相",
+    SECOND: "iIıİ文者对题任源一权oO赞藏论享报赏发载录册页回读击关",
 }
+SETTLED = "0-2ff 1200-135c 2000-20cf 2100-2ce0 3000-3029 3030-3098 309b-a66e ac00-d7a3 e000-f8ff ff00-ff9d"
+"""Blocks without marks: NFC leaves their characters as they are, but for those that it replaces."""
 
 
 class Profile(NamedTuple):
@@ -74,6 +83,8 @@ class Profile(NamedTuple):
     spaced: int  # Han, space, Han
     adjacent: int  # Han, Han
     untidy: int  # spaces and blank lines that normalising would change
+    openings: int  # of lines, as boilerplate has them
+    unsettled: int  # characters that NFC may change
 
 
 @functools.lru_cache(maxsize=1)
@@ -82,8 +93,9 @@ def profile(text: str) -> Profile:
     return Profile(*_count(code_points(text), class_table()).tolist())
 
 
+@functools.lru_cache(maxsize=1)
 def code_points(text: str) -> NDArray[np.uint32]:
-    """The characters of the text as numbers."""
+    """The characters of the text as numbers; the last answer is kept."""
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
 
 
@@ -92,19 +104,29 @@ def class_table() -> NDArray[np.uint16]:
     """Class and marks of each code point of the first plane."""
     table = np.zeros(65536, dtype=np.uint16)
     for number, ranges in RANGES.items():
-        for span in ranges.split():
-            first, _, last = span.partition("-")
-            table[int(first, 16) : int(last or first, 16) + 1] = number
+        for low, high in _spans(ranges):
+            table[low:high] = number
     for mark, chars in MARKS.items():
         table[[ord(c) for c in chars]] |= mark
+    table |= UNSETTLED
+    for low, high in _spans(SETTLED):
+        table[low:high] &= ~np.uint16(UNSETTLED)
+        if not unicodedata.is_normalized("NFC", chars := "".join(map(chr, range(low, high)))):
+            table[[ord(c) for c in chars if not unicodedata.is_normalized("NFC", c)]] |= UNSETTLED
     return table
 
 
-@njit(cache=True, nogil=True)
+def _spans(ranges: str) -> Iterator[tuple[int, int]]:
+    for span in ranges.split():
+        first, _, last = span.partition("-")
+        yield int(first, 16), int(last or first, 16) + 1
+
+
+@njit
 def _count(points: NDArray[np.uint32], table: NDArray[np.uint16]) -> NDArray[np.int64]:
-    counts = np.zeros(27, dtype=np.int64)
+    counts = np.zeros(29, dtype=np.int64)
     words = longest_word = longest_line = lines = bullets = ellipses = hashes = ellipsis_marks = 0
-    garbled = mojibake = spaced = adjacent = untidy = 0
+    garbled = mojibake = spaced = adjacent = untidy = openings = unsettled = 0
     word = line = blank = 0
     before, kind, in_word, last = 0, BREAK, False, 0
     for i in range(len(points)):
@@ -112,9 +134,9 @@ def _count(points: NDArray[np.uint32], table: NDArray[np.uint16]) -> NDArray[np.
         if point < 65536:
             entry = int(table[point])
         elif 0x20000 <= point < 0x32400:
-            entry = HAN
+            entry = HAN if point < 0x2F800 else HAN | UNSETTLED
         else:
-            entry = PRIVATE if point >= 0xE0000 else OTHER
+            entry = (PRIVATE if point >= 0xE0000 else OTHER) | UNSETTLED
         former, kind = kind, entry & 15
         counts[kind] += 1
         if kind in (SPACE, BREAK):
@@ -132,10 +154,11 @@ def _count(points: NDArray[np.uint32], table: NDArray[np.uint16]) -> NDArray[np.
         if kind == HAN:
             adjacent += former == HAN
             spaced += former == SPACE and before == HAN
-        elif entry & 1008:
+        elif entry & (ELLIPSIS | HASH):
             hashes += entry & HASH != 0 and last != 0 and last & HASH == 0
             ellipsis_marks += entry & ELLIPSIS != 0 and last & ELLIPSIS == 0
         garbled += entry & GARBLED != 0
+        unsettled += entry & UNSETTLED != 0
         letter = LATIN <= kind <= DIGIT
         words += letter and not in_word
         in_word = letter
@@ -149,10 +172,13 @@ def _count(points: NDArray[np.uint32], table: NDArray[np.uint16]) -> NDArray[np.
         if last == 0:
             lines += 1
             bullets += entry & BULLET != 0
-        last = entry | 1024
+            last = entry | SEEN
+        else:
+            openings += last & OPENING != 0 and entry & SECOND != 0
+            last = (entry & ~OPENING) | SEEN
     ellipses += last & ELLIPSIS != 0
     counts[14:] = (
         words, longest_word, max(longest_line, line), lines, bullets, ellipses, hashes,
-        ellipsis_marks, garbled, mojibake, spaced, adjacent, untidy,
+        ellipsis_marks, garbled, mojibake, spaced, adjacent, untidy, openings, unsettled,
     )  # fmt: skip
     return counts

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from microlm.text.compiled import njit
 from microlm.text.rules.profile import DIGIT, HAN, HANGUL, LATIN, class_table, code_points
 
 LONG, SHORT = 10, 4  # tokens of the runs that are looked for
@@ -31,7 +31,19 @@ def repetition(text: str) -> Repetition:
     return Repetition(count, _repeated(tokens) / count, min(1.0, SHORT * _most(tokens) / count))
 
 
-@njit(cache=True, nogil=True)
+def is_varied(text: str, max_repeated: float, max_top: float) -> bool:
+    """Whether a quick look is enough to say that neither share of `repetition` is above its limit."""
+    tokens = _tokens(code_points(text), class_table())
+    count = len(tokens)
+    if count < LONG:
+        return True
+    again = count - _distinct(tokens)
+    # a token in a run that stood there before ends a run of 4 that did, but for the first 3 of LONG or more
+    most = again * LONG / (LONG - SHORT + 1)
+    return most <= max_repeated * count and SHORT * (again + 1) <= max_top * count
+
+
+@njit
 def _tokens(points: NDArray[np.uint32], table: NDArray[np.uint16]) -> NDArray[np.uint64]:
     """A hash of each token, in order."""
     found = np.empty(len(points), dtype=np.uint64)
@@ -54,7 +66,7 @@ def _tokens(points: NDArray[np.uint32], table: NDArray[np.uint16]) -> NDArray[np
     return found[:count]
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _windows(tokens: NDArray[np.uint64], size: int) -> NDArray[np.uint64]:
     """A hash of each run of `size` tokens."""
     hashes = np.empty(len(tokens) - size + 1, dtype=np.uint64)
@@ -71,7 +83,22 @@ def _windows(tokens: NDArray[np.uint64], size: int) -> NDArray[np.uint64]:
     return hashes
 
 
-@njit(cache=True, nogil=True)
+@njit
+def _distinct(tokens: NDArray[np.uint64]) -> int:
+    """At least so many different runs of 4 there are: as many as bits that their hashes set."""
+    hashes = _windows(tokens, SHORT)
+    words = np.zeros(_table_size(len(hashes)) // 2, dtype=np.uint64)
+    mask = np.uint64(len(words) - 1)
+    found = 0
+    for value in hashes:
+        at = (value >> np.uint64(17)) & mask
+        bit = np.uint64(1) << (value >> np.uint64(58))
+        found += words[at] & bit == 0
+        words[at] |= bit
+    return found
+
+
+@njit
 def _slot(keys: NDArray[np.uint64], value: np.uint64) -> int:
     """Where the value stands in an open table (0 is free), or where it may be put."""
     mask = np.uint64(len(keys) - 1)
@@ -81,7 +108,7 @@ def _slot(keys: NDArray[np.uint64], value: np.uint64) -> int:
     return int(at)
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _table_size(count: int) -> int:
     size = 16
     while size < 2 * count:
@@ -89,7 +116,7 @@ def _table_size(count: int) -> int:
     return size
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _repeated(tokens: NDArray[np.uint64]) -> int:
     """The tokens in runs of 10 that stood there before."""
     hashes = _windows(tokens, LONG)
@@ -104,7 +131,7 @@ def _repeated(tokens: NDArray[np.uint64]) -> int:
     return covered
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _most(tokens: NDArray[np.uint64]) -> int:
     """How often the most frequent run of 4 stands there."""
     hashes = _windows(tokens, SHORT)

@@ -54,11 +54,14 @@ class Tally:
     kept: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
+    licences: set[str] = field(default_factory=set)  # of what was kept, where the step asks for them
 
-    def keep(self) -> None:
+    def keep(self, licence: str = "") -> None:
         """Count one record that goes on."""
         self.read += 1
         self.kept += 1
+        if licence:
+            self.licences.add(licence)
 
     def drop(self, reason: str, example: str) -> None:
         """Count one record that ends here, and show the first few."""
@@ -73,6 +76,7 @@ class Tally:
         """Put the counts of what came behind to these."""
         self.read += other.read
         self.kept += other.kept
+        self.licences |= other.licences
         for reason, count in other.dropped.items():
             name = self._name(reason)
             self.dropped[name] += count
@@ -81,12 +85,14 @@ class Tally:
 
     def to_json(self) -> dict[str, Any]:
         """The counts as plain values."""
-        return {"read": self.read, "kept": self.kept, "dropped": self.dropped, "examples": self.examples}
+        counts = {"read": self.read, "kept": self.kept, "dropped": self.dropped, "examples": self.examples}
+        return counts | ({"licences": sorted(self.licences)} if self.licences else {})
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Tally:
         """What `to_json` gave."""
-        return cls(data["read"], data["kept"], Counter(data["dropped"]), data["examples"])
+        licences = set(data.get("licences", ()))
+        return cls(data["read"], data["kept"], Counter(data["dropped"]), data["examples"], licences)
 
     def _name(self, reason: str) -> str:
         """The reason, cut short when there are too many."""

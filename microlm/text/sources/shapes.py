@@ -13,12 +13,12 @@ from microlm.core.records import (
     Conversation,
     Document,
     Extraction,
-    Message,
     Preference,
     Triple,
 )
 from microlm.text.read import Drop, Fault, Record, parse_json
-from microlm.text.sources.turns import dialogue, field, parse_chatml, parsed
+from microlm.text.sources.marked import answer_text, parsed
+from microlm.text.sources.turns import dialogue, field, parse_chatml
 
 Shape = Literal[
     "documents",
@@ -108,13 +108,13 @@ def _build(data: Mapping[str, Any], place: str, expected: str) -> Record:
     if shape == "preference pairs":
         return _preference(data, source, licence)
     if shape == "Alpaca instructions":
-        messages = _alpaca(data)
+        turns: Any = _alpaca(data)
     else:
         turns = parse_chatml(data["text"]) if shape == "ChatML text" else _turns(data)
-        messages = dialogue(turns, data)
+    messages, tools = dialogue(turns, data)
     if messages[-1].role != "assistant":
         raise Fault("no_answer", "the conversation does not end with an answer of the assistant")
-    return Conversation(messages, _word(data.get("task")) or "chat", source, licence)
+    return Conversation(messages, _word(data.get("task")) or "chat", source, licence, tools)
 
 
 def _without_markers(text: str) -> str:
@@ -124,7 +124,7 @@ def _without_markers(text: str) -> str:
     return "\n".join(part for part in _MARKERS.split(text) if part)
 
 
-def _alpaca(data: Mapping[str, Any]) -> tuple[Message, ...]:
+def _alpaca(data: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Earlier turns of `history` (pairs of question and answer), then instruction, input and output."""
     extra = data.get("input") or ""
     if not isinstance(extra, str):
@@ -134,8 +134,7 @@ def _alpaca(data: Mapping[str, Any]) -> tuple[Message, ...]:
         raise Fault("bad_history", "'history' must be a list of pairs [question, answer]")
     question = "\n".join(part for part in (field(data, "instruction"), extra) if part.strip())
     words = [word for pair in history for word in pair] + [question, field(data, "output")]
-    turns = [{"role": ("user", "assistant")[i % 2], "content": word} for i, word in enumerate(words)]
-    return dialogue(turns, data)
+    return [{"role": ("user", "assistant")[i % 2], "content": word} for i, word in enumerate(words)]
 
 
 def _preference(data: Mapping[str, Any], source: str, licence: str) -> Preference:
@@ -150,12 +149,11 @@ def _preference(data: Mapping[str, Any], source: str, licence: str) -> Preferenc
             )
         if chosen[:-1] != rejected[:-1]:
             raise Fault("prompts_differ", "chosen and rejected differ before their last turn")
-        prompt = dialogue(chosen[:-1], data)
-    else:
-        prompt = dialogue([{"role": "user", "content": value}] if isinstance(value, str) else value, data)
+        value = chosen[:-1]
+    prompt, tools = dialogue([{"role": "user", "content": value}] if isinstance(value, str) else value, data)
     if prompt[-1].role == "assistant":
         raise Fault("no_question", "the prompt of the preference ends with an answer of the assistant")
-    return Preference(prompt, _said(chosen), _said(rejected), source, licence)
+    return Preference(prompt, _said(chosen), _said(rejected), source, licence, tools)
 
 
 def _listed(value: Any) -> Any:
@@ -178,10 +176,11 @@ def _answer(data: Mapping[str, Any], key: str) -> list[Any]:
 
 
 def _said(turns: list[Any]) -> str:
-    last = dialogue(turns[-1:], {})[0]
+    """The text of an answer, its thinking and its calls between marks."""
+    [last], _ = dialogue(turns[-1:], {})
     if last.role != "assistant":
         raise Fault("no_answer", "chosen and rejected must end with an answer of the assistant")
-    return last.content
+    return answer_text(last)
 
 
 def _extraction(data: Mapping[str, Any], place: str, source: str, licence: str) -> Extraction:

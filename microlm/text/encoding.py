@@ -1,0 +1,317 @@
+"""Files → token sets: samples of ids in a row, in any number of processes, always the same bytes.
+
+A set is `NAME.tokens.bin`, `NAME.loss.bin` (conversations), `NAME.ends.bin` (int64); `index.json` lists them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from microlm.core import storage
+from microlm.core.errors import UserError
+from microlm.core.metrics import Progress
+from microlm.core.records import Conversation, Document
+from microlm.text import sources
+from microlm.text.chat import encode_chats
+from microlm.text.corpus.pool import open_pool
+from microlm.text.read import Drop, Fault, Record, builder
+from microlm.text.sources import Block, Source, Tally
+from microlm.text.sources.jsonl import read_lines
+from microlm.text.tokenizer import Tokenizer, copy_files
+
+SCHEMA = 1
+INDEX = "index.json"
+DOCUMENTS, CONVERSATIONS = "documents", "conversations"
+SPLITS = ("train", "validation")
+_CHATS = 512  # encoded at once
+_PROCESS_BYTES = 16 << 20  # of input that are worth a process
+_TASK = re.compile(r"[\w-]{1,64}")
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """One input: a file of a data artifact, which holds one `kind` of records, or a source of a user's."""
+
+    split: str
+    place: Path | Source
+    kind: type[Document] | type[Conversation] | None = None
+
+    @property
+    def size_bytes(self) -> int:
+        """The bytes that will be read; 0 where nobody knows."""
+        if isinstance(self.place, Path):
+            return self.place.stat().st_size
+        return self.place.size_bytes() or 0
+
+    def blocks(self) -> Iterator[Block]:
+        """The same blocks, whatever the number of processes."""
+        if isinstance(self.place, Path):
+            return read_lines(self.place, str(self.place)) if self.size_bytes else iter(())
+        return sources.blocks(self.place)
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    tokenizer: Path
+    stamp: tuple[int, int]
+    file: File
+    block: Block
+
+
+@dataclass(frozen=True, slots=True)
+class _Samples:
+    """Ids of samples in a row, the size of each, and their masks if they are conversations."""
+
+    ids: NDArray[Any]
+    sizes: NDArray[np.int64]
+    loss: NDArray[np.uint8] | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Encoded:
+    sets: dict[str, _Samples]
+    tally: Tally
+    consumed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What became of each user's source, by its word, and under which licences its records are."""
+
+    tallies: dict[str, Tally]
+    licences: set[str]
+
+
+def files_of_data(folder: Path, splits: Sequence[str]) -> list[File]:
+    """The documents and conversations of a data artifact; a corpus without one of them has no such file."""
+    kinds: dict[str, type[Document] | type[Conversation]] = {DOCUMENTS: Document, CONVERSATIONS: Conversation}
+    places = [
+        (split, folder / name / f"{split}.jsonl", kind) for split in splits for name, kind in kinds.items()
+    ]
+    return [File(split, place, kind) for split, place, kind in places if place.exists()]
+
+
+def files_of_words(words: Sequence[str]) -> list[File]:
+    """The sources that words as in `data.source` name; all they hold is for training."""
+    found = [sources.parse(word) for word in words]
+    if any(source.kind == sources.FACTBOOK for source in found):
+        raise UserError("source 'factbook': has no files; make a data artifact of it first (stage: data)")
+    return [File("train", source) for source in found]
+
+
+def encode_files(words: Sequence[str], tokenizer: Path, out: Path, processes: int = 1) -> dict[str, Any]:
+    """Sources as in `data.source`, or the directory of a data artifact → the directory `out`; its index.
+
+    What cannot be used is dropped and counted, on stderr too. `out` appears when it is whole.
+    """
+    data = [word for word in words if (Path(word) / storage.MANIFEST).is_file()]
+    files = [file for word in data for file in files_of_data(Path(word), SPLITS)]
+    files += files_of_words([word for word in words if word not in data])
+    if not storage.is_free(str(out)) or (out / storage.MANIFEST).exists():
+        raise UserError(f"{out}: is in the way; move it away or choose another place")
+    place = out.resolve()
+    with storage.explain_write(out):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(dir=place.parent, prefix=f"{place.name}."))
+    try:
+        with storage.explain_write(out):
+            folder.chmod(0o755)
+            copy_files(tokenizer, folder / "tokenizer")
+            index, _ = write_sets(files, tokenizer, folder, processes)
+            (folder / INDEX).write_text(json.dumps(index, ensure_ascii=False, indent=1) + "\n", "utf-8")
+            folder.replace(place)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return index
+
+
+def write_sets(
+    files: Sequence[File], directory: Path, folder: Path, processes: int
+) -> tuple[dict[str, Any], Found]:
+    """Encode files into token sets under `folder`; the index, and what was found in a user's sources."""
+    tokenizer = Tokenizer.load(directory)
+    total = sum(file.size_bytes for file in files)
+    workers = min(processes, 1 + total // _PROCESS_BYTES)
+    if workers > 1 and tokenizer.backend == "tokenizers":
+        workers = 1  # the library works on all cores by itself
+    written = _Sets(folder, tokenizer.dtype)
+    found = Found({}, set())
+    with (
+        open_pool(workers, lambda: _warm(tokenizer)) as pool,
+        Progress("tokenize", total or None, "bytes") as bar,
+    ):
+        for file in files:
+            if file.kind is Document:
+                written.open(f"{DOCUMENTS}-{file.split}")
+            tally = Tally()
+            for encoded in pool.map(_encode_block, _tasks(directory, file)):
+                for name, samples in encoded.sets.items():
+                    written.add(name, samples)
+                tally.add(encoded.tally)
+                bar.update(encoded.consumed, tokens=f"{written.tokens:,}")
+            if isinstance(file.place, Source):
+                found.tallies[file.place.word] = tally
+                found.licences.update(tally.licences)
+                _tell(file.place, tally)
+    return written.index(tokenizer, (file.split for file in files)), found
+
+
+def _tell(source: Source, tally: Tally) -> None:
+    """Refuse a source that is of no use, and say what was dropped."""
+    tally.check()
+    sources.require_usable(source, tally)
+    if tally.dropped:
+        reasons = ", ".join(f"{reason} {count}" for reason, count in tally.dropped.most_common(5))
+        sys.stderr.write(
+            f"tokenize {source.word}: {tally.read - tally.kept} of {tally.read} records dropped ({reasons})\n"
+        )
+
+
+def _tasks(directory: Path, file: File) -> Iterator[_Task]:
+    stat = (directory / "tokenizer.json").stat()
+    for block in file.blocks():
+        yield _Task(directory, (stat.st_mtime_ns, stat.st_size), file, block)
+
+
+def _warm(tokenizer: Tokenizer) -> None:
+    """Load what workers need, so that forked ones have it."""
+    stat = (tokenizer.path / "tokenizer.json").stat()
+    _load(tokenizer.path, (stat.st_mtime_ns, stat.st_size)).start()
+
+
+@lru_cache(maxsize=2)
+def _load(directory: Path, stamp: tuple[int, int]) -> Tokenizer:
+    """The tokenizer, loaded once in a process; `stamp` tells a changed file."""
+    return Tokenizer.load(directory)
+
+
+def _encode_block(task: _Task) -> _Encoded:
+    """The samples of a block, by the name of their set."""
+    tokenizer = _load(task.tokenizer, task.stamp)
+    tally, texts, chats = Tally(), [], []
+    for record in _records(task):
+        if isinstance(record, Drop):
+            tally.drop(record.reason, f"{record.place}: {record.detail}")
+            continue
+        tally.keep(record.licence)
+        if isinstance(record, Document):
+            texts.append(record.text)
+        else:
+            chats.append(record)
+    sets = _conversations(tokenizer, chats, task.file)
+    if texts:
+        ids, ends = tokenizer.encode_arrays(texts, tokenizer.eos_id)
+        sets[f"{DOCUMENTS}-{task.file.split}"] = _Samples(ids, np.diff(ends, prepend=0), None)
+    return _Encoded(sets, tally, task.block.consumed)
+
+
+def _records(task: _Task) -> Iterator[Document | Conversation | Drop]:
+    if task.file.kind is None:
+        for record in sources.read_block(task.block):
+            yield record if isinstance(record, Document | Conversation | Drop) else _unsuitable(record)
+        return
+    build = builder(task.file.kind)  # type: ignore[arg-type]
+    for place, data in task.block.objects():
+        try:
+            if isinstance(data, Drop):
+                raise Fault(data.reason, data.detail)
+            yield build(data)
+        except Fault as fault:
+            raise UserError(f"{place}: {fault.detail}; make the file again") from None
+
+
+def _unsuitable(record: Record) -> Drop:
+    name = type(record).__name__.lower()
+    return Drop(f"{name}_record", record.source, "the record is no document and no conversation")
+
+
+def _conversations(tokenizer: Tokenizer, chats: Sequence[Conversation], file: File) -> dict[str, _Samples]:
+    """Ids and masks by task."""
+    groups: dict[str, list[tuple[list[int], list[int]]]] = {}
+    for start in range(0, len(chats), _CHATS):
+        some = chats[start : start + _CHATS]
+        for chat, encoded in zip(some, encode_chats(tokenizer, some), strict=True):
+            groups.setdefault(_name(chat, file), []).append(encoded)
+    return {name: _in_a_row(rows, tokenizer.dtype) for name, rows in groups.items()}
+
+
+def _in_a_row(rows: list[tuple[list[int], list[int]]], dtype: np.dtype[Any]) -> _Samples:
+    sizes = np.array([len(ids) for ids, _ in rows], dtype=np.int64)
+    ids = np.fromiter(chain.from_iterable(ids for ids, _ in rows), dtype, count=sizes.sum())
+    return _Samples(ids, sizes, np.frombuffer(b"".join(bytes(mask) for _, mask in rows), dtype=np.uint8))
+
+
+def _name(chat: Conversation, file: File) -> str:
+    if not _TASK.fullmatch(chat.task) or chat.task == DOCUMENTS:  # it becomes a file's name
+        place = file.place if isinstance(file.place, Path) else file.place.word
+        raise UserError(
+            f"{place}: task {chat.task[:80]!r} cannot name a token set; use letters, digits, '_', '-', "
+            f"at most 64 of them, and not '{DOCUMENTS}'"
+        )
+    return f"{CONVERSATIONS}-{chat.task}-{file.split}"
+
+
+class _Sets:
+    """The token sets of a folder, as they grow."""
+
+    def __init__(self, folder: Path, dtype: np.dtype[Any]) -> None:
+        self._folder, self._dtype = folder, dtype
+        self._counts: dict[str, dict[str, int]] = {}
+
+    @property
+    def tokens(self) -> int:
+        """Ids in all sets."""
+        return sum(counts["tokens"] for counts in self._counts.values())
+
+    def open(self, name: str) -> dict[str, int]:
+        """The counts of a set, which is there from now on, if only as empty files."""
+        if name not in self._counts:
+            self._counts[name] = {"samples": 0, "tokens": 0, "labels": 0}
+            self._append(f"{name}.tokens.bin", b"")
+            self._append(f"{name}.ends.bin", b"")
+        return self._counts[name]
+
+    def add(self, name: str, samples: _Samples) -> None:
+        """Append samples to a set."""
+        counts = self.open(name)
+        self._append(f"{name}.tokens.bin", samples.ids.astype(self._dtype, copy=False).data)
+        ends = (counts["tokens"] + np.cumsum(samples.sizes)).astype("<i8", copy=False)
+        self._append(f"{name}.ends.bin", ends.data)
+        if samples.loss is not None:
+            self._append(f"{name}.loss.bin", samples.loss.data)
+        counts["samples"] += len(samples.sizes)
+        counts["tokens"] += len(samples.ids)
+        counts["labels"] += len(samples.ids) if samples.loss is None else int(samples.loss.sum())
+
+    def index(self, tokenizer: Tokenizer, splits: Iterable[str]) -> dict[str, Any]:
+        """What `index.json` says: split by split, documents first, then tasks by name."""
+        order = list(dict.fromkeys(splits))
+
+        def place(name: str) -> tuple[int, bool, str]:
+            return order.index(name.rpartition("-")[2]), name.startswith(CONVERSATIONS), name
+
+        return {
+            "schema": SCHEMA,
+            "dtype": self._dtype.str,
+            "vocab_size": tokenizer.vocab_size,
+            "eos_token_id": tokenizer.eos_id,
+            "pad_token_id": tokenizer.pad_id,
+            "sets": {name: self._counts[name] for name in sorted(self._counts, key=place)},
+        }
+
+    def _append(self, name: str, data: bytes | memoryview) -> None:
+        with storage.explain_write(self._folder), (self._folder / name).open("ab") as file:
+            file.write(data)
