@@ -30,6 +30,10 @@ Overrides = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="show the resolved plan and run nothing")]
+AllowMismatch = Annotated[
+    bool,
+    typer.Option("--allow-mismatch", help="go on from a checkpoint of other settings; the manifest tells it"),
+]
 TRAINING = ("pretrain", "sft")  # their --dry-run tells what the run takes
 
 # command words → (stage type, what it does, example)
@@ -121,24 +125,49 @@ def _add_stage_command(app: typer.Typer, word: str, words: str, stage: str, help
     ) -> None:
         _run(recipe, overrides or [], stage, as_json=as_json, dry_run=dry_run)
 
-    app.command(word, help=help_text)(command)
+    def training(
+        recipe: RecipeFile,
+        overrides: Overrides = None,
+        as_json: AsJson = False,
+        dry_run: DryRun = False,
+        allow_mismatch: AllowMismatch = False,
+    ) -> None:
+        plan = plan_of(recipe, overrides or [], stage)
+        if allow_mismatch:
+            plan = [_allowing(p) if p.stage == stage else p for p in plan]
+        execute(plan, str(recipe), as_json=as_json, dry_run=dry_run, trained=stage)
+
+    app.command(word, help=help_text)(training if stage in TRAINING else command)
+
+
+def _allowing(planned: Planned) -> Planned:
+    """A training stage that goes on from a checkpoint of other settings."""
+    loop = planned.fields.get("loop") or {}
+    if not isinstance(loop, dict):
+        return planned  # its recipe says what is wrong
+    return planned._replace(fields={**planned.fields, "loop": {**loop, "allow_mismatch": True}})
 
 
 def _run(path: Path, words: Sequence[str], stage: str | None, *, as_json: bool, dry_run: bool) -> None:
     execute(plan_of(path, words, stage), str(path), as_json=as_json, dry_run=dry_run)
 
 
-def execute(plan: Sequence[Planned], where: str, *, as_json: bool, dry_run: bool) -> None:
-    """Check and run a plan, and say what became of it; with `dry_run` show it and run nothing."""
+def execute(
+    plan: Sequence[Planned], where: str, *, as_json: bool, dry_run: bool, trained: str | None = None
+) -> None:
+    """Check and run a plan, and say what became of it; with `dry_run` show it and run nothing.
+
+    `trained` is the type of the training stage that the command is about.
+    """
     from microlm.core import runtime
 
     recipes = build_all(plan, where)
     speaks = runtime.rank() == 0  # under torchrun all ranks come here
     if dry_run:
-        if speaks and stage in TRAINING:
+        if speaks and trained:
             from microlm.cli import train
 
-            train.show(plan, recipes, stage, as_json=as_json)
+            train.show(plan, recipes, trained, as_json=as_json)
         elif speaks:
             _show_plan(plan, recipes, as_json)
         return

@@ -177,16 +177,16 @@ def _config(staged: Staged, stages: Sequence[Staged], index: Mapping[str, Any]) 
     from microlm.core import manifest
     from microlm.core.errors import UserError
     from microlm.model.directory import read_config
+    from microlm.train.pretrain import trained_positions
 
     recipe = _trainable(staged)
     if not recipe.model:
         return recipe.architecture.config(dict(index))
-    extend = getattr(recipe, "extend", None)
     if made := manifest.find(recipe.model):
         config, loop = read_config(made.path), made.manifest.get("recipe", {}).get("loop", {})
-        trained = loop.get("context")
     elif (maker := _maker(recipe.model, stages)) and maker.planned.stage in TRAINING:
-        config, trained = _config(maker, stages, index), _trainable(maker).loop.context
+        config, loop = _config(maker, stages, index), {"context": _trainable(maker).loop.context}
     else:
         raise UserError(f"{recipe.model}: is not made yet, so its shape is unknown; make it first")
-    return extend.config(config, trained or config.max_position_embeddings) if extend else config
+    extend = getattr(recipe, "extend", None)
+    return extend.config(config, trained_positions(config, loop)) if extend else config

@@ -109,13 +109,12 @@ class MetricsLog:
     """
 
     def __init__(self, folder: Path, start_step: int = 0) -> None:
-        self.path = folder / FILE
+        self.path, self._start = folder / FILE, start_step
         kept = [row for row in read_metrics(self.path) if row["step"] < start_step] if start_step else []
         with storage.explain_write(self.path):
             folder.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("w", encoding="utf-8", newline="\n")
-            self._file.writelines(json.dumps(row) + "\n" for row in kept)
-            self._file.flush()
+            storage.write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in kept).encode())
+            self._file = self.path.open("a", encoding="utf-8", newline="\n")
         self._board: EventFileWriter | None = None
 
     def __enter__(self) -> Self:
@@ -142,12 +141,14 @@ class MetricsLog:
             self._board.close()
 
     def _log_events(self, step: int, now: float, values: dict[str, float]) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.compat.proto.summary_pb2 import Summary
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
         if self._board is None:
             self._board = EventFileWriter(str(self.path.parent / "tensorboard"))
+            begins = SessionLog(status=SessionLog.START)  # TensorBoard drops what it knows of later steps
+            self._board.add_event(Event(step=self._start, wall_time=now, session_log=begins))
         rows = [Summary.Value(tag=k, simple_value=float(v)) for k, v in values.items()]
         self._board.add_event(Event(step=step, wall_time=now, summary=Summary(value=rows)))
 

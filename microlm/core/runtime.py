@@ -118,10 +118,12 @@ def rng(seed: int, *names: object) -> random.Random:
 
 
 def set_seed(seed: int) -> None:
-    """Seed torch and Python's `random`."""
+    """Seed torch, numpy and Python's `random`."""
+    import numpy as np
     import torch
 
     random.seed(seed)
+    np.random.seed(seed % (1 << 32))
     torch.manual_seed(seed)
 
 

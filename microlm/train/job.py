@@ -51,6 +51,9 @@ class LoopRecipe(Recipe):
         default="auto", description="precision of the products"
     )
     compile: bool = Field(default=True, description="torch.compile (faster; needs a C++ compiler)")
+    activation_checkpointing: bool = unkeyed(
+        False, description="keep only the blocks' inputs, compute the rest twice: less memory, slower"
+    )
     workers: int = unkeyed(1, ge=0, le=64, description="threads that make batches ahead of time; 0: none")
     checkpoint_steps: int = unkeyed(100, ge=1, description="steps between resume checkpoints")
     keep: int = unkeyed(2, ge=1, description="resume checkpoints that are kept")
@@ -90,12 +93,17 @@ class LoopRecipe(Recipe):
     def compute_dtype(self) -> torch.dtype:
         """The torch dtype; auto takes bf16 where it is native."""
         if self.dtype == "auto":
-            return torch.bfloat16 if runtime.has_fast_bfloat16() else torch.float32
+            on_gpu = runtime.device().type == "cuda"
+            fast = torch.cuda.is_bf16_supported() if on_gpu else runtime.has_fast_bfloat16()
+            return torch.bfloat16 if fast else torch.float32
         return runtime.torch_dtype(self.dtype)
 
 
-Sampler = Callable[[Decoder, Path, Sequence[str], int], list[str]]
-"""`(decoder, tokenizer's directory, prompts, new tokens) → texts`; the engine's, passed in from above."""
+Sampler = Callable[[Decoder, Path, Sequence[str], int, Callable[[], None]], list[str]]
+"""`(decoder, tokenizer's directory, prompts, new tokens, check) → texts`; the engine's, passed in from above.
+
+`check` is called between tokens; what it raises ends the writing.
+"""
 
 
 @dataclass

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from microlm.core import storage
+from microlm.core import runtime, storage
 from microlm.core.errors import CheckFailed, UserError
 from microlm.model.transformer import Decoder
 from microlm.train import optim
@@ -35,48 +35,50 @@ def train(ranks: Ranks, decoder: Decoder, job: Job) -> Position:
     """
     loop = job.loop
     _require_room(decoder, job)
+    decoder.to(runtime.device())
     trained = Trained(decoder, optim.make(decoder, job.optim, ranks))
     parameters = list(trained.parameters.values())
     at = _resume(ranks, trained, job)
     forward = make_forward(decoder, loop)
-    warm_up(ranks, forward, decoder, job)
     stop = False
-    with (
-        _stop_flag(ranks) as stopped,
-        Saver(trained, job.checkpoints, ranks.rank == 0, saved=at.step or None) as saver,
-        job.train.batches(loop.batch_rows, at.data, loop.workers) as stream,
-        Reporter(ranks, job, at, stream, decoder, stopped) as report,
-    ):
-        report.begin(forward)
-        set_random_state(at.random)  # what people see changes nothing
-        saver.save(at, due=loop.nonfinite == "roll_back" and at.step == 0)
-        while at.step < loop.steps:
-            saver.check()
-            factor = optim.set_rates(trained.optimizers, job.optim, at.step, loop.steps)
-            batch = next(stream)
-            loss = accumulate(ranks, forward, decoder, batch, job, stopped)
-            total, stop = reduce(ranks, parameters, loss, stopped())
-            if stop:
-                break
-            mean = total / max(1, batch.label_count)
-            norm = float(torch.nn.utils.clip_grad_norm_(parameters, job.optim.clip_norm))
-            if math.isfinite(mean) and math.isfinite(norm):
-                trained.step()
-                at.step += 1
-                at.tokens += loop.batch_rows * loop.context
-                at.data, at.random = stream.state(), random_state()
-                report.step(mean, factor, norm, forward)
-                set_random_state(at.random)
-                saver.save(at, due=at.step % loop.checkpoint_steps == 0 and at.step < loop.steps)
-            else:
-                trained.forget_gradients()
-                _leave_out(ranks, trained, saver, job, at, batch, {"loss": mean, "grad_norm": norm})
-                at.data = stream.state()
-                report.rewind()
-        if stop or stopped():
-            saver.save(at, due=at.step > 0)
-            saver.wait()
-            raise KeyboardInterrupt
+    with Saver(trained, job.checkpoints, ranks.rank == 0, saved=at.step or None) as saver:
+        warm_up(ranks, forward, decoder, job)
+        with (
+            _stop_flag(ranks) as stopped,
+            job.train.batches(loop.batch_rows, at.data, loop.workers) as stream,
+            Reporter(ranks, job, at, stream, decoder, stopped) as report,
+        ):
+            at.data = stream.state()
+            report.begin(forward)
+            set_random_state(at.random)  # what people see changes nothing
+            saver.save(at, due=loop.nonfinite == "roll_back" and at.step == 0)
+            while at.step < loop.steps:
+                saver.check()
+                factor = optim.set_rates(trained.optimizers, job.optim, at.step, loop.steps)
+                batch = next(stream)
+                loss = accumulate(ranks, forward, decoder, batch, job, stopped)
+                total, stop = reduce(ranks, parameters, loss, stopped())
+                if stop:
+                    break
+                mean = total / max(1, batch.label_count)
+                norm = float(torch.nn.utils.clip_grad_norm_(parameters, job.optim.clip_norm))
+                if math.isfinite(mean) and math.isfinite(norm):
+                    trained.step()
+                    at.step += 1
+                    at.tokens += loop.batch_rows * loop.context
+                    at.data, at.random = stream.state(), random_state()
+                    report.step(mean, factor, norm, forward)
+                    set_random_state(at.random)
+                    saver.save(at, due=at.step % loop.checkpoint_steps == 0 and at.step < loop.steps)
+                else:
+                    trained.forget_gradients()
+                    _leave_out(ranks, trained, saver, job, at, batch, {"loss": mean, "grad_norm": norm})
+                    at.data, at.random = stream.state(), random_state()
+                    report.rewind()
+            if stop or stopped():
+                saver.save(at, due=at.step > 0)
+                saver.wait()
+                raise KeyboardInterrupt
     return at
 
 

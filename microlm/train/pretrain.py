@@ -85,9 +85,12 @@ class PretrainRecipe(StageRecipe):
     architecture: ArchitectureRecipe | None = Field(
         default=None, description="the model's shape; none: that of `model`"
     )
+    init: Literal["zero_outputs", "plain"] = Field(
+        default="zero_outputs", description="blocks start as the identity; or all matrices normal(0, 0.02)"
+    )
     extend: ExtendRecipe | None = Field(default=None, description="a longer context for `model`")
     loop: LoopRecipe = Field(default=LoopRecipe(), description="length, batch, precision")
-    optim: OptimRecipe = Field(default=OptimRecipe(stable_share=1.0), description="rates and schedule")
+    optim: OptimRecipe = Field(default=OptimRecipe(), description="rates and schedule")
 
     @model_validator(mode="after")
     def _one_start(self) -> PretrainRecipe:
@@ -135,15 +138,18 @@ def configuration(recipe: PretrainRecipe, shards: Artifact, model: Artifact | No
                     f"architecture: {name} is {ours} here and {theirs} in {model.url}; "
                     "leave architecture out, it comes with the model"
                 )
-    return recipe.extend.config(found, _trained_positions(found, model)) if recipe.extend else found
-
-
-def _trained_positions(config: ModelConfig, model: Artifact) -> int:
-    """The length that a model knows without scaling: what its config says, or its last training's context."""
-    if config.rope_scaling and config.rope_scaling.original_max_position_embeddings:
-        return config.rope_scaling.original_max_position_embeddings
+    if not recipe.extend:
+        return found
     loop = model.manifest.get("recipe", {}).get("loop", {})
-    return int(loop.get("context", config.max_position_embeddings))
+    return recipe.extend.config(found, trained_positions(found, loop))
+
+
+def trained_positions(config: ModelConfig, loop: Mapping[str, Any]) -> int:
+    """The length that a model knows without scaling: by its config, or the context of its last training."""
+    scaling = config.rope_scaling
+    if scaling is None:
+        return int(loop.get("context", config.max_position_embeddings))
+    return scaling.original_max_position_embeddings or round(config.max_position_embeddings / scaling.factor)
 
 
 def require_same_tokenizer(model: Artifact, shards: Artifact) -> None:
@@ -190,10 +196,12 @@ def prepare(
         decoder = directory.load(start, recipe.loop.compute_dtype(), config)
     else:
         decoder = Decoder(config, recipe.loop.compute_dtype())
-        initialise(decoder, torch.Generator().manual_seed(runtime.derive_seed(recipe.seed, "init")))
+        generator = torch.Generator().manual_seed(runtime.derive_seed(recipe.seed, "init"))
+        initialise(decoder, generator, plain=recipe.init == "plain")
     context, mask = recipe.loop.context, recipe.loop.document_mask
     rows = PackedRows(open_sets(shards, "documents", "train"), {}, context, recipe.seed, mask)
     validation = held_out_rows(open_sets(shards, "documents", "validation"), {}, context, mask)
-    job = Job(recipe.loop, recipe.optim, objectives.next_token, rows, validation, out, "pretrain")
+    objective = objectives.make(recipe.loop.compiles())
+    job = Job(recipe.loop, recipe.optim, objective, rows, validation, out, "pretrain")
     job.tokenizer = shards / "tokenizer"
     return decoder, job

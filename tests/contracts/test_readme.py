@@ -19,6 +19,7 @@ PAIRS = [
     ("docs/quickstart.md", "docs/quickstart.zh.md"),
     ("docs/data.md", "docs/data.zh.md"),
     ("docs/tokenizer.md", "docs/tokenizer.zh.md"),
+    ("docs/pretraining.md", "docs/pretraining.zh.md"),
 ]
 DOCUMENTS = [name for pair in PAIRS for name in pair] + ["CONTRIBUTING.md"]
 LINKED = [*DOCUMENTS, "SECURITY.md", "CHANGELOG.md", "docs/architecture.md"]

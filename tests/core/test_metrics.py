@@ -2,10 +2,12 @@
 
 import io
 import json
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
+from faults import Crash, Disk
 
 from microlm.core import metrics
 from microlm.core.metrics import MetricsLog, Progress, read_metrics
@@ -79,3 +81,36 @@ def test_a_resumed_log_replaces_what_it_writes_again(tmp_path: Path) -> None:
     with MetricsLog(tmp_path):
         pass
     assert read_metrics(tmp_path / "metrics.jsonl") == read_metrics(tmp_path / "no.jsonl") == []
+
+
+def test_a_resume_that_is_cut_off_loses_no_row(tmp_path: Path) -> None:
+    """A crash before each operation on files of a log that is opened again."""
+    with MetricsLog(tmp_path / "whole") as log:
+        for step in range(5):
+            log.log(step, loss=float(step))
+    at = 0
+    while True:
+        at += 1
+        folder = shutil.copytree(tmp_path / "whole", tmp_path / str(at))
+        with pytest.MonkeyPatch.context() as patch:
+            Disk(folder, at, "torn").install(patch, ())
+            try:
+                MetricsLog(folder, start_step=3).close()
+                break
+            except Crash:
+                pass
+        assert [r["step"] for r in read_metrics(folder / "metrics.jsonl")][:3] == [0, 1, 2]
+    assert at > 4
+
+
+def test_tensorboard_forgets_the_steps_that_are_done_again(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with MetricsLog(tmp_path) as log:
+        for step in range(5):
+            log.log(step, loss=float(step))
+    with MetricsLog(tmp_path, start_step=3) as log:
+        log.log(3, loss=30.0)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(0, 0), (1, 1), (2, 2), (3, 30)]

@@ -1,9 +1,12 @@
 """Seeds, folders, versions."""
 
+import random
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from microlm.core import runtime
 
@@ -12,6 +15,16 @@ def test_seeds_are_stable_and_separate() -> None:
     assert runtime.derive_seed(0, "a") == runtime.derive_seed(0, "a") == 8617095791668180470
     assert len({runtime.derive_seed(s, *n) for s in (0, 1) for n in (("a",), ("b",), ("a", 1), ("a1",))}) == 8
     assert runtime.rng(3, "x").random() == runtime.rng(3, "x").random()
+
+
+def test_a_seed_sets_every_generator() -> None:
+    def draw(seed: int) -> tuple[float, float, float]:
+        runtime.set_seed(seed)
+        return random.random(), float(np.random.rand()), float(torch.rand(()))
+
+    first, other = draw(3), draw(1 << 40)
+    assert draw(3) == first
+    assert all(a != b for a, b in zip(first, other, strict=True))
 
 
 def test_cache_folder_order(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -274,9 +274,10 @@ class Slow:
     """Writes weights when it is let."""
 
     def __init__(self) -> None:
-        self.go, self.failure = threading.Event(), None
+        self.began, self.go, self.failure = threading.Event(), threading.Event(), None
 
     def __call__(self, decoder: Any, folder: Path) -> None:
+        self.began.set()
         assert self.go.wait(20)
         if self.failure is not None:
             raise self.failure
@@ -292,6 +293,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path) -> None:
         with torch.no_grad():
             for p in made.parameters.values():
                 p.add_(1.0)
+        assert slow.began.wait(20)
         assert names(tmp_path) == ["step-00000002.part"]
         slow.go.set()
         saver.wait()

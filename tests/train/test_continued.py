@@ -12,6 +12,7 @@ from artifacts import write_data, write_tokenizer
 from training import CONTEXT
 from transformers import AutoModelForCausalLM
 
+from microlm.cli import main
 from microlm.core.artifact import Artifact
 from microlm.core.errors import UserError
 from microlm.core.metrics import read_metrics
@@ -144,3 +145,28 @@ def test_the_resolved_recipe_shows_the_presets_shape(tokens: Artifact, tmp_path:
     made = pretrained(tmp_path / "preset", tokens, {"tokens": 4 * CONTEXT}, architecture=tiny)
     stated = json.loads((made.path / "manifest.json").read_bytes())["recipe"]["architecture"]
     assert (stated["preset"], stated["layers"], stated["hidden_size"]) == ("4m", 1, 192)
+
+
+def test_a_linear_scaling_grows_with_the_context(
+    tokens: Artifact, base: Artifact, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """32 positions are known: 64 need the factor 2, 128 after that 4; and the dry run says the same."""
+    linear = {"scaling": "linear", "max_positions": 2 * CONTEXT}
+    once = pretrained(
+        tmp_path / "once", tokens, {"context": 2 * CONTEXT, "micro_rows": 1}, model=base.url, extend=linear
+    )
+    assert directory.read_config(once.path).rope_scaling == RopeScaling("linear", 2.0)
+    further = {
+        "stage": "pretrain", "shards": tokens.url, "parallel": {"processes": 1}, "model": once.url,
+        "loop": LOOP | {"context": LONG, "micro_rows": 1}, "extend": linear | {"max_positions": LONG},
+    }  # fmt: skip
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps(further | {"out": str(tmp_path / "twice")}))
+    with pytest.raises(SystemExit):
+        main(["plan", str(recipe), "--json"])
+    (planned,) = json.loads(capsys.readouterr().out)["plans"]
+    with pytest.raises(SystemExit):
+        main(["pretrain", str(recipe)])
+    found = directory.read_config(tmp_path / "twice").rope_scaling
+    assert found == RopeScaling("linear", 4.0)
+    assert RopeScaling(**planned["config"]["rope_scaling"]) == found

@@ -8,7 +8,7 @@ import math
 import re
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +152,9 @@ def test_the_line_tells_how_it_goes(tmp_path: Path, capfd: pytest.CaptureFixture
         assert re.search(f" {what}", line)
 
 
-def remembered(decoder: Decoder, tokenizer: Path, prompts: Sequence[str], tokens: int) -> list[str]:
+def remembered(
+    decoder: Decoder, tokenizer: Path, prompts: Sequence[str], tokens: int, check: Callable[[], None]
+) -> list[str]:
     size = float(decoder.lm_head.weight.detach().norm())
     return [f"{prompt}: {size:.6f} {tokens}" for prompt in prompts]
 
@@ -192,6 +194,52 @@ def test_samples_are_what_the_engine_writes_and_change_nothing(tmp_path: Path) -
     expected = [c.text for c in engine.generate(prompts, Sampling(max_tokens=12))]
     assert [r["text"] for r in read_samples(job.logs)][-2:] == expected
     assert any(expected)
+
+
+def test_a_stop_does_not_wait_for_samples(tmp_path: Path) -> None:
+    """Nor for a row with samples to come: what is missing is written when the run goes on."""
+    loop = tiny_loop(samples=SAMPLES)
+    whole, decoder = text_job(tmp_path / "whole", loop=loop, sampler=remembered)
+    train(ALONE, decoder, whole)
+
+    def endless(*words: Any) -> list[str]:
+        signal.raise_signal(signal.SIGINT)
+        for _ in range(1000):
+            words[-1]()
+        raise AssertionError
+
+    cut, decoder = text_job(tmp_path / "cut", loop=loop, sampler=endless)
+    with pytest.raises(KeyboardInterrupt):
+        train(ALONE, decoder, cut)
+    assert max(p.name for p in cut.resume.glob("step-*")) == "step-00000004"
+    assert read_samples(cut.logs) == []
+    again, decoder = text_job(tmp_path / "cut", loop=loop, sampler=remembered)
+    train(ALONE, decoder, again)
+    assert read_samples(cut.logs) == read_samples(whole.logs)
+    untold = {"time", *TIMED}
+    kept = [[{k: v for k, v in r.items() if k not in untold} for r in metrics(j)] for j in (cut, whole)]
+    assert kept[0] == kept[1]
+
+
+def test_the_engine_asks_between_tokens(tmp_path: Path) -> None:
+    model = write_tiny_model(tmp_path)
+    left = [3]
+
+    def check() -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        sample(directory.load(model), model, ["a", "b"], 20, check)
+
+
+def test_a_prompt_without_room_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    loop = tiny_loop(samples={"steps": 3, "prompts": ["the", "a b c d " * 200], "tokens": 5})
+    job, decoder = text_job(tmp_path, loop=loop, sampler=remembered)
+    with pytest.raises(UserError, match=r"prompt 2 of loop.samples has \d+ tokens, but the model has \d+ "):
+        train(ALONE, decoder, job)
+    assert metrics(job) == []
 
 
 def test_samples_without_a_prompt_or_a_writer_are_sentences(tmp_path: Path) -> None:

@@ -43,6 +43,14 @@ class Batch:
         """A slice of rows."""
         return self._with(lambda t: t[start:stop], self.samples[start:stop])
 
+    def labelled(self, rows: int) -> Batch:
+        """The same shape, with the labels of the first `rows` rows only."""
+        if rows >= len(self.labels):
+            return self
+        labels = self.labels.clone()
+        labels[rows:] = IGNORE
+        return Batch(self.input_ids, labels, self.segments, self.samples)
+
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device; from pinned memory the copy runs beside what the device does."""
         if self.input_ids.device == device:

@@ -118,7 +118,9 @@ class Snapshot:
         for name, p in self.trained.parameters.items():
             copies[name].copy_(p, non_blocking=True)
         found = self.trained.states()
-        self.states = {n: self.states.get(n, _host(t)).copy_(t, non_blocking=True) for n, t in found.items()}
+        self.states = {n: self.states[n] if n in self.states else _host(t) for n, t in found.items()}
+        for name, tensor in found.items():
+            self.states[name].copy_(tensor, non_blocking=True)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
 

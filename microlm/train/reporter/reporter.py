@@ -15,8 +15,8 @@ from microlm.train.ranks import Ranks
 from microlm.train.reporter.samples import SampleLog
 from microlm.train.reporter.speed import Speed
 from microlm.train.reporter.trackers import Tracker
-from microlm.train.reporter.validation import Stopped, token_byte_counts, validate
-from microlm.train.step import Forward
+from microlm.train.reporter.validation import token_byte_counts, validate
+from microlm.train.step import Forward, Stopped
 
 
 class Reporter:
@@ -38,7 +38,7 @@ class Reporter:
         total = job.loop.steps * job.loop.batch_rows * job.loop.context
         self.bar = Progress(job.name, total, "tokens", start=at.tokens)
         self.log = _reopen_log(job.logs, at)
-        self.samples = SampleLog(job, at)
+        self.samples = SampleLog(job, at, decoder)
         self.tracker = Tracker(job) if job.loop.tracker != "none" else None
         self.speed = Speed(decoder, job.loop, stream, ranks.size)
         self.byte_counts = token_byte_counts(job.tokenizer) if job.tokenizer else None
@@ -60,10 +60,9 @@ class Reporter:
         """The loss before any step, so that a curve starts where the run did; or what a stop cut off."""
         if not self.active:
             return
-        if self.at.step == 0 and self._validates():
+        if self.at.step == 0 and not self.at.history and self._validates():
             self.at.owed = {"tokens": 0.0}
-        if self.at.owed:
-            self._settle(forward, {})
+        self._settle(forward, {})
         self.speed.start()
 
     def rewind(self) -> None:
@@ -84,28 +83,31 @@ class Reporter:
         at.recent = [*at.recent, loss][-loop.log_steps :]
         mean = sum(at.recent) / len(at.recent)
         self.bar.update(loop.batch_rows * loop.context, loss=mean)
-        last = at.step == loop.steps
         timed = {}
-        if last or at.step % loop.log_steps == 0:
+        if at.step == loop.steps or at.step % loop.log_steps == 0 or self._validates():
             timed = self.speed.row()
             at.owed = {"tokens": float(at.tokens), "loss": mean, "rate": rate, "grad_norm": norm}
         self._settle(forward, timed)
         self.speed.start()
 
     def _settle(self, forward: Forward, timed: dict[str, float]) -> None:
-        """Validate, write the row, let the model speak; a stop leaves the row owed."""
+        """Validate, write the row, let the model speak; what a stop cuts off is owed."""
         row = dict(self.at.owed)
         try:
             if row and self._validates():
-                row |= validate(forward, self.decoder, self.job, self.byte_counts, self.stopped)
+                row |= validate(forward, self.decoder, self.job, self.byte_counts, self._check)
+            if row:
+                self._write(row, timed)
+                self._show(row, timed)
+                self.at.owed = {}
+            if self.samples.due():
+                self.samples.add(self._check)
         except Stopped:
             return
-        if row:
-            self._write(row, timed)
-            self._show(row, timed)
-        if self.samples.due():
-            self.samples.add(self.decoder)
-        self.at.owed = {}
+
+    def _check(self) -> None:
+        if self.stopped():
+            raise Stopped
 
     def _validates(self) -> bool:
         loop, step = self.job.loop, self.at.step
@@ -130,9 +132,11 @@ class Reporter:
 
 
 def _reopen_log(logs: Path, at: Position) -> MetricsLog:
-    """The metrics as they stood at the checkpoint: the file's rows (they hold the times) if none is lost."""
+    """The metrics as they stood at the checkpoint: the file's rows (they hold the times) if these are right."""
     kept = [row for row in read_metrics(logs / FILE) if row["step"] <= at.step]
-    if at.step and len(kept) == len(at.history):
+    pairs = zip(kept, at.history, strict=False)
+    told = (row.get(name) == value for row, known in pairs for name, value in known.items())
+    if len(kept) == len(at.history) and all(told):
         return MetricsLog(logs, at.step + 1)
     log = MetricsLog(logs)
     for row in at.history:

@@ -24,7 +24,7 @@ def write_summary(job: Job, decoder: Decoder, at: Position) -> None:
         "trained_parameters": sum(p.numel() for p in decoder.parameters() if p.requires_grad),
         "tokens": at.tokens,
         "epochs": {name: round(times, 4) for name, times in job.train.epochs(at.data).items()},
-        "padding_share": at.data["padding"] / (at.data["rows"] * job.loop.context),
+        "padding_share": at.data["padding"] / max(1, at.data["rows"] * job.loop.context),
         "loss": _last(rows, "loss"),
         "validation_loss": _last(rows, "validation_loss"),
         "bits_per_byte": _last(rows, "bits_per_byte"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,29 +17,25 @@ from microlm.train.job import Job
 from microlm.train.step import Forward, losses
 
 
-class Stopped(Exception):
-    """Somebody wants the run to stop: the validation is given up."""
-
-
 def validate(
     forward: Forward,
     decoder: Decoder,
     job: Job,
     byte_counts: Tensor | None,
-    stopped: Callable[[], bool],
+    check: Callable[[], None],
 ) -> dict[str, float]:
     """`validation_loss` in nats per label, and `bits_per_byte` of the text that the labels stand for.
 
-    Gradients stay on, unused: without them torch.compile would build every block a second time.
+    Of the first `validation_rows` rows, however they are split. `check` is called between blocks and may
+    raise. Gradients stay on, unused: without them torch.compile would build every block a second time.
     """
     assert job.validation is not None
+    watched = replace(forward, check=check)
     total, count, text = 0.0, 0, 0
     stream = job.validation.batches(job.loop.micro_rows)
-    for _ in range(max(1, job.loop.validation_rows // job.loop.micro_rows)):
-        if stopped():
-            raise Stopped
-        batch = next(stream)
-        total += float(losses(forward, decoder, batch, job.objective).detach())
+    for start in range(0, job.loop.validation_rows, job.loop.micro_rows):
+        batch = next(stream).labelled(job.loop.validation_rows - start)
+        total += float(losses(watched, decoder, batch, job.objective).detach())
         count += batch.label_count
         if byte_counts is not None:
             text += int(byte_counts[batch.labels[batch.labels != IGNORE]].sum())
