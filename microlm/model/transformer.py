@@ -184,26 +184,22 @@ def _repeated(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return (k, v) if times == 1 else (k.repeat_interleave(times, dim=1), v.repeat_interleave(times, dim=1))
 
 
-def spelled_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """The same, written out for torch.compile: on CPUs it beats the built-in kernel for short rows."""
-    k, v = _repeated(q, k, v)
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2) + mask
-    return torch.softmax(scores, dim=-1) @ v  # summed in float32, kept in q's dtype
-
-
 def causal_attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Plain causal attention over the given tokens only."""
     return masked_attention(q, k, v, None)
 
 
-def initialise(decoder: Decoder, generator: torch.Generator) -> None:
-    """Fill the weights: scaled normal, output projections zero so that every block starts as the identity."""
+def initialise(decoder: Decoder, generator: torch.Generator, plain: bool = False) -> None:
+    """Fill the weights: scaled normal, output projections zero so that every block starts as the identity.
+
+    `plain`: every matrix from normal(0, 0.02), as GPT-2 and the classes of transformers start.
+    """
     with torch.no_grad():
         for name, weight in sorted(decoder.named_parameters()):
-            if name.endswith(("o_proj.weight", "down_proj.weight")) or name.endswith("bias"):
+            if name.endswith("bias") or (name.endswith(("o_proj.weight", "down_proj.weight")) and not plain):
                 weight.zero_()
             elif weight.dim() == 2:
-                outer = "embed_tokens" in name or "lm_head" in name
+                outer = plain or "embed_tokens" in name or "lm_head" in name
                 weight.normal_(0.0, 0.02 if outer else 0.4 * weight.shape[1] ** -0.5, generator=generator)
             else:
                 weight.fill_(1.0)

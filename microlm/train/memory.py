@@ -18,9 +18,10 @@ from microlm.core import runtime
 from microlm.core.errors import UserError
 from microlm.core.recipe import Parallel
 from microlm.model import lora
+from microlm.model.attention import stripe
 from microlm.model.config import ModelConfig
 from microlm.model.transformer import Block, Decoder, masked_attention
-from microlm.train import optim
+from microlm.train import objectives, optim
 from microlm.train.job import LoopRecipe
 from microlm.train.ranks import processes
 
@@ -90,22 +91,39 @@ def predict(decoder: Decoder, loop: LoopRecipe, rates: optim.OptimRecipe, ranks:
     moments = sum(p.numel() * (1 if isinstance(o, optim.Muon) else 2) for o, p in groups)
     item = loop.compute_dtype().itemsize
     rows = min(loop.micro_rows, loop.batch_rows)
-    mask = rows * loop.context**2 * item
-    logits = rows * loop.context * config.vocab_size
     on_gpu = runtime.device().type == "cuda"  # snapshots, and python's own memory, lie in the host's
     saves = not on_gpu and (loop.checkpoint_steps < loop.steps or loop.keep_best)
     return Memory(
         weights=MASTER * sum(p.numel() for p in decoder.parameters()),
         gradients=MASTER * trained,
         moments=MASTER * moments,
-        activations=config.num_hidden_layers * block_bytes(config, loop, rows) + mask,
-        logits=logits * (item + 3 * 4),  # as computed, in fp32, their softmax, their gradient
+        activations=_activations(config, loop, rows),
+        logits=_head_bytes(config, loop, rows),
         scratch=_scratch(optimizers, item),
         sums=MASTER * trained if ranks > 1 else 0,
         snapshot=MASTER * (trained + moments) if saves else 0,
         runtime=0 if on_gpu else RUNTIME + (COMPILER if loop.compiles() else 0),
         holes=CUDA_HOLES if on_gpu else COMPILED_HOLES if loop.compiles() else EAGER_HOLES,
     )
+
+
+def _activations(config: ModelConfig, loop: LoopRecipe, rows: int) -> int:
+    """What all blocks keep, or one of them and the inputs of the others, and the mask."""
+    item, layers = loop.compute_dtype().itemsize, config.num_hidden_layers
+    mask = rows * loop.context**2 * item if loop.document_mask else 0
+    if not loop.activation_checkpointing:
+        return layers * block_bytes(config, loop, rows) + mask
+    return block_bytes(config, loop, rows) + layers * rows * loop.context * config.hidden_size * item + mask
+
+
+def _head_bytes(config: ModelConfig, loop: LoopRecipe, rows: int) -> int:
+    """Logits of a chunk and their gradient (written out: in fp32 too); copy of the matrix, gradient of x."""
+    item, positions = loop.compute_dtype().itemsize, rows * loop.context
+    size = objectives.CUDA_CHUNK if runtime.device().type == "cuda" else objectives.CHUNK
+    wide = 0 if loop.compiles() else 3 * 4
+    table = config.vocab_size * config.hidden_size
+    logits = min(positions, size) * config.vocab_size * (2 * item + wide)
+    return logits + (table + positions * config.hidden_size) * item
 
 
 def block_bytes(config: ModelConfig, loop: LoopRecipe, rows: int) -> int:
@@ -115,7 +133,10 @@ def block_bytes(config: ModelConfig, loop: LoopRecipe, rows: int) -> int:
         return _kept_by_eager_block(config, loop, rows)
     c, positions = config, rows * loop.context
     wide = c.num_attention_heads * c.head_dim
-    scores = rows * c.num_attention_heads * loop.context**2
+    stripes = -(-loop.context // stripe(loop.context))
+    scores = round(rows * c.num_attention_heads * loop.context**2 * (stripes + 1) / (2 * stripes))
+    if runtime.device().type == "cuda":
+        scores = 0  # FlashAttention keeps none
     matrices = sum(c.parameter_parts()[part] for part in ("attention", "mlp")) // c.num_hidden_layers
     kept = positions * (4 * c.hidden_size + 4 * wide + 3 * c.intermediate_size) + scores + matrices
     return kept * item

@@ -1,4 +1,4 @@
-"""Optimizers and schedules: Muon for hidden matrices, AdamW for embedding, head and norms."""
+"""Optimizers and schedules: Muon (or AdamW) for hidden matrices, AdamW for embedding, head and norms."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ _POLAR = (
 class OptimRecipe(Recipe):
     """Rates, schedule, clipping."""
 
-    matrix_lr: float = Field(default=0.02, gt=0, description="Muon's rate for hidden matrices")
+    matrices: Literal["muon", "adamw"] = Field(default="muon", description="who trains the hidden matrices")
+    matrix_lr: float = Field(default=0.02, gt=0, description="rate for hidden matrices")
     embedding_lr: float = Field(default=0.02, gt=0, description="AdamW's rate for the embedding")
     head_lr: float = Field(default=0.004, gt=0, description="AdamW's rate for the head and the norms")
     adapter_lr: float = Field(default=0.004, gt=0, description="AdamW's rate for LoRA matrices")
@@ -39,11 +40,15 @@ class OptimRecipe(Recipe):
     final_share: float = Field(
         default=0.02, ge=0, le=1, description="rate at the end, as a share of the full rate"
     )
-    matrix_decay: float = Field(default=0.0, ge=0, description="Muon's decoupled weight decay")
+    matrix_decay: float = Field(default=0.0, ge=0, description="decoupled weight decay of hidden matrices")
+    table_decay: float = Field(default=0.0, ge=0, description="the same of embedding and head")
     clip_norm: float = Field(default=1.0, gt=0, description="largest norm of the gradient")
     muon_momentum: float = Field(
         default=0.95, ge=0, lt=1, description="Muon's momentum after its own warm-up"
     )
+    adam_beta1: float = Field(default=0.8, ge=0, lt=1, description="AdamW's memory of the gradient")
+    adam_beta2: float = Field(default=0.95, ge=0, lt=1, description="AdamW's memory of its square")
+    adam_eps: float = Field(default=1e-10, gt=0, description="added to AdamW's denominator")
 
 
 def rate(recipe: OptimRecipe, step: int, steps: int) -> float:
@@ -106,7 +111,7 @@ class Muon(torch.optim.Optimizer):
         if size == 1:
             return [_orthogonal(x.to(self.dtype)).float() for x in batches]
         sizes = [x.numel() for x in batches]
-        flat = torch.zeros(sum(sizes), dtype=self.dtype)
+        flat = torch.zeros(sum(sizes), dtype=self.dtype, device=batches[0].device)
         parts = [part.view_as(x) for part, x in zip(flat.split(sizes), batches, strict=True)]
         for part, x in zip(parts, batches, strict=True):
             if len(x) > rank:
@@ -126,19 +131,30 @@ def _orthogonal(x: Tensor) -> Tensor:
 
 def make(decoder: Decoder, recipe: OptimRecipe, ranks: Ranks | None = None) -> list[torch.optim.Optimizer]:
     """Optimizers over the trainable parameters; each group keeps its full rate as `base_lr`."""
-    trainable = [(n, p) for n, p in decoder.named_parameters() if p.requires_grad]
-    groups: dict[str, list[nn.Parameter]] = {"matrix": [], "embedding": [], "head": [], "adapter": []}
-    for name, p in trainable:
-        groups[_group(name, p)].append(p)
-    rates = {"embedding": recipe.embedding_lr, "head": recipe.head_lr, "adapter": recipe.adapter_lr}
+    groups: dict[str, list[nn.Parameter]] = {}
+    for name, p in decoder.named_parameters():
+        if p.requires_grad:
+            groups.setdefault(_group(name, p), []).append(p)
+    rates = {
+        "matrix": (recipe.matrix_lr, recipe.matrix_decay),
+        "embedding": (recipe.embedding_lr, recipe.table_decay),
+        "head": (recipe.head_lr, recipe.table_decay),
+        "vector": (recipe.head_lr, 0.0),
+        "adapter": (recipe.adapter_lr, 0.0),
+    }
     optimizers: list[torch.optim.Optimizer] = []
-    if groups["matrix"]:
+    if recipe.matrices == "muon" and "matrix" in groups:
+        lr, decay = rates.pop("matrix")
         muon = functools.partial(Muon, dtype=decoder.compute_dtype, ranks=ranks)
-        decay = recipe.matrix_decay
-        optimizers.append(muon(groups["matrix"], recipe.matrix_lr, recipe.muon_momentum, decay))
-    adam = [{"params": groups[g], "lr": r} for g, r in rates.items() if groups[g]]
+        optimizers.append(muon(groups["matrix"], lr, recipe.muon_momentum, decay))
+    adam = [
+        {"params": groups[name], "lr": lr, "weight_decay": decay}
+        for name, (lr, decay) in rates.items()
+        if name in groups
+    ]
     if adam:
-        optimizers.append(torch.optim.AdamW(adam, betas=(0.8, 0.95), eps=1e-10, weight_decay=0.0, fused=True))
+        betas = (recipe.adam_beta1, recipe.adam_beta2)
+        optimizers.append(torch.optim.AdamW(adam, betas=betas, eps=recipe.adam_eps, fused=True))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["base_lr"] = group["lr"]
@@ -161,4 +177,6 @@ def _group(name: str, p: nn.Parameter) -> str:
         return "adapter"
     if "embed_tokens" in name:
         return "embedding"
-    return "matrix" if p.dim() == 2 and "lm_head" not in name else "head"
+    if "lm_head" in name:
+        return "head"
+    return "matrix" if p.dim() == 2 else "vector"

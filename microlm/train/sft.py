@@ -109,7 +109,8 @@ def prepare(recipe: SftRecipe, model: Artifact, shards: Path, out: Path) -> tupl
     rows = PackedRows(open_sets(shards, prefix, "train"), recipe.mixture, context, recipe.seed, mask)
     validation = held_out_rows(open_sets(shards, prefix, "validation"), recipe.mixture, context, mask)
     name = "lora" if recipe.lora else "sft"
-    job = Job(recipe.loop, recipe.optim, objectives.next_token, rows, validation, out, name)
+    objective = objectives.make(recipe.loop.compiles())
+    job = Job(recipe.loop, recipe.optim, objective, rows, validation, out, name)
     job.tokenizer = shards / "tokenizer"
     if recipe.lora:
         base = model.url.rstrip("/").rpartition("/")[2]

@@ -1,50 +1,104 @@
 """One step's arithmetic: forward over packed rows, gradients of this rank's share, sums over all ranks.
 
-Shapes: R rows, T tokens of context, D hidden.
+Shapes: R rows, T tokens of context, D hidden. Batches come from the host and are moved where the decoder is.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from microlm.core import runtime
 from microlm.core.metrics import Progress
-from microlm.model.transformer import Decoder, masked_attention, spelled_attention
+from microlm.model.attention import document_borders, spelled_attention, varlen_attention
+from microlm.model.transformer import Decoder, masked_attention
 from microlm.train.batches import Batch, document_mask
 from microlm.train.job import Job, LoopRecipe
 from microlm.train.objectives import Objective
 from microlm.train.ranks import Ranks
 
-Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
+BlockCall = Callable[[nn.Module, Tensor, Tensor, Tensor, Tensor | None], Tensor]
+
+
+class Stopped(Exception):
+    """Somebody wants the run to stop: a micro-batch is given up."""
+
+
+def _nothing() -> None:
+    """No reason to stop."""
+
+
+@dataclass(frozen=True)
+class Forward:
+    """`forward(input_ids [R,T], positions [R,T], seen) → hidden [R,T,D]`; `seen` says what a position sees.
+
+    `check` is called between blocks, forward and backward, and may raise.
+    """
+
+    decoder: Decoder
+    block_call: BlockCall
+    document_mask: bool
+    recomputed: bool
+    check: Callable[[], None] = _nothing
+
+    def __call__(self, input_ids: Tensor, positions: Tensor, seen: Tensor | None) -> Tensor:
+        x, (cos, sin) = self.decoder.embed(input_ids, positions)
+        for block in self.decoder.model.layers:
+            self.check()
+            if self.recomputed and torch.is_grad_enabled():
+                x = _checkpointed(self.block_call, block, x, cos, sin, seen)
+            else:
+                x = self.block_call(block, x, cos, sin, seen)
+            if x.requires_grad and self.check is not _nothing:
+                x.register_hook(lambda _: self.check())
+        return self.decoder.model.norm(x)
+
+    def seen(self, batch: Batch) -> Tensor | None:
+        """What attention needs: nothing if all before is seen, a mask, or (FlashAttention) documents' borders.
+
+        Padding is at the end of a row, so nobody sees it.
+        """
+        dtype, device = self.decoder.compute_dtype, self.decoder.cos.device
+        if not self.document_mask:
+            return None
+        if device.type == "cuda" and dtype == torch.bfloat16:
+            return document_borders(batch.segments).to(device, non_blocking=True)
+        return document_mask(batch.segments.to(device), dtype)
 
 
 def make_forward(decoder: Decoder, loop: LoopRecipe) -> Forward:
-    """`(input_ids [R,T], positions [R,T], mask [R,1,T,T]) → hidden [R,T,D]`; one compiled block for all."""
-    block_call = _block
+    """The forward pass of a decoder that is where it will stay; one compiled block serves all layers."""
+    on_cpu = decoder.cos.device.type == "cpu"
+    block_call: BlockCall = _block
     if loop.compiles():
         runtime.set_env("TORCHINDUCTOR_CACHE_DIR", str(runtime.cache_dir() / "inductor"))
-        block_call = torch.compile(_fused_block, dynamic=False)
-
-    def forward(input_ids: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
-        x, (cos, sin) = decoder.embed(input_ids, positions)
-        for block in decoder.model.layers:
-            x = block_call(block, x, cos, sin, mask)
-        return decoder.model.norm(x)
-
-    return forward
+        block_call = torch.compile(_spelled_block if on_cpu else _block, dynamic=False)
+    return Forward(decoder, block_call, loop.document_mask, loop.activation_checkpointing)
 
 
-def _block(block: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
-    return block(x, (cos, sin), 0, lambda layer, q, k, v: masked_attention(q, k, v, mask))
+def _block(block: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, seen: Tensor | None) -> Tensor:
+    """With PyTorch's kernels."""
+    if seen is not None and seen.dim() == 1:
+        return block(x, (cos, sin), 0, lambda layer, q, k, v: varlen_attention(q, k, v, seen))
+    return block(x, (cos, sin), 0, lambda layer, q, k, v: masked_attention(q, k, v, seen))
 
 
-def _fused_block(block: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
-    return block(x, (cos, sin), 0, lambda layer, q, k, v: spelled_attention(q, k, v, mask))
+def _spelled_block(block: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, seen: Tensor | None) -> Tensor:
+    """With attention that the compiler sees."""
+    return block(x, (cos, sin), 0, lambda layer, q, k, v: spelled_attention(q, k, v, seen))
+
+
+def _checkpointed(block_call: BlockCall, *args: Any) -> Tensor:
+    """Keep a block's input alone, and compute the rest again in the backward pass; nothing here is random."""
+    y: Tensor = checkpoint(block_call, *args, use_reentrant=False, preserve_rng_state=False)
+    return y
 
 
 def warm_up(ranks: Ranks, forward: Forward, decoder: Decoder, job: Job) -> None:
@@ -65,8 +119,9 @@ def warm_up(ranks: Ranks, forward: Forward, decoder: Decoder, job: Job) -> None:
 
 
 def losses(forward: Forward, decoder: Decoder, batch: Batch, objective: Objective) -> Tensor:
-    mask = document_mask(batch.segments, decoder.compute_dtype)
-    return objective(forward(batch.input_ids, batch.positions, mask), decoder, batch)
+    """The summed loss of a batch's labels."""
+    seen, here = forward.seen(batch), batch.to(decoder.cos.device)
+    return objective(forward(here.input_ids, here.positions, seen), decoder, here)
 
 
 def accumulate(
@@ -74,13 +129,19 @@ def accumulate(
 ) -> Tensor:
     """Gradients of this rank's micro-batches, over the labels of the whole batch; returns the summed loss.
 
-    Nothing more is computed once `stopped()`: a step may take longer than a person waits.
+    Nothing more is computed once `stopped()`: a micro-batch may take longer than a person waits.
     """
+
+    def check() -> None:
+        if stopped():
+            raise Stopped
+
+    watched = replace(forward, check=check)
     size = job.loop.micro_rows
-    total = torch.zeros(())
-    for number, start in enumerate(range(0, job.loop.batch_rows, size)):
-        if number % ranks.size == ranks.rank and not stopped():
-            loss = losses(forward, decoder, batch.rows(start, start + size), job.objective)
+    total = torch.zeros((), dtype=torch.float64, device=decoder.cos.device)
+    with suppress(Stopped):
+        for start in range(ranks.rank * size, job.loop.batch_rows, ranks.size * size):
+            loss = losses(watched, decoder, batch.rows(start, start + size), job.objective)
             (loss / max(1, batch.label_count)).backward()
             total += loss.detach()
     return total
@@ -91,7 +152,8 @@ def reduce(ranks: Ranks, parameters: list[nn.Parameter], loss: Tensor, stop: boo
     if ranks.size == 1:
         return float(loss), stop
     grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
-    flat = torch.cat([*(g.flatten() for g in grads), torch.stack([loss, torch.tensor(float(stop))])])
+    told = torch.stack([loss, loss.new_tensor(float(stop))]).to(grads[0].dtype)
+    flat = torch.cat([*(g.flatten() for g in grads), told])
     ranks.sum_(flat)
     pieces = flat[:-2].split([p.numel() for p in parameters])
     for p, piece in zip(parameters, pieces, strict=True):

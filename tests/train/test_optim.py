@@ -148,3 +148,33 @@ def test_momentum_warms_up() -> None:
         optim.set_rates(optimizers, OptimRecipe(), step, 1000)
         seen.append(round(optimizers[0].param_groups[0]["momentum"], 3))
     assert seen == [0.85, 0.9, 0.95, 0.95]
+
+
+def test_decay_is_for_matrices_and_tables_never_for_norms() -> None:
+    decoder = tiny_decoder()
+    names = {id(p): n for n, p in decoder.named_parameters()}
+    optimizers = optim.make(decoder, OptimRecipe(matrix_decay=0.3, table_decay=0.2))
+    for group in (g for o in optimizers for g in o.param_groups):
+        for name in (names[id(p)] for p in group["params"]):
+            table = name in ("model.embed_tokens.weight", "lm_head.weight")
+            expected = 0.0 if "norm" in name else 0.2 if table else 0.3
+            assert group["weight_decay"] == expected, name
+
+
+def test_adamw_for_all_is_torchs_adamw() -> None:
+    """One rate, the usual betas: three steps of ours are those of one plain optimizer."""
+    rate = {"matrix_lr": 1e-2, "embedding_lr": 1e-2, "head_lr": 1e-2}
+    recipe = OptimRecipe(matrices="adamw", adam_beta1=0.9, adam_beta2=0.99, adam_eps=1e-8, **rate)
+    ours, theirs = tiny_decoder(), tiny_decoder()
+    mine = optim.make(ours, recipe)
+    plain = torch.optim.AdamW(theirs.parameters(), lr=1e-2, betas=(0.9, 0.99), weight_decay=0.0)
+    assert [type(o) for o in mine] == [torch.optim.AdamW]
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+            p.grad = torch.randn(p.shape, generator=generator)
+            q.grad = p.grad.clone()
+        mine[0].step()
+        plain.step()
+    for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(p, q, msg=name)

@@ -1,0 +1,164 @@
+"""How the speed of training changes with the model's size, the context and the rows of a micro-batch: one picture.
+
+Each point is the median of some real steps (compiled, bf16 where the device has it, documents kept apart, AdamW) on
+random tokens. Batches are 2,048 tokens where the size or the context varies, so that only one thing changes.
+--plot FILE.png draws the curves; --quick takes fewer and smaller points.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from parts import result_file
+from parts.step_inputs import job_of, rows_of
+
+from microlm.core import runtime
+from microlm.core.peak import peak_flops
+from microlm.model.config import ModelConfig
+from microlm.model.presets import PRESETS, shape_of_size
+from microlm.model.transformer import Decoder
+from microlm.train.reporter.speed import position_flops
+
+PACKAGES = ("microlm", "torch")
+VOCABULARY, BATCH_TOKENS, CONTEXT, SIZE = 6400, 2048, 512, 26_000_000
+SIZES = (4_000_000, 10_000_000, 26_000_000, 64_000_000, 110_000_000)
+CONTEXTS = (128, 256, 512, 1024, 2048)
+ROWS = (1, 2, 4, 8, 16)
+STEPS = 3
+Rows = list[dict[str, Any]]
+
+
+class Point(NamedTuple):
+    """A shape that is timed."""
+
+    size: int
+    context: int
+    rows: int
+
+
+def main() -> None:
+    """Measure, draw, print."""
+    options = parse_options()
+    torch.set_num_threads(options.threads)
+    curves = curves_of(options.quick)
+    found: dict[Point, tuple[float, float]] = {}
+    rows: Rows = []
+    for point in dict.fromkeys(p for points in curves.values() for p in points):
+        found[point] = speeds, share = measure(point)
+        name = f"{point.size / 1e6:g}m.context_{point.context}.rows_{point.rows}"
+        add(rows, f"tokens_per_s.{name}", speeds, "tokens/s")
+        add(rows, f"peak_share.{name}", [share], "share of the measured peak")
+    result = {
+        "schema_version": 1,
+        "benchmark": "train_scale-quick" if options.quick else "train_scale",
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": runtime.code_commit(),
+        "machine": result_file.machine(runtime.environment(1)),
+        "versions": {name: runtime.package_version(name) for name in PACKAGES},
+        "threads": options.threads,
+        "load": round(os.getloadavg()[0], 1),
+        "rows": rows,
+        "goals": [],
+    }
+    if options.plot:
+        plot(curves, found, options.plot)
+    result_file.write(result, options.out)
+
+
+def parse_options() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="small models, two points a curve")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--plot", type=Path, help="draw the curves into this file (needs matplotlib)")
+    parser.add_argument("--out", type=Path, help="also write the object to this file")
+    return parser.parse_args()
+
+
+def curves_of(quick: bool) -> dict[str, list[Point]]:
+    """What varies along each axis of the picture."""
+    sizes, contexts, rows = (SIZES[:2], CONTEXTS[:2], ROWS[:2]) if quick else (SIZES, CONTEXTS, ROWS)
+    size, context = (sizes[0], contexts[-1]) if quick else (SIZE, CONTEXT)
+    return {
+        "weights": [Point(s, context, BATCH_TOKENS // context) for s in sizes],
+        "tokens of context": [Point(size, c, BATCH_TOKENS // c) for c in contexts],
+        "rows of a micro-batch": [Point(size, context, r) for r in rows],
+    }
+
+
+def config_of(size: int, context: int) -> ModelConfig:
+    """A preset of about that size, or what the size dial makes of it."""
+    presets = {round(s.parameters(VOCABULARY) / 1e6): s for s in PRESETS.values()}
+    shape = presets.get(round(size / 1e6)) or shape_of_size(size, VOCABULARY, {})
+    return shape.config(VOCABULARY, max(context, 512), 1e4)
+
+
+def measure(point: Point) -> tuple[list[float], float]:
+    """Tokens a second of each step (CPU seconds on a CPU), and the share of the device's peak."""
+    config = config_of(point.size, point.context)
+    stream = rows_of(config, point.context, documents=True, tokens=300_000).batches(point.rows)
+    batch = next(stream)
+    step = job_of(config, batch, documents=True, dtype="auto")
+    step()
+    seconds = []
+    for _ in range(STEPS):
+        started = clock()
+        step()
+        seconds.append(clock() - started)
+    torch.compiler.reset()  # the next shape is another graph
+    positions = batch.input_ids.numel()
+    dtype = torch.bfloat16 if runtime.has_fast_bfloat16() or torch.cuda.is_available() else torch.float32
+    flops = positions * sum(position_flops(Decoder(config), point.context))
+    speed = [positions / s for s in seconds]
+    return speed, flops / statistics.median(seconds) / peak_flops(dtype)
+
+
+def clock() -> float:
+    """Seconds: of a GPU's work, of this process's threads on a CPU."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time() / torch.get_num_threads()
+
+
+def plot(curves: dict[str, list[Point]], found: dict[Point, tuple[list[float], float]], file: Path) -> None:
+    """Three panels: speed on the left axis of each, the share of the peak written beside the points."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.6), constrained_layout=True)
+    varied = ("size", "context", "rows")
+    for axis, (name, points), field in zip(axes, curves.items(), varied, strict=True):
+        x = [getattr(p, field) for p in points]
+        y = [statistics.median(found[p][0]) for p in points]
+        axis.plot(x, y, marker="o", color="#2a6f97")
+        for place, speed, point in zip(x, y, points, strict=True):
+            axis.annotate(f"{found[point][1]:.0%}", (place, speed), textcoords="offset points", xytext=(4, 6))
+        axis.set(xscale="log", yscale="log", xlabel=name, ylabel="tokens a second" if field == "size" else "")
+        axis.set_xticks(x, [f"{v / 1e6:g}M" if field == "size" else str(v) for v in x])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    figure.suptitle("Training speed on one core; beside the points the share of its peak in bf16")
+    figure.savefig(file, dpi=150)
+
+
+def add(rows: Rows, name: str, values: list[float], unit: str) -> None:
+    """Enter the figure of one or more runs, and their median."""
+    value = statistics.median(values)
+    extremes = {"min": min(values), "max": max(values)}
+    rows.append({"name": name, "value": value, "unit": unit, "runs": len(values), **extremes})
+    print(f"{name}: {value:.4g} {unit}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
