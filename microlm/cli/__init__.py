@@ -13,7 +13,8 @@ import typer
 import typer.core
 
 from microlm import __version__
-from microlm.cli import chat, compare, data, inspect, run, serve, tokenizer, train
+from microlm.cli import chat, compare, data, inspect, run, serve, tokenizer
+from microlm.cli.training import commands as training
 from microlm.core.errors import CheckFailed, UserError
 
 __all__ = ["main", "make_app"]
@@ -55,7 +56,7 @@ def make_app() -> typer.Typer:
         add_completion=False,
     )
     app.callback()(_top)
-    for room in (run, data, tokenizer, train, compare, inspect, chat, serve):
+    for room in (run, data, tokenizer, training, compare, inspect, chat, serve):
         room.register(app)
     return app
 

@@ -165,9 +165,9 @@ def execute(
     speaks = runtime.rank() == 0  # under torchrun all ranks come here
     if dry_run:
         if speaks and trained:
-            from microlm.cli import train
+            from microlm.cli.training import commands
 
-            train.show(plan, recipes, trained, as_json=as_json)
+            commands.show(plan, recipes, trained, as_json=as_json)
         elif speaks:
             _show_plan(plan, recipes, as_json)
         return

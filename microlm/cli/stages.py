@@ -31,8 +31,8 @@ STAGES: dict[str, str] = {
 
 # stage → what it is passed from rooms that it may not import: argument → function
 TOOLS: dict[str, dict[str, str]] = {
-    "pretrain": {"sample": "microlm.cli.samples:sample"},
-    "sft": {"sample": "microlm.cli.samples:sample"},
+    "pretrain": {"sample": "microlm.cli.training.samples:sample"},
+    "sft": {"sample": "microlm.cli.training.samples:sample"},
 }
 
 

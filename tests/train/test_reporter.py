@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from training import CONTEXT, Disturbed, add_lora, make_job, tiny_decoder, tiny_loop, token_set
 
-from microlm.cli.samples import sample
+from microlm.cli.training.samples import sample
 from microlm.core.errors import UserError
 from microlm.core.metrics import read_metrics
 from microlm.core.recipe import build

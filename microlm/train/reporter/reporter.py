@@ -132,7 +132,7 @@ class Reporter:
 
 
 def _reopen_log(logs: Path, at: Position) -> MetricsLog:
-    """The metrics as they stood at the checkpoint: the file's rows (they hold the times) if these are right."""
+    """The metrics as they stood at the checkpoint: the file's rows (with their times) if these are right."""
     kept = [row for row in read_metrics(logs / FILE) if row["step"] <= at.step]
     pairs = zip(kept, at.history, strict=False)
     told = (row.get(name) == value for row, known in pairs for name, value in known.items())
