@@ -79,6 +79,7 @@ def job_of(
     decoder = Decoder(config, loop.compute_dtype())
     decoder.load_state_dict(state_of(config), strict=False)
     decoder.to(runtime.device())
+    runtime.keep_memory()
     trained = Trained(decoder, optim.make(decoder, rates))
     train = rows_of(config, context, documents, 8 * batch.input_ids.numel())
     objective = objectives.make(loop.compiles())

@@ -11,28 +11,26 @@ from torch import Tensor
 STRIPES, NARROWEST = 4, 128  # at most so many stripes, none of fewer queries
 
 
-def spelled_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention of q [B,H,T,d] to k and v [B,K,T,d], for torch.compile; no mask [B,1,T,T] means causal.
+def spelled_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Attention of q [B,H,T,d] to k and v [B,K,T,d] under a mask [B or 1,1,T,T], for torch.compile.
 
-    Queries go in stripes, each over the keys up to its end: nothing later is ever seen, with a mask either.
-    On CPUs it beats the built-in kernel.
+    Queries go in stripes, each over the keys up to its end: nothing later is ever seen. Shares are divided by
+    their sum after the product with v, as in FlashAttention (2205.14135): that has fewer elements, and needs no
+    sum over keys in the backward pass. On CPUs it beats the built-in kernel.
     """
-    length, size = q.shape[2], stripe(q.shape[2])
-    q_BKGTd = (q * q.shape[-1] ** -0.5).unflatten(1, (k.shape[1], -1))
+    B, H, T, d = q.shape
+    K, size = k.shape[1], stripe(T)
+    q_NGTd, k_NTd, v_NTd = q.reshape(B * K, H // K, T, d), k.reshape(B * K, T, d), v.reshape(B * K, T, d)
     stripes = []
-    for start in range(0, length, size):
-        stop = min(start + size, length)
-        queries = q_BKGTd[:, :, :, start:stop].flatten(2, 3)
-        scores = (queries @ k[:, :, :stop].mT).unflatten(2, (-1, stop - start))  # [B,K,G,S,stop]
-        if mask is None:
-            here = torch.arange(start, stop, device=q.device)
-            later = torch.arange(stop, device=q.device) > here[:, None]
-            scores = scores.masked_fill(later, float("-inf"))
-        else:
-            scores = scores + mask[:, :, None, start:stop, :stop]
-        shares = torch.softmax(scores, dim=-1)  # summed in float32, kept in q's dtype
-        stripes.append((shares.flatten(2, 3) @ v[:, :, :stop]).unflatten(2, (-1, stop - start)))
-    return torch.cat(stripes, dim=3).flatten(1, 2)
+    for start in range(0, T, size):
+        stop = min(start + size, T)
+        scores = torch.bmm(q_NGTd[:, :, start:stop].flatten(1, 2), k_NTd[:, :stop].mT)
+        scores = scores.view(B, H, stop - start, stop).float() * d**-0.5 + mask[:, :, start:stop, :stop]
+        shares = torch.exp(scores - scores.detach().amax(dim=-1, keepdim=True)).to(q.dtype)
+        sums = shares.sum(dim=-1, keepdim=True, dtype=torch.float32)
+        y = torch.bmm(shares.view(B * K, -1, stop), v_NTd[:, :stop]).view(B, H, stop - start, d)
+        stripes.append((y / sums).to(q.dtype))
+    return torch.cat(stripes, dim=2)
 
 
 def stripe(length: int) -> int:

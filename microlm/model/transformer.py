@@ -166,10 +166,8 @@ def rope_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     """Rotate the halves of the last dimension by the position's angles."""
-    cos, sin = rope
-    half = x.shape[-1] // 2
-    turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
-    return x * cos + turned * sin
+    (left, right), (cos, sin) = x.chunk(2, dim=-1), (table.chunk(2, dim=-1)[0] for table in rope)
+    return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

@@ -36,6 +36,7 @@ def train(ranks: Ranks, decoder: Decoder, job: Job) -> Position:
     loop = job.loop
     _require_room(decoder, job)
     decoder.to(runtime.device())
+    runtime.keep_memory()
     trained = Trained(decoder, optim.make(decoder, job.optim, ranks))
     parameters = list(trained.parameters.values())
     at = _resume(ranks, trained, job)

@@ -46,6 +46,7 @@ class Forward:
     block_call: BlockCall
     document_mask: bool
     recomputed: bool
+    spelled: bool
     check: Callable[[], None] = _nothing
 
     def __call__(self, input_ids: Tensor, positions: Tensor, seen: Tensor | None) -> Tensor:
@@ -61,13 +62,14 @@ class Forward:
         return self.decoder.model.norm(x)
 
     def seen(self, batch: Batch) -> Tensor | None:
-        """What attention needs: nothing if all before is seen, a mask, or (FlashAttention) documents' borders.
+        """What attention needs: a mask, documents' borders (FlashAttention), or nothing where all before is seen.
 
         Padding is at the end of a row, so nobody sees it.
         """
         dtype, device = self.decoder.compute_dtype, self.decoder.cos.device
         if not self.document_mask:
-            return None
+            length = batch.segments.shape[1]
+            return document_mask(torch.zeros(1, length, device=device), dtype) if self.spelled else None
         if device.type == "cuda" and dtype == torch.bfloat16:
             return document_borders(batch.segments).to(device, non_blocking=True)
         return document_mask(batch.segments.to(device), dtype)
@@ -75,12 +77,12 @@ class Forward:
 
 def make_forward(decoder: Decoder, loop: LoopRecipe) -> Forward:
     """The forward pass of a decoder that is where it will stay; one compiled block serves all layers."""
-    on_cpu = decoder.cos.device.type == "cpu"
+    spelled = loop.compiles() and decoder.cos.device.type == "cpu"
     block_call: BlockCall = _block
     if loop.compiles():
         runtime.set_env("TORCHINDUCTOR_CACHE_DIR", str(runtime.cache_dir() / "inductor"))
-        block_call = torch.compile(_spelled_block if on_cpu else _block, dynamic=False)
-    return Forward(decoder, block_call, loop.document_mask, loop.activation_checkpointing)
+        block_call = torch.compile(_spelled_block if spelled else _block, dynamic=False)
+    return Forward(decoder, block_call, loop.document_mask, loop.activation_checkpointing, spelled)
 
 
 def _block(block: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, seen: Tensor | None) -> Tensor:
@@ -92,6 +94,7 @@ def _block(block: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, seen: Tensor |
 
 def _spelled_block(block: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, seen: Tensor | None) -> Tensor:
     """With attention that the compiler sees."""
+    assert seen is not None
     return block(x, (cos, sin), 0, lambda layer, q, k, v: spelled_attention(q, k, v, seen))
 
 
