@@ -112,6 +112,12 @@ def test_the_last_ones_are_kept(tmp_path: Path, keep: int) -> None:
     assert names(tmp_path) == [f"step-0000000{s}" for s in (1, 2, 3, 4)][-keep:]
 
 
+def test_what_a_crash_left_too_many_goes_at_the_next_start(tmp_path: Path) -> None:
+    made = write(tmp_path, (1, 2, 3, 4), keep=4)
+    with Saver(made[4], plan(tmp_path), saved=3):
+        assert names(tmp_path) == ["step-00000002", "step-00000003", "step-00000004"]
+
+
 def test_those_of_later_steps_go_when_the_run_has_gone_back(tmp_path: Path) -> None:
     write(tmp_path, (4, 6))
     write(tmp_path, (5,))

@@ -55,6 +55,8 @@ class Saver:
             with storage.explain_write(folder):
                 folder.mkdir(parents=True, exist_ok=True)
                 folders.sweep(folder)
+            if self._saved is not None:  # a crash may have come between a save and this
+                self._discard_older("step", self._saved)
             for _, place in _bests(folder)[1:]:
                 folders.discard(place)
             self._best = next((loss for loss, _ in _bests(folder)), math.inf)
@@ -134,11 +136,16 @@ class Saver:
         folders.write(parent / f"{kind}-{step:08d}", fill, head)
         if not (parent / JUDGED).exists():
             storage.write_atomic(parent / JUDGED, b"by the fingerprints of the checkpoints\n")
-        found = checkpoints(parent, kind)
-        kept = [p for p in found if step_of(p) <= step][-(self.plan.keep if kind == "step" else 1) :]
-        for place in found:
-            if place not in kept:
+        for place in checkpoints(parent, kind):
+            if step_of(place) > step:
                 folders.discard(place)
+        self._discard_older(kind, step)
+
+    def _discard_older(self, kind: str, step: int) -> None:
+        """Of the folders up to a step the last ones stay: `keep` checkpoints, one with the best weights."""
+        found = [p for p in checkpoints(self.plan.folder, kind) if step_of(p) <= step]
+        for place in found[: -(self.plan.keep if kind == "step" else 1)]:
+            folders.discard(place)
 
 
 def publish_best(resume: Path, target: Path) -> bool:
