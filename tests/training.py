@@ -61,10 +61,12 @@ def tiny_decoder(seed: int = 0, **fields: Any) -> Decoder:
     return decoder
 
 
-def tiny_trained(seed: int = 0, steps: int = 0, decoder: Decoder | None = None) -> Trained:
+def tiny_trained(
+    seed: int = 0, steps: int = 0, decoder: Decoder | None = None, rates: OptimRecipe | None = None
+) -> Trained:
     """A decoder and its optimizers, with some steps of noise behind them."""
     decoder = decoder or tiny_decoder(seed)
-    trained = Trained(decoder, optim.make(decoder, OptimRecipe()))
+    trained = Trained(decoder, optim.make(decoder, rates or OptimRecipe()))
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
         for p in trained.parameters.values():

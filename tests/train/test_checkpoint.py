@@ -25,6 +25,7 @@ from microlm.train.checkpoint import folder as folders
 from microlm.train.checkpoint import trained as tensors
 from microlm.train.checkpoint.position import random_state, set_random_state
 from microlm.train.loop import train
+from microlm.train.optim import OptimRecipe
 from microlm.train.ranks import Ranks
 
 RANDOM = random_state()
@@ -223,6 +224,20 @@ def test_another_shape_is_refused_even_where_a_mismatch_is_allowed(tmp_path: Pat
     words = r"'model.*mlp.*weight' is .*there and .* in this model; remove"
     with pytest.raises(UserError, match=words), pytest.warns(UserWarning, match="settings differ"):
         restore(tmp_path, wide, OTHER, allow_mismatch=True)
+
+
+def test_another_optimizer_begins_anew(tmp_path: Path) -> None:
+    """Where a mismatch is allowed, Muon's momentum is of no use to AdamW; the tables keep their moments."""
+    made = write(tmp_path, (3,))[3]
+    fresh = tiny_trained(9, rates=OptimRecipe(matrices="adamw"))
+    restore(tmp_path, fresh, MADE_FOR)
+    kept, found = made.states(), fresh.states()
+    assert found and found.keys() < kept.keys()
+    assert all(torch.equal(found[k], kept[k]) for k in found)
+    for p in fresh.parameters.values():
+        p.grad = torch.ones_like(p)
+    fresh.step()
+    assert all(bool(p.isfinite().all()) for p in fresh.parameters.values())
 
 
 def test_every_random_state_comes_back() -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from microlm.core.errors import UserError
 from microlm.model import lora
 from microlm.model.transformer import Decoder
+from microlm.train.optim import Muon
 
 SHARD_BYTES = 1 << 30  # of a file of the optimizers' state
 WEIGHTS, STATE = ("model*.safetensors", "adapter_model.safetensors"), "state-*.safetensors"
@@ -99,6 +100,9 @@ class Trained:
                     optimizer, group = groups[id(p)]
                     beside = tensor.dim() > 0 or group.get("fused") or group.get("capturable")
                     optimizer.state[p][key] = tensor.to(p.device) if beside else tensor
+        for optimizer in self.optimizers:
+            for p in [p for p, state in optimizer.state.items() if set(state) != _state_keys(optimizer)]:
+                del optimizer.state[p]  # another optimizer's, where a mismatch is allowed
 
 
 class Snapshot:
@@ -136,6 +140,10 @@ class Snapshot:
             filled += tensor.nbytes
         for i, shard in enumerate(shards, 1):
             save_file(shard, folder / f"state-{i:05d}-of-{len(shards):05d}.safetensors")
+
+
+def _state_keys(optimizer: torch.optim.Optimizer) -> set[str]:
+    return {"momentum_buffer"} if isinstance(optimizer, Muon) else {"step", "exp_avg", "exp_avg_sq"}
 
 
 def _host(tensor: Tensor) -> Tensor:
