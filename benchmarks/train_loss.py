@@ -1,10 +1,10 @@
-"""What the recipe is worth: held-out bits per byte of ours and of a tuned AdamW at the same tokens, same step.
+"""What the recipe is worth: held-out bits per byte of ours and of a tuned AdamW at the same tokens.
 
-Ours: Muon for the matrices, rates of their own for embedding and head, zero output projections, a linear decay.
-The baseline: AdamW, one rate, cosine, weight decay, every matrix from normal(0, 0.02). Model, step, corpus, order
-of the rows, batch and tokens are the same. First a sweep of rates at --sweep-tokens with one seed, then for the
-best rate and the next lower one a whole run, then the better of them with every seed. All of it lies in --work:
-what is finished is read, what was cut off goes on. --quick does it in small, and has no goals.
+Ours: Muon for the matrices, rates of their own for embedding and head, zero output projections, linear decay.
+The baseline: AdamW, one rate, cosine, weight decay, every matrix from normal(0, 0.02). Model, step, corpus,
+order of the rows, batch and tokens are the same. First a sweep of rates at --sweep-tokens with one seed, then
+for the best rate and the next lower one a whole run, then the better of them with every seed. All lies in
+--work: what is finished is read, what was cut off goes on. --quick does it in small, and has no goals.
 """
 
 from __future__ import annotations
@@ -94,8 +94,12 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--tokens", type=float, default=10.1e6, help="of a run")
     parser.add_argument("--sweep-tokens", type=float, default=8e5, help="of a run of the sweep")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--candidates", type=int, default=2, help="rates that get a whole run before one is chosen")
-    parser.add_argument("--short", type=float, default=0.5, help="ours once more with this share of the tokens; 0: not")
+    parser.add_argument(
+        "--candidates", type=int, default=2, help="rates that get a whole run before one is chosen"
+    )
+    parser.add_argument(
+        "--short", type=float, default=0.5, help="ours once more with this share of the tokens; 0: not"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side, a core each")
     parser.add_argument("--out", type=Path, help="also write the object to this file")
     return parser.parse_args()
@@ -139,7 +143,9 @@ def compare(rows: Rows, plan: Plan, best: dict[str, list[float]], done: Any) -> 
     first: dict[Run, Result] = done(tried)
     for run, result in first.items():
         add(rows, f"candidate.{run.variant}.{run.rate:g}", [result.bits_per_byte], "bits per byte")
-    rate = {n: min((r for r in tried if r.variant == n), key=lambda r: first[r].bits_per_byte).rate for n in best}
+    rate = {
+        n: min((r for r in tried if r.variant == n), key=lambda r: first[r].bits_per_byte).rate for n in best
+    }
     wanted = [Run(n, rate[n], plan.tokens, seed) for seed in seeds for n in best]
     if plan.short:
         wanted += [Run(OURS, rate[OURS], int(plan.short * plan.tokens), seed) for seed in seeds]
@@ -155,18 +161,21 @@ def compare(rows: Rows, plan: Plan, best: dict[str, list[float]], done: Any) -> 
         add(rows, f"tokens_per_s.{name}", [r.tokens_per_s for r in of], "tokens/s")
         add(rows, f"epochs.{name}", [max(r.epochs for r in of)], "times through the corpus")
     add(rows, "tokens_each", [plan.tokens], "tokens")
-    add(rows, "bits_per_byte_ratio", [statistics.fmean(ends[OURS]) / statistics.fmean(ends[BASELINE])], "ratio")
+    add(
+        rows,
+        "bits_per_byte_ratio",
+        [statistics.fmean(ends[OURS]) / statistics.fmean(ends[BASELINE])],
+        "ratio",
+    )
     add(rows, "intervals_apart", [float(intervals[OURS][1] < intervals[BASELINE][0])], "yes or no")
     short = [found[r] for r in wanted if r.tokens != plan.tokens]
     time_to_baseline(rows, plan, results, short)
 
 
-def time_to_baseline(
-    rows: Rows, plan: Plan, results: dict[str, list[Result]], short: list[Result]
-) -> None:
+def time_to_baseline(rows: Rows, plan: Plan, results: dict[str, list[Result]], short: list[Result]) -> None:
     """How soon ours has the baseline's final loss, as a share of the baseline's time.
 
-    Once on the curves of the whole runs, whose rates have not fallen by then, once by shorter runs that end there.
+    On the curves of the whole runs, whose rates have not fallen by then, and by shorter runs that end there.
     """
     target = statistics.fmean(r.bits_per_byte for r in results[BASELINE])
     speeds = {name: statistics.median(r.tokens_per_s for r in of) for name, of in results.items()}

@@ -1,8 +1,8 @@
-"""How the speed of training changes with the model's size, the context and the rows of a micro-batch: one picture.
+"""How the speed of training changes with the size of the model, the context and the rows: one picture.
 
-Each point is the median of some real steps (compiled, bf16 where the device has it, documents kept apart, AdamW) on
-random tokens. Batches are 2,048 tokens where the size or the context varies, so that only one thing changes.
---plot FILE.png draws the curves; --quick takes fewer and smaller points.
+Each point is the median of some real steps (compiled, bf16 where the device has it, documents kept apart,
+AdamW) on random tokens. Batches are 2,048 tokens where the size or the context varies, so that only one thing
+changes. --plot FILE.png draws the curves; --quick takes fewer and smaller points.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """One training step, ours beside those that one would write otherwise: the same shape, weights and batch.
 
-Peers: a plain step as a course teaches it (einsum, float32, full logits, AdamW in Python), transformers' Llama in
-float32, under bf16 autocast, and that compiled; all with clipping and AdamW, in one process, in turn. Three steps
-of each must give the same losses before anything is timed. On a GPU the 25.8M model's share of the peak comes
-beside them. --quick takes a smaller shape, and has no goals.
+Peers: a plain step as a course teaches it (einsum, float32, full logits, a Python AdamW), and the Llama of
+transformers in float32, under bf16 autocast, and that compiled; all with clipping and AdamW, in one process,
+in turn. Three steps of each must give the same losses before anything is timed. On a GPU the share of the
+peak of the 25.8M model comes beside them. --quick takes a smaller shape, and has no goals.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from microlm.core import runtime
 from microlm.core.peak import peak_flops
 from microlm.model.config import ModelConfig
-from microlm.model.presets import PRESETS
+from microlm.model.presets import PRESETS, Shape
 from microlm.model.transformer import Decoder
 from microlm.train import optim
 from microlm.train.batches import Batch
@@ -98,7 +98,7 @@ def main() -> None:
 def parse_options() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="two layers, short rows, two rounds, no goals")
+    parser.add_argument("--quick", action="store_true", help="one layer, short rows, two rounds, no goals")
     parser.add_argument("--rounds", type=int, default=5, help="how often each variant is timed")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--memory", action="store_true", help="measure memory with --quick too")
@@ -112,7 +112,7 @@ def plan_of(options: argparse.Namespace) -> Plan:
     rows, context, rounds = (2, 256, 2) if options.quick else (8, 512, options.rounds)
     config = PRESETS["31m"].config(6400, context, 1e4)
     if options.quick:
-        config = PRESETS["31m"].__class__(256, 2, 4, 4, 64, 704, "llama").config(6400, context, 1e4)
+        config = Shape(256, 1, 4, 4, 64, 704, "llama").config(6400, context, 1e4)
     return Plan(config, rows, context, rounds)
 
 
@@ -218,7 +218,9 @@ def check_parity(rows: Rows, steps: dict[str, Step]) -> None:
         worst = max(abs(a - b) for a, b in zip(losses, found["hf_float32"], strict=True))
         add(rows, f"parity.{name}", [worst], "nats from hf_float32, the worst of 3 steps")
         if worst > tolerance:
-            sys.exit(f"benchmarks/train_step.py: {name} computes other losses: {losses}, {found['hf_float32']}")
+            sys.exit(
+                f"benchmarks/train_step.py: {name} computes other losses: {losses}, {found['hf_float32']}"
+            )
 
 
 def measure_optimizers(rows: Rows, plan: Plan) -> None:
@@ -247,11 +249,15 @@ def measure_optimizers(rows: Rows, plan: Plan) -> None:
         add(rows, f"optimizer_s.{name}", found, "s a step")
     for name in ("muon_alone", "torch_muon_alone"):
         worst, mean = singular_values(made[name][0], matrices)
-        add(rows, f"singular_values_off.{name}", [mean], "mean distance of an update's singular values from 1")
+        add(
+            rows, f"singular_values_off.{name}", [mean], "mean distance of an update's singular values from 1"
+        )
         add(rows, f"singular_values_worst.{name}", [worst], "the largest distance")
 
 
-def singular_values(optimizer: torch.optim.Optimizer, matrices: list[torch.nn.Parameter]) -> tuple[float, float]:
+def singular_values(
+    optimizer: torch.optim.Optimizer, matrices: list[torch.nn.Parameter]
+) -> tuple[float, float]:
     """Largest and mean distance from 1 of the singular values of one matrix's update at a fresh gradient."""
     p = max(matrices, key=lambda m: max(m.shape) / min(m.shape))
     optimizer.state.clear()
@@ -293,7 +299,7 @@ def peak_of(name: str, plan: Plan) -> int:
 
 
 def measure_gpu(rows: Rows, steps: int) -> None:
-    """Tokens a second and share of the peak of the 25.8M model, with documents and with Muon, as a run has it."""
+    """Tokens a second and share of the peak of the 25.8M model, with documents and Muon, as a run has it."""
     step, flops, positions = gpu_step()
     for _ in range(5):
         step()

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ONE_CORE = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 WARMUP = 0.05  # of the steps
 
-# variant → what it changes in the stage, given a rate: the baseline's one rate, ours over the recipe's defaults
+# the rates that are swept: the baseline's one rate; a factor on the three of ours
 BASELINE, OURS = "adamw_cosine", "ours"
 RATES: dict[str, tuple[float, ...]] = {
     BASELINE: (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
@@ -56,8 +56,9 @@ class Run(NamedTuple):
 
     @property
     def name(self) -> str:
-        """A folder's name."""
-        return f"{self.variant}-{self.rate:g}-{self.tokens // 1000}k-seed{self.seed}"
+        """The name of a stage, and of its folder."""
+        rate = f"{self.rate:g}".replace(".", "_")
+        return f"{self.variant}-{rate}-{self.tokens // 1000}k-seed{self.seed}"
 
 
 class Result(NamedTuple):
@@ -72,10 +73,11 @@ class Result(NamedTuple):
 def stage_of(run: Run, shape: Shape, shards: Path) -> dict[str, Any]:
     """The pretrain stage of a run. Model, data, their order, length and batch are those of every variant."""
     steps = run.tokens // (shape.batch_rows * shape.context)
+    validations = max(1, min(shape.validations, run.tokens // 500_000))
     loop = {
         "tokens": run.tokens, "context": shape.context, "batch_rows": shape.batch_rows,
         "micro_rows": shape.micro_rows, "validation_rows": shape.validation_rows,
-        "validation_steps": max(1, steps // shape.validations), "checkpoint_steps": max(50, steps // 20),
+        "validation_steps": -(-steps // validations), "checkpoint_steps": max(50, steps // 20),
         "compile": shape.compile,
     }  # fmt: skip
     optim: dict[str, Any] = {"warmup_steps": max(1, round(WARMUP * steps))}
@@ -116,7 +118,7 @@ def make_shards(work: Path, data: Path, megabytes: int) -> Path:
 
 
 def execute(work: Path, shards: Path, shape: Shape, runs: Sequence[Run], jobs: int) -> dict[Run, Result]:
-    """Bring every run to its end, `jobs` of them side by side, a core each; those that are finished are read."""
+    """Bring every run to its end, `jobs` of them side by side, a core each; finished ones are read."""
 
     def one(run: Run) -> Result:
         out = work / "runs" / run.name

@@ -1,5 +1,6 @@
-"""A training step as a course teaches it: einsum linear, attention written out, float32, the full logits, AdamW
-as a loop in Python. Enters: a Llama configuration and weights under their Hugging Face names.
+"""A training step as a course teaches it: einsum, attention written out, float32, full logits, own AdamW.
+
+Enters: a Llama configuration and weights under their Hugging Face names.
 """
 
 from __future__ import annotations

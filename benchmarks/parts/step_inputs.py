@@ -66,7 +66,7 @@ def job_of(
     documents: bool = False,
     **fields: Any,
 ) -> Step:
-    """The loop's own step over a batch, as `train` makes it; all of it at once unless `micro_rows` is given."""
+    """The loop's own step over a batch, as `train` makes it; all rows at once without `micro_rows`."""
     count, context = batch.input_ids.shape
     loop = LoopRecipe(
         context=context, batch_rows=count, micro_rows=micro_rows or count, document_mask=documents,

@@ -1,6 +1,6 @@
-"""Attention over whole rows, as training has it: written out for the compiler, and FlashAttention over documents.
+"""Attention over whole rows, as training has it: written out for the compiler, FlashAttention over documents.
 
-Shapes: B rows, T tokens, H heads, K key-value heads, G heads of each of them, S queries of a stripe, d head size.
+Shapes: B rows, T tokens, H heads, K key-value heads, N = B·K, G = H / K, d head size.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ def spelled_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """Attention of q [B,H,T,d] to k and v [B,K,T,d] under a mask [B or 1,1,T,T], for torch.compile.
 
     Queries go in stripes, each over the keys up to its end: nothing later is ever seen. Shares are divided by
-    their sum after the product with v, as in FlashAttention (2205.14135): that has fewer elements, and needs no
-    sum over keys in the backward pass. On CPUs it beats the built-in kernel.
+    their sum after the product with v, as in FlashAttention (2205.14135): there are fewer elements, and the
+    backward pass needs no sum over keys. On CPUs it beats the built-in kernel.
     """
     B, H, T, d = q.shape
     K, size = k.shape[1], stripe(T)
@@ -39,16 +39,18 @@ def stripe(length: int) -> int:
 
 
 def varlen_attention(q: Tensor, k: Tensor, v: Tensor, borders: Tensor) -> Tensor:
-    """FlashAttention, causal within each document; `borders` (int32, on the GPU) as `document_borders` has them.
+    """FlashAttention, causal within each document, on CUDA in bf16.
 
-    The rows lie end to end: their documents are those between two borders. CUDA, bf16.
+    Rows lie end to end, documents between the `borders` that `document_borders` finds (int32, on the GPU).
     """
     from torch.nn.attention.varlen import varlen_attn
 
     rows, length = q.shape[0], q.shape[2]
-    flat = [t.transpose(1, 2).flatten(0, 1) for t in (q, k, v)]  # [B·T, heads, d]
+    q_MHd, k_MKd, v_MKd = (t.transpose(1, 2).flatten(0, 1) for t in (q, k, v))  # M = B·T
     grouped = q.shape[1] != k.shape[1]
-    y = varlen_attn(*flat, borders, borders, length, length, window_size=(-1, 0), enable_gqa=grouped)
+    y = varlen_attn(
+        q_MHd, k_MKd, v_MKd, borders, borders, length, length, window_size=(-1, 0), enable_gqa=grouped
+    )
     assert isinstance(y, Tensor)
     return y.unflatten(0, (rows, length)).transpose(1, 2)
 

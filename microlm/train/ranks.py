@@ -1,6 +1,7 @@
 """Several processes on one machine, or those that torchrun started: who we are, sums over all, clean ends.
 
-The calling process is rank 0; the others die with it. The weights live on the CPU, so the backend is gloo.
+The calling process is rank 0; the others die with it. What lies on GPUs, one for each rank, is summed by
+NCCL, what lies on the host by gloo.
 """
 
 from __future__ import annotations
@@ -112,6 +113,7 @@ def launch(parallel: Parallel, target: Callable[..., None], *args: Any) -> bool:
             with _joined(store, group.rank, group.size):
                 target(Ranks(group.rank, group.size, interrupts, store), *args)
             return group.rank == 0
+        parallel = parallel.model_copy(update={"processes": processes(parallel)})
         if parallel.processes == 1:
             target(Ranks(0, 1, interrupts), *args)
         else:
@@ -121,8 +123,10 @@ def launch(parallel: Parallel, target: Callable[..., None], *args: Any) -> bool:
 
 def processes(parallel: Parallel) -> int:
     """How many ranks `launch` has."""
-    group = runtime.torchrun()
-    return group.size if group else parallel.processes
+    if group := runtime.torchrun():
+        return group.size
+    gpus = torch.cuda.device_count()  # one for each rank
+    return min(parallel.processes, gpus) if gpus else parallel.processes
 
 
 def warn_idle(name: str, parallel: Parallel, batch_rows: int, micro_rows: int) -> None:
@@ -221,6 +225,7 @@ def _worker(
     rank: int, port: int, parallel: Parallel, target: Callable[..., None], args: tuple[Any, ...]
 ) -> None:
     runtime.die_with_parent()
+    runtime.set_env("LOCAL_RANK", str(rank))  # its GPU, where there are some
     for number in _STOPS:  # rank 0 hears Ctrl-C and tells everybody
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)
@@ -256,7 +261,11 @@ def _interrupts() -> Iterator[Interrupts]:
 
 @contextmanager
 def _joined(store: Store, rank: int, size: int) -> Iterator[None]:
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+    backend = "gloo"
+    if torch.cuda.is_available():
+        backend = "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(runtime.device())
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     try:
         yield
     finally:

@@ -62,9 +62,9 @@ class Forward:
         return self.decoder.model.norm(x)
 
     def seen(self, batch: Batch) -> Tensor | None:
-        """What attention needs: a mask, documents' borders (FlashAttention), or nothing where all before is seen.
+        """What attention needs: a mask, documents' borders (FlashAttention), or nothing.
 
-        Padding is at the end of a row, so nobody sees it.
+        With nothing all before is seen; padding is at the end of a row, so nobody sees it.
         """
         dtype, device = self.decoder.compute_dtype, self.decoder.cos.device
         if not self.document_mask:
@@ -151,14 +151,14 @@ def accumulate(
 
 
 def reduce(ranks: Ranks, parameters: list[nn.Parameter], loss: Tensor, stop: bool) -> tuple[float, bool]:
-    """Sum gradients, loss and the wish to stop over all ranks, in one message."""
+    """Sum loss (in float64, as one rank does) and the wish to stop over all ranks; gradients if none stops."""
     if ranks.size == 1:
         return float(loss), stop
+    total, stops = ranks.sum_(torch.stack([loss, loss.new_tensor(float(stop))])).tolist()
+    if stops:
+        return total, True
     grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
-    told = torch.stack([loss, loss.new_tensor(float(stop))]).to(grads[0].dtype)
-    flat = torch.cat([*(g.flatten() for g in grads), told])
-    ranks.sum_(flat)
-    pieces = flat[:-2].split([p.numel() for p in parameters])
-    for p, piece in zip(parameters, pieces, strict=True):
+    flat = ranks.sum_(torch.cat([g.flatten() for g in grads]))
+    for p, piece in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
         p.grad = piece.view_as(p)
-    return float(flat[-2]), bool(flat[-1] > 0)
+    return total, False

@@ -69,7 +69,9 @@ def test_borders_give_the_mask() -> None:
 @pytest.mark.parametrize("kv_heads", [2, 4])
 def test_flash_attention_over_documents_is_masked_attention(kv_heads: int) -> None:
     device, dtype = torch.device("cuda"), torch.bfloat16
-    ours = [heads(n, i, dtype).detach().to(device).requires_grad_() for i, n in enumerate((4, kv_heads, kv_heads))]
+    ours = [
+        heads(n, i, dtype).detach().to(device).requires_grad_() for i, n in enumerate((4, kv_heads, kv_heads))
+    ]
     theirs = [t.detach().float().requires_grad_() for t in ours]
     y = varlen_attention(*ours, document_borders(segments()).to(device))
     expected = masked_attention(*theirs, document_mask(segments().to(device), torch.float32))
