@@ -151,7 +151,7 @@ def accumulate(
 
 
 def reduce(ranks: Ranks, parameters: list[nn.Parameter], loss: Tensor, stop: bool) -> tuple[float, bool]:
-    """Sum loss (in float64, as one rank does) and the wish to stop over all ranks; gradients if none stops."""
+    """Sum the loss (in float64, as one rank does) and who wants to stop over all ranks; then gradients."""
     if ranks.size == 1:
         return float(loss), stop
     total, stops = ranks.sum_(torch.stack([loss, loss.new_tensor(float(stop))])).tolist()
