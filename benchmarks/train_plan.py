@@ -128,7 +128,8 @@ def train_once(shape: Shape) -> int:
     with tempfile.TemporaryDirectory(prefix="microlm-bench-") as name:
         for part in (RESUME, LOGS):
             (Path(name) / part).mkdir()
-        job = Job(loop, OptimRecipe(), objectives.next_token, rows, None, Path(name), "plan")
+        objective = objectives.make(loop.compiles())
+        job = Job(loop, OptimRecipe(), objective, rows, None, Path(name), "plan")
         train(Ranks(0, 1), decoder, job)
     return runtime.peak_memory_bytes()
 

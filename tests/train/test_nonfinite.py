@@ -65,9 +65,7 @@ def samples_of_batch(folder: Path, number: int) -> dict[str, list[int]]:
 
 
 def test_stop_names_step_and_samples_and_loses_nothing(tmp_path: Path) -> None:
-    words = (
-        r"tiny: loss is nan at step 5; lower the rates .*nonfinite.jsonl lists, or set loop.nonfin"
-    )
+    words = r"tiny: loss is nan at step 5; lower the rates .*nonfinite.jsonl lists, or set loop.nonfin"
     with pytest.raises(CheckFailed, match=words):
         run(tmp_path, Spoiled(12))
     (event,) = events(tmp_path)
@@ -155,9 +153,7 @@ def test_without_an_earlier_checkpoint_roll_back_ends(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("policy", ["skip", "roll_back"])
 def test_there_is_a_limit(tmp_path: Path, policy: str) -> None:
-    with pytest.raises(
-        CheckFailed, match=r"after 2 such steps .loop.nonfinite_limit; .*jsonl lists"
-    ):
+    with pytest.raises(CheckFailed, match=r"after 2 such steps .loop.nonfinite_limit; .*jsonl lists"):
         run(tmp_path, Spoiled(12, 14, 16), nonfinite=policy, nonfinite_limit=2)
     assert len(events(tmp_path)) == 3
 

@@ -101,8 +101,9 @@ class Trained:
                     beside = tensor.dim() > 0 or group.get("fused") or group.get("capturable")
                     optimizer.state[p][key] = tensor.to(p.device) if beside else tensor
         for optimizer in self.optimizers:
-            for p in [p for p, state in optimizer.state.items() if set(state) != _state_keys(optimizer)]:
-                del optimizer.state[p]  # another optimizer's, where a mismatch is allowed
+            keys = _state_keys(optimizer)
+            for other in [owner for owner, state in optimizer.state.items() if set(state) != keys]:
+                del optimizer.state[other]  # another optimizer's, where a mismatch is allowed
 
 
 class Snapshot:
