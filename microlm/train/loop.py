@@ -80,6 +80,7 @@ def train(ranks: Ranks, decoder: Decoder, job: Job) -> Position:
                 saver.save(at, due=at.step > 0)
                 saver.wait()
                 raise KeyboardInterrupt
+    runtime.give_memory_back()
     return at
 
 
