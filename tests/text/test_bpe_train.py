@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -258,6 +260,43 @@ def test_memory_is_kept_or_the_number_to_change_is_named(monkeypatch: pytest.Mon
         learnt(texts, 2000, memory_bytes=1 << 20, min_frequency=1)
     with pytest.raises(UserError, match=r"memory_mb.*, or mode to aligned"):
         learnt(texts, 2000, memory_bytes=1 << 20, mode="exact")
+
+
+CAPPED = """
+import json, random, resource, sys
+from microlm.text.bpe.pieces import Pieces
+from microlm.text.bpe.train import Plan, train
+
+class Letters:
+    size, held = 48 << 20, 0
+    def __init__(self, seed): self.seed = seed
+    def texts(self, tally):
+        rng = random.Random(self.seed)
+        letters = [chr(0x4E00 + i) for i in range(20_000)]
+        for _ in range(8):
+            yield ["".join(rng.choices(letters, k=1 << 20))]
+
+processes, memory = map(int, sys.argv[1:])
+plan = Plan(40, Pieces(), processes=processes, memory_bytes=memory)
+report = train([Letters(1), Letters(2)], plan).report.to_json()
+peaks = [resource.getrusage(who).ru_maxrss << 10 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+print(json.dumps(report | {"peaks": peaks}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_memory_is_kept_when_the_pairs_do_not_fit(processes: int, tmp_path: Path) -> None:
+    """16 million pairs, nearly all different; the table's largest size is just what its share allows."""
+    table = (1 << 22) * 16 * 3 // 2
+    memory = (table + passes.PROCESS_BYTES) * (processes + 1 if processes > 1 else 1)
+    learnt(["一二三"] * 9, 2)  # compiling takes memory of its own, once on a machine
+    command = [sys.executable, "-c", CAPPED, str(processes), str(memory)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["lost"] > 0 and report["processes"] == processes
+    own, child = report["peaks"]
+    assert own + (processes * child if processes > 1 else 0) < memory
 
 
 def test_a_first_cut_that_is_too_high_is_lowered() -> None:

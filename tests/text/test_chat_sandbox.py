@@ -31,6 +31,7 @@ ESCAPES = {
     "change of a message": ("{% set _ = messages[0].update({'role': 'system'}) %}{{ messages }}", "system"),
 }
 NS = "{% set n = namespace(x='ab') %}{% for a in range(60) %}"
+BIG = "{% set s = 'x' * 99999 %}"
 ENDLESS = {
     "nested loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
     "a filtered loop": "{% for a in range(9999) %}{% for b in range(9999) if 0 %}{% endfor %}{% endfor %}",
@@ -54,6 +55,18 @@ ENDLESS = {
     "a field of format": "{{ '{:09999999999d}'.format(1) | length }}",
     "a field of the filter": "{{ ('%09999999999d' | format(1)) | length }}",
     "a field of given width": "{{ ('%*d' % (10 ** 9, 1)) | length }}",
+    "a field of a field": "{{ ('{:{w}}'.format(1, w=10 ** 9)) | length }}",
+    "translate": "{{ ('a' * 99999).translate({97: 'x' * 99999}) | length }}",
+    "one text many times, as JSON": BIG + "{{ ([s] * 99999) | tojson | length }}",
+    "many times, as a text": BIG + "{{ ([s] * 99999) | string | length }}",
+    "many times, in each other": BIG + "{{ ([[[s] * 999] * 999] * 999) | string | length }}",
+    "many times, as items": BIG + "{{ {'a': [s] * 99999}.items() | string | length }}",
+    "many times, in a namespace": BIG + "{% set n = namespace(x=[s] * 99999) %}{{ n | string | length }}",
+    "many times, in a row": BIG + "{{ (([s] * 99999) | map('trim') | join) | length }}",
+    "many times, beside a text": BIG + "{{ (([s] * 99999) ~ 'x') | length }}",
+    "many times, in %": BIG + "{{ ('%s' % ([s] * 99999,)) | length }}",
+    "many times, in format": BIG + "{{ '{}'.format([s] * 99999) | length }}",
+    "lists that are added up": "{{ ([[1] * 9999] * 9999) | sum(start=[]) | length }}",
     "indent": "{{ (('a\n' * 99999) | indent('x' * 99999)) | length }}",
     "output": "{% for a in range(99999) %}{% for b in range(99) %}" + "x" * 999 + "{% endfor %}{% endfor %}",
 }
@@ -80,7 +93,7 @@ def test_what_runs_or_writes_without_end_stops(name: str) -> None:
     with pytest.raises(TemplateFault, match=r"sandbox refuses|without end|Range too big"):
         Compiled(ENDLESS[name]).render(HELLO, 5)
     assert time.process_time() - start < 8
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 700_000
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 150_000
 
 
 def test_templates_of_the_same_words_cost_what_they_should() -> None:
@@ -100,6 +113,9 @@ FUNCTIONS = {
     "{% for a in [1, 2, 3] %}{{ loop.index0 }}{{ loop.last }}{% endfor %}": "0False1False2True",
     "{{ messages[::-1][0].content | upper ~ '%s-%d' % ('a', 3) }}": "HELLOa-3",
     "{{ missing }}{{ missing is defined }}": "False",
+    "{{ '{{{}}}: {:>2}'.format('a', 1) }}": "{a}:  1",
+    "{{ [1, 2] | sum }}{{ [3, 1] | sort | first }}{{ ['a', 'b'] | map('upper') | join('-') }}": "31A-B",
+    "{{ {'a': [1, 'x']} }}{{ {'a': 1}.items() | list }}": "{'a': [1, 'x']}[('a', 1)]",
     "{{ '{}{x:>3}'.format(1, x=2) }}{{ 2 ** 10 + 7 % 4 }}": "1  21027",
     "{% set n = namespace(a=0) %}{% for m in messages %}{% set n.a = n.a + 1 %}{% endfor %}{{ n.a }}": "1",
     "{% macro f(a, b=2) %}{{ a }}{{ b }}{{ caller() }}{% endmacro %}{% call f(1) %}c{% endcall %}": "12c",

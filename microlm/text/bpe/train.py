@@ -26,6 +26,7 @@ from microlm.text.bpe.learn.initial import Ints
 from microlm.text.bpe.learn.merges import learn
 from microlm.text.bpe.learn.passes import Block, C, ChunkJob, PairJob, Share, Watch
 from microlm.text.bpe.learn.spelling import BYTES, byte_columns, parts_of
+from microlm.text.bpe.learn.table import Table
 from microlm.text.bpe.pieces import Pieces
 from microlm.text.compiled import tell_slow
 from microlm.text.corpus.pool import Pool, open_pool
@@ -160,7 +161,7 @@ class _Run:
         cut, rounds = max(floor, guess if self.plan.cut is None else self.plan.cut), 0
         while True:
             frequent = pairs.frequent(cut)
-            chunks = self._chunks(ChunkJob(self.rule, self.share.table_bytes // ALIGNED_BYTES, frequent, cut))
+            chunks = self._chunks(ChunkJob(self.rule, self._room(frequent) // ALIGNED_BYTES, frequent, cut))
             columns, reached, rounds = chunks.columns(), chunks.cut, rounds + 1
             del chunks, frequent
             told |= self._told(columns) | {"rounds": rounds, "cut": reached}
@@ -173,6 +174,13 @@ class _Run:
             if reached > cut or cut == floor:
                 raise self.memory_error()
             cut = max(floor, cut // 2)
+
+    def _room(self, frequent: Table) -> int:
+        """Bytes that are left for chunks: each process has the pairs, and once more while they come."""
+        left = self.share.table_bytes - 2 * frequent.nbytes
+        if left < self.share.table_bytes // 4:
+            raise self.memory_error()
+        return left
 
     def memory_error(self) -> TooLittleMemory:
         """The sentence that says which number to change."""

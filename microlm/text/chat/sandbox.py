@@ -11,7 +11,7 @@ import json
 import re
 import threading
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import wraps
 from typing import Any, NoReturn
 
@@ -22,18 +22,24 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.runtime import Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
 TODAY = datetime.date(2024, 7, 26)
 """The day of every rendering, so that equal conversations are equal tokens (Llama 3 falls back to it too)."""
 MAX_SOURCE = 1_000_000
-MAX_SIZE = 1 << 26  # characters, or elements, that one operation may make
+MAX_SIZE = 1 << 26  # characters, or elements, that one operation may make, if the budget is as large
 BUDGET = 5_000_000  # of a rendering: an iteration or a call costs 16, a character that is made costs 1
 BUDGET_PER_CHAR = 200  # more for each character of the conversation
 _STEP = 16
-_WIDTH = re.compile(r"\*|\d{4}")
+_WIDTH = re.compile(r"\*|\d{4}|\{[^{}]*\{")  # given beside the text, large, or itself a field
 _MULTIPLYING = frozenset({"replace", "join", "expandtabs", "center", "ljust", "rjust", "zfill", "indent"})
 _MULTIPLYING_FILTERS = _MULTIPLYING | {"wordwrap", "batch", "slice", "tojson", "truncate", "format"}
+# filters that do not write out what a list or a mapping holds
+_KEEPING = frozenset({"attr", "batch", "count", "d", "default", "dictsort", "first", "groupby", "items"}) | {
+    *("last", "length", "list", "map", "max", "min", "reject", "rejectattr", "reverse", "select"),
+    *("selectattr", "slice", "sort", "sum", "unique"),
+}
 
 
 class TemplateFault(Exception):
@@ -143,34 +149,60 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             self.state.spend(len(value))
         return value
 
+    def written(self, value: Any) -> Any:
+        """A value that is about to be written out, all that it holds paid for."""
+        waiting = [value]
+        while waiting:
+            held = waiting.pop()
+            if isinstance(held, str | bytes):
+                self.state.spend(len(held))
+            elif isinstance(held, Namespace):
+                raise SecurityError("a namespace is not written out")
+            elif isinstance(held, Collection):
+                self.state.spend(len(held))
+                waiting.extend(held)
+                waiting.extend(held.values() if isinstance(held, Mapping) else ())
+        return value
+
     def call(self, context: Any, called: Any, /, *args: Any, **kwargs: Any) -> Any:
         """A call of the template's; what would make too much is refused before it is made."""
         name, subject = getattr(called, "__name__", ""), getattr(called, "__self__", None)
         if subject is self:
             return called(*args)
         self.state.spend(_STEP)
-        _limit(name in _MULTIPLYING, subject, (*args, *kwargs.values()))
+        if isinstance(subject, str):
+            if name == "translate":
+                raise SecurityError("a text is not translated")
+            self.written([*args, *kwargs.values()])
+            self._limit(name in _MULTIPLYING, subject, (*args, *kwargs.values()))
         return self.made(super().call(context, called, *args, **kwargs))
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         """`+ * ** %` of the template's."""
         if operator == "%" and isinstance(left, str):
             _check_widths(left)
+            self.written(right)
         if operator == "**" and not (abs(left) <= 1 << 32 and abs(right) <= 16):
             raise SecurityError("a power this large is not computed")
         for a, b in ((left, right), (right, left)):
             if operator == "*" and isinstance(b, int):
                 if isinstance(a, int) and a.bit_length() + b.bit_length() > 4096:
                     raise SecurityError("a number this large is not computed")
-                if hasattr(a, "__len__") and len(a) * b > MAX_SIZE:
-                    raise SecurityError("a text this long is not made")
+                self._limit(hasattr(a, "__len__"), a, (b,))
         return self.made(super().call_binop(context, operator, left, right))
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
         """`str.format` in the sandbox, without wide fields."""
-        if isinstance(getattr(value, "__self__", None), str) and value.__name__ in ("format", "format_map"):
-            _check_widths(value.__self__)
-        return super().wrap_str_format(value)
+        format_ = super().wrap_str_format(value)
+        if format_ is None:
+            return None
+        _check_widths(value.__self__)
+
+        def paid(*args: Any, **kwargs: Any) -> str:
+            self.written([*args, *kwargs.values()])
+            return format_(*args, **kwargs)
+
+        return paid
 
     def _paid(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """A filter that pays for what it makes."""
@@ -179,12 +211,29 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         @wraps(function)
         def paid(*args: Any, **kwargs: Any) -> Any:
             self.state.spend(_STEP)
-            _limit(name in _MULTIPLYING_FILTERS, args[first], (*args[first + 1 :], *kwargs.values()))
+            if isinstance(args[first], Iterator):
+                args = (*args[:first], [self.made(value) for value in args[first]], *args[first + 1 :])
+            subject, others = args[first], (*args[first + 1 :], *kwargs.values())
+            if name == "sum" and any(isinstance(o, Collection) and not isinstance(o, str) for o in others):
+                raise SecurityError("lists are not added up")
+            if name not in _KEEPING:
+                self.written([subject, *others] if name == "format" else subject)
+            self._limit(name in _MULTIPLYING_FILTERS, subject, others)
             if name == "format":
-                _check_widths(str(args[first]))
+                _check_widths(str(subject))
             return self.made(function(*args, **kwargs))
 
         return paid
+
+    def _limit(self, multiplies: bool, subject: Any, arguments: Iterable[Any]) -> None:
+        """Refuse what makes a multiple of what it is given, and more than may still be spent."""
+        if not multiplies:
+            return
+        size = len(subject) if hasattr(subject, "__len__") else 1
+        for argument in arguments:
+            times = len(argument) if hasattr(argument, "__len__") else argument
+            if isinstance(times, int) and max(size, 1) * abs(times) > min(MAX_SIZE, self.state.budget):
+                raise SecurityError("a text this long is not made")
 
 
 class _Paying(NodeTransformer):
@@ -202,11 +251,13 @@ class _Paying(NodeTransformer):
         return self._stepping(self.generic_visit(node))
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Call:
-        return _asked("made", self.generic_visit(node))
+        self.generic_visit(node)
+        node.nodes = [_asked("written", n) for n in node.nodes]
+        return _asked("made", node)
 
     def visit_Output(self, node: nodes.Output) -> nodes.Output:
         self.generic_visit(node)
-        node.nodes = [n if isinstance(n, nodes.TemplateData) else _asked("made", n) for n in node.nodes]
+        node.nodes = [n if isinstance(n, nodes.TemplateData) else _asked("written", n) for n in node.nodes]
         return node
 
     def _stepping(self, node: Any) -> Any:
@@ -222,19 +273,8 @@ def _asked(method: str, value: Any) -> nodes.Call:
     return nodes.Call(found, [value], [], None, None, lineno=value.lineno)
 
 
-def _limit(multiplies: bool, subject: Any, arguments: Iterable[Any]) -> None:
-    """Refuse a call whose result is a multiple of what it is given, and too large."""
-    if not multiplies:
-        return
-    size = len(subject) if hasattr(subject, "__len__") else 1
-    for argument in arguments:
-        times = len(argument) if hasattr(argument, "__len__") else argument
-        if isinstance(times, int) and max(size, 1) * abs(times) > MAX_SIZE:
-            raise SecurityError("a text this long is not made")
-
-
 def _check_widths(text: str) -> None:
-    if _WIDTH.search(text):
+    if _WIDTH.search(text.replace("{{", "").replace("}}", "")):
         raise SecurityError("a field of a given or a large width is not formatted")
 
 

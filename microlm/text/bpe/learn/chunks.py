@@ -23,6 +23,7 @@ Text = Codes | Symbols
 SEPARATOR = -1
 """Stands before the first chunk and after every chunk."""
 _FIRST_SLOTS = 1 << 12
+_PAID = 1 << 12  # characters for which room is made at once
 _TAG = 31  # bits of a hash that are kept beside the number of the chunk
 _CHUNKS, _USED = range(2)
 
@@ -59,12 +60,12 @@ class Chunks:
     def add(self, texts: list[str]) -> None:
         """Count the chunks of some texts."""
         codes, ends = code_points(texts)
-        done = 0
-        while done < len(texts):
-            self.store, done = _count(
-                codes, ends, done, classes(), self.rule, self.frequent, self.cut, self.store
+        at = stop = 0
+        while at < len(codes):
+            self.store, at, stop = _count(
+                codes, ends, at, stop, classes(), self.rule, self.frequent, self.cut, self.store
             )
-            if done < len(texts):
+            if at < len(codes):
                 self._cut_more()
         self.texts += len(texts)
 
@@ -131,28 +132,34 @@ def columns(store: Store) -> Columns:
 def _count(
     codes: Codes,
     ends: NDArray[np.int64],
-    first: int,
+    at: int,
+    stop: int,
     kinds: Classes,
     rule: Rule,
     frequent: Table,
     cut: int,
     store: Store,
-) -> tuple[Store, int]:
-    """Count the chunks of the texts from `first` on: (store, the first text for which there is no room)."""
-    at = int(ends[first - 1]) if first else 0
-    for text in range(first, len(ends)):
-        end = int(ends[text])
-        if not _has_room(store, end - at):
-            return store, text
-        store = _with_slots(store, end - at)
-        stop = at
+) -> tuple[Store, int, int]:
+    """Count the chunks of the texts from the character `at` on, in a segment that ends at `stop`.
+
+    Leaves: (store, the first piece for which there is no room, the end of its segment).
+    """
+    paid = at  # up to here there is room
+    for end in ends:
         while at < end:
             if at >= stop:
                 stop = segment_end(codes, at, end, kinds, rule)
             piece = piece_end(codes, at, stop, kinds, rule)
+            if piece > paid:
+                paid = max(piece, min(at + _PAID, len(codes)))
+                if not _has_room(store, paid - at):
+                    paid = piece
+                    if not _has_room(store, paid - at):
+                        return store, at, stop
+                store = _with_slots(store, paid - at)
             _cut(codes, at, piece, frequent, cut, 1, store)
             at = piece
-    return store, len(ends)
+    return store, at, stop
 
 
 @njit
