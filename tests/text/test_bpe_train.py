@@ -287,7 +287,7 @@ print(json.dumps(report | {"child": resource.getrusage(resource.RUSAGE_CHILDREN)
 @pytest.mark.parametrize("processes", [1, 2])
 def test_memory_is_kept_when_the_pairs_do_not_fit(processes: int, tmp_path: Path) -> None:
     """16 million pairs, nearly all different; the table's largest size is just what its share allows."""
-    table = (1 << 22) * 16 * 3 // 2
+    table = (1 << 23) * 16 * 3 // 2
     memory = (table + passes.PROCESS_BYTES) * (processes + 1 if processes > 1 else 1)
     learnt(["一二三"] * 9, 2)  # compiling takes memory of its own, once on a machine
     command = [sys.executable, "-c", CAPPED, str(processes), str(memory)]
