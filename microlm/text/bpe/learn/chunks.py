@@ -60,12 +60,12 @@ class Chunks:
     def add(self, texts: list[str]) -> None:
         """Count the chunks of some texts."""
         codes, ends = code_points(texts)
-        at = stop = 0
-        while at < len(codes):
-            self.store, at, stop = _count(
-                codes, ends, at, stop, classes(), self.rule, self.frequent, self.cut, self.store
+        place = (0, 0)
+        while place[0] < len(codes):
+            self.store, place = _count(
+                codes, ends, place, classes(), self.rule, self.frequent, self.cut, self.store
             )
-            if at < len(codes):
+            if place[0] < len(codes):
                 self._cut_more()
         self.texts += len(texts)
 
@@ -132,18 +132,18 @@ def columns(store: Store) -> Columns:
 def _count(
     codes: Codes,
     ends: NDArray[np.int64],
-    at: int,
-    stop: int,
+    place: tuple[int, int],
     kinds: Classes,
     rule: Rule,
     frequent: Table,
     cut: int,
     store: Store,
-) -> tuple[Store, int, int]:
-    """Count the chunks of the texts from the character `at` on, in a segment that ends at `stop`.
+) -> tuple[Store, tuple[int, int]]:
+    """Count the chunks of the texts from a place on: the character, and the end of its segment.
 
-    Leaves: (store, the first piece for which there is no room, the end of its segment).
+    Leaves: (store, the place of the first piece for which there is no room).
     """
+    at, stop = place
     paid = at  # up to here there is room
     for end in ends:
         while at < end:
@@ -155,11 +155,11 @@ def _count(
                 if not _has_room(store, paid - at):
                     paid = piece
                     if not _has_room(store, paid - at):
-                        return store, at, stop
+                        return store, (at, stop)
                 store = _with_slots(store, paid - at)
             _cut(codes, at, piece, frequent, cut, 1, store)
             at = piece
-    return store, at, stop
+    return store, (at, stop)
 
 
 @njit
