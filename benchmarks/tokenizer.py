@@ -160,13 +160,13 @@ def measure(bench: Bench, lines: list[bytes]) -> dict[str, Any]:
     raw = inputs.write_shards(lines, whole, 32 * MB)
     bench.add("raw_bytes.whole", [raw], "bytes")
     bench.cost("train.whole", [train(bench, whole, processes=2)])
-    shards(bench, whole, raw, "", bench.plan.runs)
+    shards(bench, whole, raw, "")
     if bench.plan.large_mb:
         large = bench.work / "large"
         raw = inputs.write_shards(inputs.recombined(lines, bench.plan.large_mb * MB, seed=5), large, 64 * MB)
         bench.add("raw_bytes.large", [raw], "bytes")
         bench.cost("train.large", [train(bench, large, processes=2)])
-        shards(bench, large, raw, ".large", 1)
+        shards(bench, large, raw, ".large", bench.plan.runs)
     return artifact.open_artifact(str(bench.work / "ours")).manifest
 
 
@@ -242,11 +242,11 @@ def encoding(bench: Bench, texts: Path) -> None:
         bench.add(f"speedup.{name}", [median(name) / median("")], "times")
 
 
-def shards(bench: Bench, folder: Path, raw: int, label: str, runs: int) -> None:
+def shards(bench: Bench, folder: Path, raw: int, label: str) -> None:
     """JSONL → token set, by one process and by two."""
     from_one: list[Cost] = []
     from_two: list[Cost] = []
-    for _ in range(runs):
+    for _ in range(bench.plan.runs):
         from_one.append(tokenize(bench, folder, 1))
         from_two.append(tokenize(bench, folder, 2))
     bench.cost(f"shards{label}", from_one)
