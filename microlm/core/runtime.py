@@ -91,6 +91,12 @@ def child_env(extra: dict[str, str] | None = None) -> dict[str, str]:
     return {**os.environ, **(extra or {})}
 
 
+def bare_env() -> dict[str, str]:
+    """The environment for a process that must not see our secrets: what Python needs to start."""
+    names = ("PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "LANG")
+    return {name: os.environ[name] for name in names if name in os.environ}
+
+
 def set_env(name: str, value: str) -> None:
     """Set a variable for libraries that read it at import (compile cache, thread counts)."""
     os.environ[name] = value
@@ -175,9 +181,9 @@ def give_memory_back() -> None:
 
 def peak_rss_bytes() -> int:
     """Peak resident memory of this process so far, not of the one that started it."""
-    if sys.platform == "linux":  # where rusage goes on from what the parent had
-        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
-        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    status = Path("/proc/self/status")  # rusage of Linux goes on from what the parent had
+    if status.exists() and (found := re.search(rb"VmHWM:\s*(\d+)", status.read_bytes())):
+        return int(found[1]) * 1024
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -142,7 +142,7 @@ def write_sets(
     written = TokenSets(folder, tokenizer.dtype)
     found = Found({}, set())
     with (
-        tempfile.TemporaryDirectory(dir=folder, prefix="aside-") as place,
+        tempfile.TemporaryDirectory(dir=folder, prefix="aside-", ignore_cleanup_errors=True) as place,
         open_pool(workers, lambda: _warm(tokenizer)) as pool,
         Progress("tokenize", total or None, "bytes") as bar,
     ):

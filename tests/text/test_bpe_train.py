@@ -23,9 +23,10 @@ from microlm.core.errors import UserError
 from microlm.text.bpe.files import assemble
 from microlm.text.bpe.learn import count, passes, table
 from microlm.text.bpe.learn.choose import Choice
-from microlm.text.bpe.learn.chunks import Chunks, OutOfMemory
+from microlm.text.bpe.learn.chunks import Chunks
 from microlm.text.bpe.learn.count import CODE_POINTS, PairCounts
 from microlm.text.bpe.learn.merges import learn
+from microlm.text.bpe.learn.table import OutOfMemory
 from microlm.text.bpe.pieces import REGEX, Pieces
 from microlm.text.bpe.train import Plan, train
 from microlm.text.sources import Tally
@@ -217,7 +218,7 @@ def test_a_full_table_forgets_only_rare_pairs_and_says_how_rare() -> None:
     assert all(n <= exact[key] <= n + small.lost for key, n in found.items())
     assert all(n <= small.lost for key, n in exact.items() if key not in found)
     cut = small.lost + 1
-    frequent = {int(key) for key, n in small.frequent(cut) if key >= 0}
+    frequent = {int(key) for key, n in small.frequent(cut, 1 << 20) if key >= 0}
     assert {key for key, n in exact.items() if n >= cut} <= frequent
 
 
@@ -225,7 +226,7 @@ def test_chunks_that_do_not_fit_are_cut_at_more_places() -> None:
     rng = random.Random(6)
     letters = [chr(0x4E00 + i) for i in range(40)]
     texts = ["".join(rng.choices(letters, weights=range(1, 41), k=50)) for _ in range(400)]
-    frequent = counted(texts, 1 << 20).frequent(2)
+    frequent = counted(texts, 1 << 20).frequent(2, 1 << 20)
     small, large = (Chunks(Pieces().rule(), frequent, 2, most) for most in (5000, 1 << 20))
     for text in texts:
         small.add([text])
@@ -268,7 +269,7 @@ from microlm.text.bpe.pieces import Pieces
 from microlm.text.bpe.train import Plan, train
 
 class Letters:
-    size, held = 48 << 20, 0
+    size, held = 96 << 20, 0
     def __init__(self, seed): self.seed = seed
     def texts(self, tally):
         rng = random.Random(self.seed)

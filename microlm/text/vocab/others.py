@@ -31,7 +31,7 @@ MAX_CHARS: dict[Algorithm, int] = {
     "wordpiece": 100_000_000,
     "sentencepiece": 20_000_000,
 }
-"""Characters that are learnt from; of more, a sample spread over all texts is taken and the rest counted."""
+"""Characters that are learnt from; if there are more, a sample of all texts is taken and the rest counted."""
 _COVERAGE = 0.9995  # of all characters; rarer ones are written as bytes
 _LONGEST = 16  # characters of a piece: the search for the longest word takes the square of it
 _RARE = "\ue000"  # of the private use area; stands for rare characters while unigram is trained
@@ -77,15 +77,24 @@ def train(
 
 
 def _within(texts: Iterable[str], most: int) -> tuple[list[str], int]:
-    """Texts of up to so many characters, those of the lowest hashes, and how many others there were."""
+    """The texts of the lowest hashes, up to so many characters in all, and how many others there were.
+
+    A text that is too long by itself is cut.
+    """
     used: list[tuple[int, str]] = []
     size = left_out = 0
-    for text in texts:
-        digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-        heapq.heappush(used, (-int.from_bytes(digest), text))
+    lowest_out = 1 << 64
+    for whole in texts:
+        text = whole[:most]
+        hashed = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
+        if hashed >= lowest_out:
+            left_out += 1
+            continue
+        heapq.heappush(used, (-hashed, text))
         size += len(text)
-        while size > most and len(used) > 1:
-            size -= len(heapq.heappop(used)[1])
+        while size > most:
+            lowest_out, out = -used[0][0], heapq.heappop(used)[1]
+            size -= len(out)
             left_out += 1
     return [text for _, text in sorted(used, reverse=True)], left_out
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from microlm.text.bpe.learn.count import pair_key
-from microlm.text.bpe.learn.table import Table, find, spread
+from microlm.text.bpe.learn.table import OutOfMemory, Table, find, spread
 from microlm.text.bpe.pieces import Classes, Codes, Rule, classes, code_points, piece_end, segment_end
 from microlm.text.compiled import njit
 
@@ -39,10 +39,6 @@ class Store(NamedTuple):
     weights: NDArray[np.int64]
     symbols: Symbols
     state: NDArray[np.int64]
-
-
-class OutOfMemory(Exception):
-    """The chunks do not fit, wherever they are cut."""
 
 
 class Chunks:

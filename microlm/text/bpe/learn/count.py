@@ -85,11 +85,13 @@ class PairCounts:
         both = both[both > 0]
         return int(np.partition(both, len(both) - rank)[len(both) - rank]) if 0 < rank <= len(both) else 0
 
-    def frequent(self, cut: int) -> Table:
-        """The pairs that may have been seen `cut` times; their counts are upper bounds."""
+    def frequent(self, cut: int, most_bytes: int) -> Table:
+        """The pairs that may have been seen `cut` times, with upper bounds; OutOfMemory if too many."""
         least = cut - self.lost
         keys = sum(int((rows[:, 1] >= least).sum()) for rows in self._rows())
-        slots = max(table.FIRST, 1 << (2 * keys).bit_length())
+        slots = max(table.FIRST, 1 << (3 * keys // 2).bit_length())
+        if slots * _SLOT_BYTES > most_bytes:
+            raise table.OutOfMemory
         found, used = table.empty(slots, 2), 0
         for rows in self._rows():
             some = rows[rows[:, 1] >= least]

@@ -18,6 +18,10 @@ FIRST = 1 << 12
 _BELOW = 1 << 16  # counts that `prune` tells apart
 
 
+class OutOfMemory(Exception):
+    """What is to be counted does not fit, however it is done."""
+
+
 @njit
 def spread(value: np.uint64) -> np.uint64:
     """All 64 bits depend on all 64 bits (the end of MurmurHash3)."""
