@@ -176,7 +176,15 @@ def give_memory_back() -> None:
     """Have glibc return what is free now, and arrays over 1 MB whenever they are; by itself it keeps much."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD
+        libc.mallopt(-4, 65536)  # M_MMAP_MAX: `keep_memory` forbids such arrays
         libc.malloc_trim(0)
+
+
+def keep_memory() -> None:
+    """Have glibc keep what is free now for the next arrays: to ask for it anew costs time in every step."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: large arrays come from the heap …
+        libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD: … which does not shrink
 
 
 def peak_rss_bytes() -> int:

@@ -92,6 +92,7 @@ def train(ranks: Ranks, decoder: Decoder, job: Job) -> Position:
     """Train to the end, from the last checkpoint if any; Ctrl-C saves, then raises KeyboardInterrupt."""
     loop = job.loop
     _require_room(decoder, job)
+    runtime.keep_memory()
     parameters = {n: p for n, p in decoder.named_parameters() if p.requires_grad}
     optimizers = optim.make(decoder, job.optim, ranks)
     at = checkpoint.restore(job.resume, parameters, optimizers)
@@ -123,6 +124,7 @@ def train(ranks: Ranks, decoder: Decoder, job: Job) -> Position:
                 checkpoint.save(job.resume, parameters, optimizers, at)
             if stop:
                 raise KeyboardInterrupt
+    runtime.give_memory_back()
     return at
 
 
