@@ -37,7 +37,7 @@ def watch(command: list[str], cwd: Path, env: dict[str, str], log: Path) -> Watc
     sampler.join()
     if process.returncode:
         tail = log.read_text(encoding="utf-8", errors="replace")[-2000:]
-        sys.exit(f"benchmarks/data_prepare.py: {' '.join(command[:4])} … failed:\n{tail}")
+        sys.exit(f"{sys.argv[0]}: {' '.join(command[:4])} … failed:\n{tail}")
     return Watched(wall_s, sum(sampler.cpu_s.values()), sampler.peak_rss_bytes, output)
 
 

@@ -96,6 +96,12 @@ def child_env(extra: dict[str, str] | None = None) -> dict[str, str]:
     return {**os.environ, **(extra or {})}
 
 
+def bare_env() -> dict[str, str]:
+    """The environment for a process that must not see our secrets: what Python needs to start."""
+    names = ("PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "LANG")
+    return {name: os.environ[name] for name in names if name in os.environ}
+
+
 def set_env(name: str, value: str) -> None:
     """Set a variable for libraries that read it at import (compile cache, thread counts)."""
     os.environ[name] = value
@@ -192,14 +198,17 @@ def give_memory_back() -> None:
 
 
 def keep_memory() -> None:
-    """Have glibc keep what is free now for the next arrays: asking for it anew is 6 % of a training step."""
+    """Have glibc keep what is free now for the next arrays: to ask for it anew costs time in every step."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(-4, 0)  # M_MMAP_MAX: large arrays come from the heap …
         libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD: … which does not shrink
 
 
 def peak_rss_bytes() -> int:
-    """Peak resident memory of this process so far."""
+    """Peak resident memory of this process so far, not of the one that started it."""
+    status = Path("/proc/self/status")  # rusage of Linux goes on from what the parent had
+    if status.exists() and (found := re.search(rb"VmHWM:\s*(\d+)", status.read_bytes())):
+        return int(found[1]) * 1024
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

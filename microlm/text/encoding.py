@@ -10,7 +10,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from microlm.core import storage
 from microlm.core.errors import UserError
@@ -27,14 +26,13 @@ from microlm.core.records import Conversation, Document
 from microlm.text import sources
 from microlm.text.chat import encode_chats
 from microlm.text.corpus.pool import open_pool
+from microlm.text.corpus.token_sets import CONVERSATIONS, DOCUMENTS, Samples, TokenSets
 from microlm.text.read import Drop, Fault, Record, builder
 from microlm.text.sources import Block, Source, Tally
 from microlm.text.sources.jsonl import read_lines
 from microlm.text.tokenizer import Tokenizer, copy_files
 
-SCHEMA = 1
 INDEX = "index.json"
-DOCUMENTS, CONVERSATIONS = "documents", "conversations"
 SPLITS = ("train", "validation")
 _CHATS = 512  # encoded at once
 _PROCESS_BYTES = 16 << 20  # of input that are worth a process
@@ -69,20 +67,14 @@ class _Task:
     stamp: tuple[int, int]
     file: File
     block: Block
-
-
-@dataclass(frozen=True, slots=True)
-class _Samples:
-    """Ids of samples in a row, the size of each, and their masks if they are conversations."""
-
-    ids: NDArray[Any]
-    sizes: NDArray[np.int64]
-    loss: NDArray[np.uint8] | None
+    number: int  # of the file
+    aside: Path | None  # where a worker lays what it has made: a pipe would keep both processes busy
 
 
 @dataclass(frozen=True, slots=True)
 class _Encoded:
-    sets: dict[str, _Samples]
+    number: int  # of the file
+    sets: dict[str, Samples]
     tally: Tally
     consumed: int
 
@@ -147,30 +139,36 @@ def write_sets(
     workers = min(processes, 1 + total // _PROCESS_BYTES)
     if workers > 1 and tokenizer.backend == "tokenizers":
         workers = 1  # the library works on all cores by itself
-    written = _Sets(folder, tokenizer.dtype)
+    written = TokenSets(folder, tokenizer.dtype)
     found = Found({}, set())
     with (
+        tempfile.TemporaryDirectory(dir=folder, prefix="aside-", ignore_cleanup_errors=True) as place,
         open_pool(workers, lambda: _warm(tokenizer)) as pool,
         Progress("tokenize", total or None, "bytes") as bar,
     ):
-        for file in files:
-            if file.kind is Document:
-                written.open(f"{DOCUMENTS}-{file.split}")
-            tally = Tally()
-            for encoded in pool.map(_encode_block, _tasks(directory, file)):
-                for name, samples in encoded.sets.items():
-                    written.add(name, samples)
-                tally.add(encoded.tally)
-                bar.update(encoded.consumed, tokens=f"{written.tokens:,}")
-            if isinstance(file.place, Source):
-                found.tallies[file.place.word] = tally
-                found.licences.update(tally.licences)
-                _tell(file.place, tally)
+        for split in (file.split for file in files if file.kind is Document):
+            written.open(f"{DOCUMENTS}-{split}")
+        tallies, ended = [Tally() for _ in files], 0
+        tasks = _tasks(directory, files, Path(place) if workers > 1 else None)
+        for encoded in pool.map(_encode_block, tasks):
+            for number in range(ended, encoded.number):
+                _tell(files[number].place, tallies[number], found)
+            ended = encoded.number
+            for name, samples in encoded.sets.items():
+                written.add(name, samples.taken())
+            tallies[ended].add(encoded.tally)
+            bar.update(encoded.consumed, tokens=f"{written.tokens:,}")
+        for number in range(ended, len(files)):
+            _tell(files[number].place, tallies[number], found)
     return written.index(tokenizer, (file.split for file in files)), found
 
 
-def _tell(source: Source, tally: Tally) -> None:
-    """Refuse a source that is of no use, and say what was dropped."""
+def _tell(source: Path | Source, tally: Tally, found: Found) -> None:
+    """A user's source is read: refuse one that is of no use, note the others, and say what was dropped."""
+    if isinstance(source, Path):
+        return
+    found.tallies[source.word] = tally
+    found.licences.update(tally.licences)
     tally.check()
     sources.require_usable(source, tally)
     if tally.dropped:
@@ -180,10 +178,12 @@ def _tell(source: Source, tally: Tally) -> None:
         )
 
 
-def _tasks(directory: Path, file: File) -> Iterator[_Task]:
+def _tasks(directory: Path, files: Sequence[File], aside: Path | None) -> Iterator[_Task]:
     stat = (directory / "tokenizer.json").stat()
-    for block in file.blocks():
-        yield _Task(directory, (stat.st_mtime_ns, stat.st_size), file, block)
+    for number, file in enumerate(files):
+        for part, block in enumerate(file.blocks()):
+            place = aside and aside / f"{number}.{part}"
+            yield _Task(directory, (stat.st_mtime_ns, stat.st_size), file, block, number, place)
 
 
 def _warm(tokenizer: Tokenizer) -> None:
@@ -214,8 +214,10 @@ def _encode_block(task: _Task) -> _Encoded:
     sets = _conversations(tokenizer, chats, task.file)
     if texts:
         ids, ends = tokenizer.encode_arrays(texts, tokenizer.eos_id)
-        sets[f"{DOCUMENTS}-{task.file.split}"] = _Samples(ids, np.diff(ends, prepend=0), None)
-    return _Encoded(sets, tally, task.block.consumed)
+        sets[f"{DOCUMENTS}-{task.file.split}"] = Samples(ids, np.diff(ends, prepend=0), None)
+    if task.aside:
+        sets = {name: samples.laid(Path(f"{task.aside}.{name}")) for name, samples in sets.items()}
+    return _Encoded(task.number, sets, tally, task.block.consumed)
 
 
 def _records(task: _Task) -> Iterator[Document | Conversation | Drop]:
@@ -238,7 +240,7 @@ def _unsuitable(record: Record) -> Drop:
     return Drop(f"{name}_record", record.source, "the record is no document and no conversation")
 
 
-def _conversations(tokenizer: Tokenizer, chats: Sequence[Conversation], file: File) -> dict[str, _Samples]:
+def _conversations(tokenizer: Tokenizer, chats: Sequence[Conversation], file: File) -> dict[str, Samples]:
     """Ids and masks by task."""
     groups: dict[str, list[tuple[list[int], list[int]]]] = {}
     for start in range(0, len(chats), _CHATS):
@@ -248,10 +250,10 @@ def _conversations(tokenizer: Tokenizer, chats: Sequence[Conversation], file: Fi
     return {name: _in_a_row(rows, tokenizer.dtype) for name, rows in groups.items()}
 
 
-def _in_a_row(rows: list[tuple[list[int], list[int]]], dtype: np.dtype[Any]) -> _Samples:
+def _in_a_row(rows: list[tuple[list[int], list[int]]], dtype: np.dtype[Any]) -> Samples:
     sizes = np.array([len(ids) for ids, _ in rows], dtype=np.int64)
     ids = np.fromiter(chain.from_iterable(ids for ids, _ in rows), dtype, count=sizes.sum())
-    return _Samples(ids, sizes, np.frombuffer(b"".join(bytes(mask) for _, mask in rows), dtype=np.uint8))
+    return Samples(ids, sizes, np.frombuffer(b"".join(bytes(mask) for _, mask in rows), dtype=np.uint8))
 
 
 def _name(chat: Conversation, file: File) -> str:
@@ -262,56 +264,3 @@ def _name(chat: Conversation, file: File) -> str:
             f"at most 64 of them, and not '{DOCUMENTS}'"
         )
     return f"{CONVERSATIONS}-{chat.task}-{file.split}"
-
-
-class _Sets:
-    """The token sets of a folder, as they grow."""
-
-    def __init__(self, folder: Path, dtype: np.dtype[Any]) -> None:
-        self._folder, self._dtype = folder, dtype
-        self._counts: dict[str, dict[str, int]] = {}
-
-    @property
-    def tokens(self) -> int:
-        """Ids in all sets."""
-        return sum(counts["tokens"] for counts in self._counts.values())
-
-    def open(self, name: str) -> dict[str, int]:
-        """The counts of a set, which is there from now on, if only as empty files."""
-        if name not in self._counts:
-            self._counts[name] = {"samples": 0, "tokens": 0, "labels": 0}
-            self._append(f"{name}.tokens.bin", b"")
-            self._append(f"{name}.ends.bin", b"")
-        return self._counts[name]
-
-    def add(self, name: str, samples: _Samples) -> None:
-        """Append samples to a set."""
-        counts = self.open(name)
-        self._append(f"{name}.tokens.bin", samples.ids.astype(self._dtype, copy=False).data)
-        ends = (counts["tokens"] + np.cumsum(samples.sizes)).astype("<i8", copy=False)
-        self._append(f"{name}.ends.bin", ends.data)
-        if samples.loss is not None:
-            self._append(f"{name}.loss.bin", samples.loss.data)
-        counts["samples"] += len(samples.sizes)
-        counts["tokens"] += len(samples.ids)
-        counts["labels"] += len(samples.ids) if samples.loss is None else int(samples.loss.sum())
-
-    def index(self, tokenizer: Tokenizer, splits: Iterable[str]) -> dict[str, Any]:
-        """What `index.json` says: split by split, documents first, then tasks by name."""
-        order = list(dict.fromkeys(splits))
-
-        def place(name: str) -> tuple[int, bool, str]:
-            return order.index(name.rpartition("-")[2]), name.startswith(CONVERSATIONS), name
-
-        return {
-            "schema": SCHEMA,
-            "dtype": self._dtype.str,
-            "vocab_size": tokenizer.vocab_size,
-            "eos_token_id": tokenizer.eos_id,
-            "pad_token_id": tokenizer.pad_id,
-            "sets": {name: self._counts[name] for name in sorted(self._counts, key=place)},
-        }
-
-    def _append(self, name: str, data: bytes | memoryview) -> None:
-        with storage.explain_write(self._folder), (self._folder / name).open("ab") as file:
-            file.write(data)

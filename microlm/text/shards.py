@@ -19,7 +19,8 @@ from microlm.core.artifact import Workspace, stage
 from microlm.core.errors import UserError
 from microlm.core.recipe import StageRecipe, artifact_input, unkeyed
 from microlm.text import sources
-from microlm.text.encoding import CONVERSATIONS, INDEX, SPLITS, files_of_data, files_of_words, write_sets
+from microlm.text.corpus.token_sets import CONVERSATIONS
+from microlm.text.encoding import INDEX, SPLITS, files_of_data, files_of_words, write_sets
 from microlm.text.tokenizer import copy_files
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,9 +23,10 @@ from microlm.core.errors import UserError
 from microlm.text.bpe.files import assemble
 from microlm.text.bpe.learn import count, passes, table
 from microlm.text.bpe.learn.choose import Choice
-from microlm.text.bpe.learn.chunks import Chunks, OutOfMemory
+from microlm.text.bpe.learn.chunks import Chunks
 from microlm.text.bpe.learn.count import CODE_POINTS, PairCounts
 from microlm.text.bpe.learn.merges import learn
+from microlm.text.bpe.learn.table import OutOfMemory
 from microlm.text.bpe.pieces import REGEX, Pieces
 from microlm.text.bpe.train import Plan, train
 from microlm.text.sources import Tally
@@ -215,7 +218,7 @@ def test_a_full_table_forgets_only_rare_pairs_and_says_how_rare() -> None:
     assert all(n <= exact[key] <= n + small.lost for key, n in found.items())
     assert all(n <= small.lost for key, n in exact.items() if key not in found)
     cut = small.lost + 1
-    frequent = {int(key) for key, n in small.frequent(cut) if key >= 0}
+    frequent = {int(key) for key, n in small.frequent(cut, 1 << 20) if key >= 0}
     assert {key for key, n in exact.items() if n >= cut} <= frequent
 
 
@@ -223,7 +226,7 @@ def test_chunks_that_do_not_fit_are_cut_at_more_places() -> None:
     rng = random.Random(6)
     letters = [chr(0x4E00 + i) for i in range(40)]
     texts = ["".join(rng.choices(letters, weights=range(1, 41), k=50)) for _ in range(400)]
-    frequent = counted(texts, 1 << 20).frequent(2)
+    frequent = counted(texts, 1 << 20).frequent(2, 1 << 20)
     small, large = (Chunks(Pieces().rule(), frequent, 2, most) for most in (5000, 1 << 20))
     for text in texts:
         small.add([text])
@@ -258,6 +261,42 @@ def test_memory_is_kept_or_the_number_to_change_is_named(monkeypatch: pytest.Mon
         learnt(texts, 2000, memory_bytes=1 << 20, min_frequency=1)
     with pytest.raises(UserError, match=r"memory_mb.*, or mode to aligned"):
         learnt(texts, 2000, memory_bytes=1 << 20, mode="exact")
+
+
+CAPPED = """
+import json, random, resource, sys
+from microlm.text.bpe.pieces import Pieces
+from microlm.text.bpe.train import Plan, train
+
+class Letters:
+    size, held = 96 << 20, 0
+    def __init__(self, seed): self.seed = seed
+    def texts(self, tally):
+        rng = random.Random(self.seed)
+        letters = [chr(0x4E00 + i) for i in range(20_000)]
+        for _ in range(8):
+            yield ["".join(rng.choices(letters, k=1 << 20))]
+
+processes, memory = map(int, sys.argv[1:])
+plan = Plan(40, Pieces(), processes=processes, memory_bytes=memory)
+report = train([Letters(1), Letters(2)], plan).report.to_json()
+print(json.dumps(report | {"child": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss << 10}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_memory_is_kept_when_the_pairs_do_not_fit(processes: int, tmp_path: Path) -> None:
+    """16 million pairs, nearly all different; the table's largest size is just what its share allows."""
+    table = (1 << 23) * 16 * 3 // 2
+    memory = (table + passes.PROCESS_BYTES) * (processes + 1 if processes > 1 else 1)
+    learnt(["一二三"] * 9, 2)  # compiling takes memory of its own, once on a machine
+    command = [sys.executable, "-c", CAPPED, str(processes), str(memory)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["lost"] > 0 and report["processes"] == processes
+    children = processes * report["child"] if processes > 1 else 0
+    assert report["peak_memory_bytes"] + children < memory
 
 
 def test_a_first_cut_that_is_too_high_is_lowered() -> None:

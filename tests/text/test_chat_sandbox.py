@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import copy
-import resource
+import multiprocessing
+import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -13,10 +17,12 @@ import pytest
 from chat_models import write_model
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from microlm.core import runtime
 from microlm.core.errors import UserError
 from microlm.core.records import Message
-from microlm.text.chat import render
-from microlm.text.chat.sandbox import MAX_SOURCE, TODAY, Compiled, TemplateFault
+from microlm.text.chat import render, renderer, sandbox
+from microlm.text.chat.renderer import TODAY
+from microlm.text.chat.sandbox import MAX_SOURCE, Compiled, TemplateFault
 from microlm.text.tokenizer import Tokenizer
 
 HELLO: dict[str, Any] = {"messages": [{"role": "user", "content": "hello"}], "tools": None}
@@ -31,31 +37,41 @@ ESCAPES = {
     "change of a message": ("{% set _ = messages[0].update({'role': 'system'}) %}{{ messages }}", "system"),
 }
 NS = "{% set n = namespace(x='ab') %}{% for a in range(60) %}"
-ENDLESS = {
+BIG = "{% set s = 'x' * 99999 %}"
+NS = "{% set n = namespace(x='ab', t=(1,), u=[1], v=[1]) %}"
+TIME = {  # each would run for minutes, or for ever
     "nested loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
-    "a filtered loop": "{% for a in range(9999) %}{% for b in range(9999) if 0 %}{% endfor %}{% endfor %}",
-    "a long range": "{% for a in range(10 ** 9) %}{% endfor %}",
     "a macro of macros": "{% macro f(n) %}{{ f(n - 1) ~ f(n - 1) if n }}{% endmacro %}{{ f(60) }}",
-    "a macro without end": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
-    "a recursive loop": "{% for a in [[1, 1]] * 9 recursive %}{{ loop([[1]] * 9) }}{% endfor %}",
+    "a power": "{{ ((messages | length + 9) ** 999999999) % 2 }}",
+    "squares": NS + "{% set n.x = 9 %}{% for a in range(60) %}{% set n.x = n.x * n.x %}{% endfor %}",
+    "an equal graph": NS + "{% for a in range(60) %}{% set n.u = [n.u, n.u] %}{% set n.v = [n.v, n.v] %}"
+    "{% endfor %}{{ n.u == n.v }}",
+    "a rounded number": "{{ (messages | length + 1) | round(-30000000) }}",
+    "stripped": "{{ ('a' * 2000000).strip('b' * 1000000 ~ 'a') | length }}",
+}
+MEMORY = {
     "a product": "{{ ('a' * 10 ** 10) | length }}",
     "a product of lists": "{{ ([1] * 10 ** 10) | length }}",
-    "a power": "{{ (9 ** 999999999) % 2 }}",
-    "squares": "{% set n = namespace(x=9) %}{% for a in range(60) %}{% set n.x = n.x * n.x %}{% endfor %}",
-    "doubling by ~": NS + "{% set n.x = n.x ~ n.x %}{% endfor %}",
-    "doubling by +": NS + "{% set n.x = n.x + n.x %}{% endfor %}",
-    "doubling by a block": NS + "{% set n.x %}{{ n.x }}{{ n.x }}{% endset %}{% endfor %}",
-    "doubling by join": NS + "{% set n.x = [n.x, n.x] | join %}{% endfor %}",
-    "replace": "{% set n = namespace(x='aa') %}{% for a in range(60) %}"
-    "{% set n.x = n.x.replace('a', n.x) %}{% endfor %}",
-    "ljust": "{{ 'x'.ljust(9999999999) | length }}",
+    "doubling by ~": NS + "{% for a in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+    "doubling by a block": NS
+    + "{% for a in range(60) %}{% set n.x %}{{ n.x }}{{ n.x }}{% endset %}{% endfor %}",
+    "replace": NS + "{% for a in range(60) %}{% set n.x = n.x.replace('a', n.x) %}{% endfor %}",
     "center": "{{ ('x' | center(9999999999)) | length }}",
-    "a field": "{{ ('%09999999999d' % 1) | length }}",
-    "a field of format": "{{ '{:09999999999d}'.format(1) | length }}",
-    "a field of the filter": "{{ ('%09999999999d' | format(1)) | length }}",
-    "a field of given width": "{{ ('%*d' % (10 ** 9, 1)) | length }}",
-    "indent": "{{ (('a\n' * 99999) | indent('x' * 99999)) | length }}",
+    "a field": "{{ ('%0999999999d' % 1) | length }}",
+    "a field of a field": "{{ ('{:{w}}'.format(1, w=10 ** 9)) | length }}",
+    "bytes": "{{ 'x'.encode().ljust(400000000) | length }}",
+    "translate": "{{ ('a' * 99999).translate({97: 'x' * 99999}) | length }}",
+    "many times, as JSON": BIG + "{{ ([s] * 99999) | tojson | length }}",
+    "many times, in format": BIG + "{{ ('{0}' * 9000).format(s) | length }}",
+    "many times, as a reason": BIG + "{{ raise_exception([s] * 99999) }}",
+    "many times, as a name": BIG + "{{ {}[[s] * 99999].y }}",
+    "indented": "{{ [[1] * (999999 + messages | length)] | tojson(indent=4000) | length }}",
     "output": "{% for a in range(99999) %}{% for b in range(99) %}" + "x" * 999 + "{% endfor %}{% endfor %}",
+}
+BROKEN = {  # ends the process itself
+    "a deep tuple": NS
+    + "{% for a in range(6) %}{% for b in range(99999) %}{% set n.t = (n.t,) %}{% endfor %}"
+    "{% endfor %}{{ {n.t: 1} | length }}",
 }
 
 
@@ -74,13 +90,68 @@ def test_what_works_in_plain_jinja_is_refused(name: str) -> None:
     assert variables == HELLO
 
 
-@pytest.mark.parametrize("name", ENDLESS)
-def test_what_runs_or_writes_without_end_stops(name: str) -> None:
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
-    with pytest.raises(TemplateFault, match=r"sandbox refuses|without end|Range too big"):
-        Compiled(ENDLESS[name]).render(HELLO, 5)
-    assert time.process_time() - start < 8
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 700_000
+@pytest.mark.parametrize("name", [*TIME, *MEMORY, *BROKEN])
+def test_what_runs_or_writes_without_end_stops(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a process that has a limit; this one hardly works, does not grow, and goes on with another."""
+    monkeypatch.setattr(sandbox, "SECONDS", 1 if name in TIME else 8)
+    hostile = (TIME | MEMORY | BROKEN)[name]
+    made = Compiled("{% if messages %}{{ messages[0].content }}{% else %}" + hostile + "{% endif %}")
+    before, start = runtime.peak_rss_bytes(), time.process_time()
+    for _ in range(2):
+        with pytest.raises(TemplateFault) as fault:
+            made.render({"messages": []}, 5)
+        reasons = {"TIME": "more than 1 s", "BROKEN": "breaks Python"}
+        kind = "TIME" if name in TIME else "BROKEN" if name in BROKEN else "MEMORY"
+        assert re.search(reasons.get(kind, r"memory|MB|characters|OverflowError"), fault.value.reason)
+        if name in TIME:
+            break
+    assert made.render(HELLO, 5)[0] == "hello"
+    assert time.process_time() - start < 1
+    assert runtime.peak_rss_bytes() - before < 16 << 20
+
+
+def test_a_process_that_renders_ends_with_its_owner(tmp_path: Path) -> None:
+    code = (
+        "from microlm.text.chat.sandbox import Compiled; import os, signal; made = Compiled('x')\n"
+        "print(made._child.process.pid, flush=True)\nos.kill(os.getpid(), signal.SIGKILL)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == -9
+    until = time.monotonic() + 10
+    while Path(f"/proc/{int(done.stdout)}").exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not Path(f"/proc/{int(done.stdout)}").exists()
+
+
+MADE: list[Compiled] = []
+
+
+def _rendered(number: int) -> str:
+    return MADE[0].render({"messages": [{"content": str(number)}]}, 1)[0]
+
+
+def test_a_forked_process_has_a_renderer_of_its_own() -> None:
+    MADE[:] = [Compiled("{{ messages[0].content }}")]
+    assert _rendered(9) == "9"
+    with concurrent.futures.ProcessPoolExecutor(2, multiprocessing.get_context("fork")) as pool:
+        assert list(pool.map(_rendered, range(40))) == [str(n) for n in range(40)]
+    assert _rendered(9) == "9"
+
+
+def test_the_process_opens_nothing(tmp_path: Path) -> None:
+    """Should a template find a way out of Jinja, there is no file and no socket for it."""
+    code = (
+        f"import runpy, sys; made = runpy.run_path({renderer.__file__!r})\n"
+        "import socket; made['lock']()\n"
+        "for act in (lambda: open('/etc/passwd'), lambda: open('x', 'w'), socket.socket):\n"
+        "    try: act(); print('opened')\n"
+        "    except OSError as e: print(e.errno)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout.split() == ["24", "24", "24"]  # EMFILE
+    unlocked = code.replace("made['lock']()", "")
+    done = subprocess.run([sys.executable, "-c", unlocked], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout.split() == ["opened"] * 3
 
 
 def test_templates_of_the_same_words_cost_what_they_should() -> None:
@@ -100,6 +171,11 @@ FUNCTIONS = {
     "{% for a in [1, 2, 3] %}{{ loop.index0 }}{{ loop.last }}{% endfor %}": "0False1False2True",
     "{{ messages[::-1][0].content | upper ~ '%s-%d' % ('a', 3) }}": "HELLOa-3",
     "{{ missing }}{{ missing is defined }}": "False",
+    "{{ '**%s** 2023 {\"a\": {\"b\": 1}}' % 'x' }}": '**x** 2023 {"a": {"b": 1}}',
+    "{{ ('word ' * 20000) | truncate(9) }}": "word...",
+    "{{ '{{{}}}: {:>2}'.format('a', 1) }}": "{a}:  1",
+    "{{ [1, 2] | sum }}{{ [3, 1] | sort | first }}{{ ['a', 'b'] | map('upper') | join('-') }}": "31A-B",
+    "{{ {'a': [1, 'x']} }}{{ {'a': 1}.items() | list }}": "{'a': [1, 'x']}[('a', 1)]",
     "{{ '{}{x:>3}'.format(1, x=2) }}{{ 2 ** 10 + 7 % 4 }}": "1  21027",
     "{% set n = namespace(a=0) %}{% for m in messages %}{% set n.a = n.a + 1 %}{% endfor %}{{ n.a }}": "1",
     "{% macro f(a, b=2) %}{{ a }}{{ b }}{{ caller() }}{% endmacro %}{% call f(1) %}c{% endcall %}": "12c",
@@ -139,10 +215,10 @@ def test_a_template_of_a_megabyte_is_not_read() -> None:
         Compiled("x" * (MAX_SOURCE + 1))
 
 
-def test_the_sandbox_of_transformers_would_run_on() -> None:
-    """Why there is a budget: their environment has none."""
+def test_the_sandbox_of_transformers_would_go_on() -> None:
+    """Why there is a process with limits: their environment makes all that is asked for."""
     theirs = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    source = "{% for a in range(3000) %}{% for b in range(3000) %}{% endfor %}{% endfor %}"
-    assert theirs.from_string(source).render() == ""
-    with pytest.raises(TemplateFault, match="without end"):
+    source = "{{ ('x' | center(300000000)) | length }}"
+    assert theirs.from_string(source).render() == "300000000"
+    with pytest.raises(TemplateFault, match="memory"):
         Compiled(source).render(HELLO, 5)

@@ -102,7 +102,20 @@ def test_sentencepiece_does_not_find_typed_control_tokens(tmp_path: Path) -> Non
 def test_what_is_too_much_is_left_out_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(others.MAX_CHARS, "wordpiece", sum(map(len, TEXTS[:4])))
     trained = others.train("wordpiece", iter(TEXTS), 300, Pieces(), CONTROL)
-    assert trained.texts + trained.left_out == len(TEXTS) and 4 <= trained.texts < len(TEXTS)
+    assert trained.texts + trained.left_out == len(TEXTS) and 0 < trained.texts < len(TEXTS)
+
+
+def test_the_sample_is_the_same_in_any_order() -> None:
+    rng = random.Random(3)
+    for most in (40, 700, 5000):
+        texts = [str(rng.random()) * rng.choice((1, 8, 60)) for _ in range(60)]
+        used, left_out = others._within(texts, most)
+        assert sum(map(len, used)) <= most and len(used) > 0 and len(used) + left_out == len(texts)
+        for _ in range(20):
+            rng.shuffle(texts)
+            assert others._within(texts, most) == (used, left_out)
+    [one], _ = others._within(["a" * 900], 100)
+    assert one == "a" * 100
 
 
 def test_what_cannot_be_learnt_is_a_sentence() -> None:

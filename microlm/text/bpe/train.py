@@ -20,12 +20,13 @@ from microlm.core.errors import UserError
 from microlm.core.metrics import Progress
 from microlm.text.bpe.learn import passes
 from microlm.text.bpe.learn.choose import Choice, choose_aligned, choose_exact
-from microlm.text.bpe.learn.chunks import Chunks, Columns, OutOfMemory
+from microlm.text.bpe.learn.chunks import Chunks, Columns
 from microlm.text.bpe.learn.count import CODE_POINTS, PairCounts
 from microlm.text.bpe.learn.initial import Ints
 from microlm.text.bpe.learn.merges import learn
 from microlm.text.bpe.learn.passes import Block, C, ChunkJob, PairJob, Share, Watch
 from microlm.text.bpe.learn.spelling import BYTES, byte_columns, parts_of
+from microlm.text.bpe.learn.table import OutOfMemory
 from microlm.text.bpe.pieces import Pieces
 from microlm.text.compiled import tell_slow
 from microlm.text.corpus.pool import Pool, open_pool
@@ -159,10 +160,9 @@ class _Run:
         guess = int(pairs.highest(self.plan.room) * _FIRST_GUESS)
         cut, rounds = max(floor, guess if self.plan.cut is None else self.plan.cut), 0
         while True:
-            frequent = pairs.frequent(cut)
-            chunks = self._chunks(ChunkJob(self.rule, self.share.table_bytes // ALIGNED_BYTES, frequent, cut))
+            chunks = self._chunks(self._job(pairs, cut))
             columns, reached, rounds = chunks.columns(), chunks.cut, rounds + 1
-            del chunks, frequent
+            del chunks
             told |= self._told(columns) | {"rounds": rounds, "cut": reached}
             parts = parts_of(pairs.characters, max(self.least, reached))
             others = np.array([part.count for part in parts], dtype=np.int64)
@@ -173,6 +173,14 @@ class _Run:
             if reached > cut or cut == floor:
                 raise self.memory_error()
             cut = max(floor, cut // 2)
+
+    def _job(self, pairs: PairCounts, cut: int) -> ChunkJob:
+        """Frequent pairs lie in a file for every process, which has room for chunks beside them."""
+        share = self.share.table_bytes
+        table = pairs.frequent(cut, share * 3 // 4)
+        path = self.folder / "frequent.npy"
+        np.save(path, table)
+        return ChunkJob(self.rule, (share - table.nbytes) // ALIGNED_BYTES, path, cut)
 
     def memory_error(self) -> TooLittleMemory:
         """The sentence that says which number to change."""
@@ -238,6 +246,6 @@ def _warm() -> None:
     rule, nothing = Pieces().rule(), np.zeros(0, dtype=np.int64)
     pairs = PairCounts(rule, 0)
     pairs.add(["ab"])
-    chunks = Chunks(rule, pairs.frequent(1), 1, 1 << 8)
+    chunks = Chunks(rule, pairs.frequent(1, 1 << 20), 1, 1 << 8)
     chunks.add(["ab"])
     learn(chunks.columns(), CODE_POINTS, 1, 1, nothing, lambda _: None)

@@ -6,6 +6,8 @@ so they lose nothing and every later stage reads them; `sentencepiece` is for co
 
 from __future__ import annotations
 
+import hashlib
+import heapq
 import io
 import json
 import sys
@@ -29,7 +31,7 @@ MAX_CHARS: dict[Algorithm, int] = {
     "wordpiece": 100_000_000,
     "sentencepiece": 20_000_000,
 }
-"""Characters that are learnt from; what comes after them is left out and counted."""
+"""Characters that are learnt from; if there are more, a sample of all texts is taken and the rest counted."""
 _COVERAGE = 0.9995  # of all characters; rarer ones are written as bytes
 _LONGEST = 16  # characters of a piece: the search for the longest word takes the square of it
 _RARE = "\ue000"  # of the private use area; stands for rare characters while unigram is trained
@@ -75,16 +77,26 @@ def train(
 
 
 def _within(texts: Iterable[str], most: int) -> tuple[list[str], int]:
-    """The first texts, up to so many characters, and how many came after them."""
-    used: list[str] = []
+    """The texts of the lowest hashes, up to so many characters in all, and how many others there were.
+
+    A text that is too long by itself is cut.
+    """
+    used: list[tuple[int, str]] = []
     size = left_out = 0
-    for text in texts:
-        if size + len(text) > most and used:
+    lowest_out = 1 << 64
+    for whole in texts:
+        text = whole[:most]
+        hashed = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
+        if hashed >= lowest_out:
             left_out += 1
             continue
-        used.append(text)
+        heapq.heappush(used, (-hashed, text))
         size += len(text)
-    return used, left_out
+        while size > most:
+            lowest_out, out = -used[0][0], heapq.heappop(used)[1]
+            size -= len(out)
+            left_out += 1
+    return [text for _, text in sorted(used, reverse=True)], left_out
 
 
 def _byte_level(model: Any, pieces: Pieces, *, longest: int | None = None) -> HFTokenizer:

@@ -1,6 +1,6 @@
 """Stage `tokenizer`: a corpus → a tokenizer in HF form, with its chat template, its report and its fertility.
 
-The control tokens have the first ids and are never in the training text; then come the 256 bytes.
+The control tokens have the first ids, then come the 256 bytes. What a text says never counts as control.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from microlm.text.bpe.learn.count import pair_key
-from microlm.text.bpe.learn.table import Table, find, spread
+from microlm.text.bpe.learn.table import OutOfMemory, Table, find, spread
 from microlm.text.bpe.pieces import Classes, Codes, Rule, classes, code_points, piece_end, segment_end
 from microlm.text.compiled import njit
 
@@ -23,6 +23,7 @@ Text = Codes | Symbols
 SEPARATOR = -1
 """Stands before the first chunk and after every chunk."""
 _FIRST_SLOTS = 1 << 12
+_PAID = 1 << 12  # characters for which room is made at once
 _TAG = 31  # bits of a hash that are kept beside the number of the chunk
 _CHUNKS, _USED = range(2)
 
@@ -40,10 +41,6 @@ class Store(NamedTuple):
     state: NDArray[np.int64]
 
 
-class OutOfMemory(Exception):
-    """The chunks do not fit, wherever they are cut."""
-
-
 class Chunks:
     """Distinct chunks with counts in bounded memory: when they do not fit, they are cut at more places.
 
@@ -59,12 +56,12 @@ class Chunks:
     def add(self, texts: list[str]) -> None:
         """Count the chunks of some texts."""
         codes, ends = code_points(texts)
-        done = 0
-        while done < len(texts):
-            self.store, done = _count(
-                codes, ends, done, classes(), self.rule, self.frequent, self.cut, self.store
+        place = (0, 0)
+        while place[0] < len(codes):
+            self.store, place = _count(
+                codes, ends, place, classes(), self.rule, self.frequent, self.cut, self.store
             )
-            if done < len(texts):
+            if place[0] < len(codes):
                 self._cut_more()
         self.texts += len(texts)
 
@@ -131,28 +128,34 @@ def columns(store: Store) -> Columns:
 def _count(
     codes: Codes,
     ends: NDArray[np.int64],
-    first: int,
+    place: tuple[int, int],
     kinds: Classes,
     rule: Rule,
     frequent: Table,
     cut: int,
     store: Store,
-) -> tuple[Store, int]:
-    """Count the chunks of the texts from `first` on: (store, the first text for which there is no room)."""
-    at = int(ends[first - 1]) if first else 0
-    for text in range(first, len(ends)):
-        end = int(ends[text])
-        if not _has_room(store, end - at):
-            return store, text
-        store = _with_slots(store, end - at)
-        stop = at
+) -> tuple[Store, tuple[int, int]]:
+    """Count the chunks of the texts from a place on: the character, and the end of its segment.
+
+    Leaves: (store, the place of the first piece for which there is no room).
+    """
+    at, stop = place
+    paid = at  # up to here there is room
+    for end in ends:
         while at < end:
             if at >= stop:
                 stop = segment_end(codes, at, end, kinds, rule)
             piece = piece_end(codes, at, stop, kinds, rule)
+            if piece > paid:
+                paid = max(piece, min(at + _PAID, len(codes)))
+                if not _has_room(store, paid - at):
+                    paid = piece
+                    if not _has_room(store, paid - at):
+                        return store, (at, stop)
+                store = _with_slots(store, paid - at)
             _cut(codes, at, piece, frequent, cut, 1, store)
             at = piece
-    return store, len(ends)
+    return store, (at, stop)
 
 
 @njit

@@ -5,19 +5,23 @@ Enters: texts. Leaves: `PairCounts`. Where memory ends, rare pairs are forgotten
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from microlm.text.bpe.learn import table
-from microlm.text.bpe.learn.table import EMPTY, Table, find, is_full, pruned, resized
+from microlm.text.bpe.learn.table import EMPTY, Table, find, is_full, prune, resized
 from microlm.text.bpe.pieces import Classes, Codes, Rule, classes, code_points, piece_end, segment_end
 from microlm.text.compiled import njit
 
 CODE_POINTS = 0x110000
 _BITS = 21  # of a code point
 _SLOT_BYTES = 16
+_SOME = 1 << 16  # rows
+PAIRS = "pairs"
+"""The file of a folder in which pairs are kept, rows of (key, count)."""
 _USED, _LOST = range(2)
 
 
@@ -29,6 +33,7 @@ class PairCounts:
         self.characters = np.zeros(CODE_POINTS, dtype=np.int64)
         self.pairs: Table = table.empty(table.FIRST, 2)
         self.texts = 0
+        self._aside: Path | None = None
         self._state = np.zeros(2, dtype=np.int64)
         slots = max(table.FIRST, memory_bytes * 2 // 3 // _SLOT_BYTES)  # growing, the old one is still there
         self._most = 1 << (slots.bit_length() - 1)
@@ -48,7 +53,7 @@ class PairCounts:
 
     def save(self, folder: Path) -> None:
         """Write the counts for another process."""
-        np.save(folder / "pairs.npy", self.pairs[self.pairs[:, 0] != EMPTY])
+        self._write_pairs(folder / PAIRS)
         np.save(folder / "characters.npy", self.characters)
         np.save(folder / "head.npy", np.array([self.texts, self.lost]))
 
@@ -57,14 +62,15 @@ class PairCounts:
         texts, lost = np.load(folder / "head.npy")
         self.texts += int(texts)
         self.characters += np.load(folder / "characters.npy")
-        rows = np.load(folder / "pairs.npy", mmap_mode="r")
-        self.pairs, used, gone = table.added(self.pairs, self._state[_USED], rows, self._most)
-        self._state[:] = used, self.lost + lost + gone
+        self._state[_LOST] += lost
+        for rows in _read(folder / PAIRS):
+            self.pairs, used, gone = table.added(self.pairs, self._state[_USED], rows, self._most)
+            self._state[:] = used, self.lost + gone
 
     def set_aside(self, folder: Path) -> None:
         """Keep the pairs on disk; nothing is counted from here on."""
-        np.save(folder / "pairs.npy", self.pairs[self.pairs[:, 0] != EMPTY])
-        self.pairs = np.load(folder / "pairs.npy", mmap_mode="r")
+        self._write_pairs(folder / PAIRS)
+        self.pairs, self._aside = table.empty(table.FIRST, 2), folder / PAIRS
 
     def size_bytes(self) -> int:
         """UTF-8 bytes of all texts."""
@@ -75,15 +81,44 @@ class PairCounts:
 
     def highest(self, rank: int) -> int:
         """The count of that rank among characters and pairs, 0 when there are fewer."""
-        both = np.concatenate([counts[counts > 0] for counts in (self.characters, self.pairs[:, 1])])
+        both = np.concatenate([self.characters, *(rows[:, 1] for rows in self._rows())])
+        both = both[both > 0]
         return int(np.partition(both, len(both) - rank)[len(both) - rank]) if 0 < rank <= len(both) else 0
 
-    def frequent(self, cut: int) -> Table:
-        """The pairs that may have been seen `cut` times; their counts are upper bounds."""
-        rows = np.array(self.pairs[(self.pairs[:, 0] != EMPTY) & (self.pairs[:, 1] + self.lost >= cut)])
-        rows[:, 1] += self.lost
-        slots = max(table.FIRST, 1 << (2 * len(rows)).bit_length())
-        return table.added(table.empty(slots, 2), 0, rows, slots)[0]
+    def frequent(self, cut: int, most_bytes: int) -> Table:
+        """The pairs that may have been seen `cut` times, with upper bounds; OutOfMemory if too many."""
+        least = cut - self.lost
+        keys = sum(int((rows[:, 1] >= least).sum()) for rows in self._rows())
+        slots = max(table.FIRST, 1 << (3 * keys // 2).bit_length())
+        if slots * _SLOT_BYTES > most_bytes:
+            raise table.OutOfMemory
+        found, used = table.empty(slots, 2), 0
+        for rows in self._rows():
+            some = rows[rows[:, 1] >= least]
+            some[:, 1] += self.lost
+            found, used, _ = table.added(found, used, some, slots)
+        return found
+
+    def _rows(self) -> Iterator[Table]:
+        """The pairs, some at a time: of the table there may not be room for another one."""
+        return _read(self._aside) if self._aside else _used(self.pairs)
+
+    def _write_pairs(self, path: Path) -> None:
+        with path.open("wb") as file:
+            for rows in _used(self.pairs):
+                rows.tofile(file)
+
+
+def _used(pairs: Table) -> Iterator[Table]:
+    for start in range(0, len(pairs), _SOME):
+        rows = pairs[start : start + _SOME]
+        yield rows[rows[:, 0] != EMPTY]
+
+
+def _read(path: Path) -> Iterator[Table]:
+    with path.open("rb") as file:
+        while len(values := np.fromfile(file, dtype=np.int64, count=2 * _SOME)):
+            yield values.reshape(-1, 2)
 
 
 @njit
@@ -124,8 +159,7 @@ def _count(
                     if pairs.shape[0] < most:
                         pairs = resized(pairs, 2 * pairs.shape[0])
                     else:
-                        pairs, used, lost = pruned(pairs, state[_USED])
-                        state[_USED] = used
+                        state[_USED], lost = prune(pairs, state[_USED])
                         state[_LOST] += lost
             at = piece
     return pairs

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
 
+import numpy as np
+
 from microlm.core.errors import UserError
 from microlm.core.metrics import Progress
 from microlm.text.bpe.learn.chunks import Chunks
 from microlm.text.bpe.learn.count import PairCounts
-from microlm.text.bpe.learn.table import Table
 from microlm.text.bpe.pieces import Rule
 from microlm.text.corpus.pool import Pool
 from microlm.text.sources import Tally
@@ -62,16 +63,16 @@ class PairJob:
 
 @dataclass(frozen=True)
 class ChunkJob:
-    """Counting chunks, cut where pairs are rare; whole pieces without `frequent`."""
+    """Counting chunks, cut where pairs are rare; whole pieces without `frequent`, the file of their table."""
 
     rule: Rule
     symbols: int
-    frequent: Table | None = None
+    frequent: Path | None = None
     cut: int = 0
 
     def counter(self) -> Chunks:
         """Nothing counted yet."""
-        return Chunks(self.rule, self.frequent, self.cut, self.symbols)
+        return Chunks(self.rule, np.load(self.frequent) if self.frequent else None, self.cut, self.symbols)
 
 
 @dataclass(frozen=True)

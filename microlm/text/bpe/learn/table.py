@@ -18,6 +18,10 @@ FIRST = 1 << 12
 _BELOW = 1 << 16  # counts that `prune` tells apart
 
 
+class OutOfMemory(Exception):
+    """What is to be counted does not fit, however it is done."""
+
+
 @njit
 def spread(value: np.uint64) -> np.uint64:
     """All 64 bits depend on all 64 bits (the end of MurmurHash3)."""
@@ -61,8 +65,8 @@ def resized(table: Table, slots: int) -> Table:
 
 
 @njit
-def pruned(table: Table, used: int) -> tuple[Table, int, int]:
-    """The table less its rarest keys, at most a third full: (table, keys, highest count lost)."""
+def prune(table: Table, used: int) -> tuple[int, int]:
+    """Take the rarest keys out until the table is at most a third full: (keys, highest count lost)."""
     slots = table.shape[0]
     counts = np.zeros(_BELOW, dtype=np.int64)
     for row in range(slots):
@@ -73,11 +77,17 @@ def pruned(table: Table, used: int) -> tuple[Table, int, int]:
     while 3 * left > slots and lost + 1 < _BELOW:
         lost += 1
         left -= counts[lost]
-    other = empty(slots, table.shape[1])
+    kept = np.empty((left, table.shape[1]), dtype=np.int64)
+    done = 0
     for row in range(slots):
         if table[row, 0] != EMPTY and table[row, 1] > lost:
-            other[find(other, table[row, 0])] = table[row]
-    return other, left, lost
+            kept[done] = table[row]
+            done += 1
+    table[:] = 0
+    table[:, 0] = EMPTY
+    for row in range(done):
+        table[find(table, kept[row, 0])] = kept[row]
+    return left, lost
 
 
 @njit
@@ -94,7 +104,7 @@ def added(table: Table, used: int, more: Table, most: int) -> tuple[Table, int, 
             if table.shape[0] < most:
                 table = resized(table, 2 * table.shape[0])
             else:
-                table, used, gone = pruned(table, used)
+                used, gone = prune(table, used)
                 lost += gone
         row = find(table, more[i, 0])
         if table[row, 0] == EMPTY:
