@@ -166,7 +166,7 @@ def measure(bench: Bench, lines: list[bytes]) -> dict[str, Any]:
         raw = inputs.write_shards(inputs.recombined(lines, bench.plan.large_mb * MB, seed=5), large, 64 * MB)
         bench.add("raw_bytes.large", [raw], "bytes")
         bench.cost("train.large", [train(bench, large, processes=2)])
-        shards(bench, large, raw, ".large", bench.plan.runs)
+        shards(bench, large, raw, ".large")
     return artifact.open_artifact(str(bench.work / "ours")).manifest
 
 

@@ -68,7 +68,7 @@ class _Task:
     file: File
     block: Block
     number: int  # of the file
-    aside: Path | None  # where a worker lays what it has made: a pipe would keep both processes busy
+    aside: Path | None  # where a worker leaves what it has made: a pipe would keep both processes busy
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +155,7 @@ def write_sets(
                 _tell(files[number].place, tallies[number], found)
             ended = encoded.number
             for name, samples in encoded.sets.items():
-                written.add(name, samples.taken())
+                written.add(name, samples.loaded())
             tallies[ended].add(encoded.tally)
             bar.update(encoded.consumed, tokens=f"{written.tokens:,}")
         for number in range(ended, len(files)):
@@ -216,7 +216,7 @@ def _encode_block(task: _Task) -> _Encoded:
         ids, ends = tokenizer.encode_arrays(texts, tokenizer.eos_id)
         sets[f"{DOCUMENTS}-{task.file.split}"] = Samples(ids, np.diff(ends, prepend=0), None)
     if task.aside:
-        sets = {name: samples.laid(Path(f"{task.aside}.{name}")) for name, samples in sets.items()}
+        sets = {name: samples.stored(Path(f"{task.aside}.{name}")) for name, samples in sets.items()}
     return _Encoded(task.number, sets, tally, task.block.consumed)
 
 

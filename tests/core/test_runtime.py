@@ -2,6 +2,7 @@
 
 import random
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -83,3 +84,26 @@ def test_environment_and_versions() -> None:
     assert told["world"] == 2 and told["torch"] == runtime.package_version("torch")
     assert runtime.package_version("no-such-package") is None
     assert runtime.peak_rss_bytes() > 1_000_000
+
+
+FAULTS = """
+import resource, sys, torch
+from microlm.core import runtime
+runtime.give_memory_back()
+if sys.argv[1:]: runtime.keep_memory()
+def touch():
+    for _ in range(50): torch.ones(1 << 20)
+touch()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+touch()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def test_training_does_not_ask_the_system_for_the_same_memory_in_every_step() -> None:
+    """As it would after a data stage in the same process, which gives every large array back."""
+    given, kept = (
+        int(subprocess.run([sys.executable, "-c", FAULTS, *words], capture_output=True, check=True).stdout)
+        for words in ([], ["keep"])
+    )
+    assert kept * 10 < given

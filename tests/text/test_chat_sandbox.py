@@ -36,7 +36,6 @@ ESCAPES = {
     "change of the messages": ("{% set _ = messages.append(1) %}{{ messages | length }}", "2"),
     "change of a message": ("{% set _ = messages[0].update({'role': 'system'}) %}{{ messages }}", "system"),
 }
-NS = "{% set n = namespace(x='ab') %}{% for a in range(60) %}"
 BIG = "{% set s = 'x' * 99999 %}"
 NS = "{% set n = namespace(x='ab', t=(1,), u=[1], v=[1]) %}"
 TIME = {  # each would run for minutes, or for ever

@@ -101,6 +101,11 @@ class _Child(NamedTuple):
         """Where answers come from."""
         return self.process.stdout
 
+    @property
+    def stderr(self) -> Any:
+        """What Python says of its end."""
+        return self.process.stderr
+
 
 def _start() -> _Child:
     command = [sys.executable, "-P", renderer.__file__]
@@ -108,7 +113,7 @@ def _start() -> _Child:
         command,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,  # what Python says before it dies
         env=runtime.bare_env(),
         start_new_session=True,  # a Ctrl-C in the terminal is not for it
     )
@@ -121,7 +126,7 @@ def _stop(child: _Child) -> None:
         return
     child.process.kill()
     child.process.wait()
-    for file in (child.stdin, child.stdout):
+    for file in (child.stdin, child.stdout, child.stderr):
         with suppress(OSError):  # what it did not read any more
             file.close()
 
@@ -129,7 +134,9 @@ def _stop(child: _Child) -> None:
 def _death(child: _Child, memory: int, seconds: int) -> str:
     """What the process died of."""
     code = child.process.wait()
+    said = child.stderr.read().decode(errors="replace").strip()
     _stop(child)
     if code == -signal.SIGXCPU:
         return f"it takes more than {seconds} s"
-    return f"it takes more than {memory >> 20} MB, or breaks Python (exit status {code})"
+    last = said.rpartition("\n")[2][:200] or f"exit status {code}"
+    return f"it takes more than {memory >> 20} MB, or breaks Python ({last})"

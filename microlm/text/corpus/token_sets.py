@@ -21,20 +21,20 @@ DOCUMENTS, CONVERSATIONS = "documents", "conversations"
 class Samples:
     """Ids of samples in a row, the size of each, and their masks (uint8) if they are conversations.
 
-    `laid` are the same with files in place of ids and masks.
+    `stored` are the same with files in place of ids and masks.
     """
 
     ids: Any
     sizes: NDArray[np.int64]
     loss: Any
 
-    def laid(self, stem: Path) -> Samples:
-        """The same, laid in files that are named after `stem`."""
-        return Samples(_laid(self.ids, f"{stem}.ids"), self.sizes, _laid(self.loss, f"{stem}.loss"))
+    def stored(self, stem: Path) -> Samples:
+        """The same in files that are named after `stem`."""
+        return Samples(_store(self.ids, f"{stem}.ids"), self.sizes, _store(self.loss, f"{stem}.loss"))
 
-    def taken(self) -> Samples:
+    def loaded(self) -> Samples:
         """The same in memory; the files are gone."""
-        return Samples(_taken(self.ids), self.sizes, _taken(self.loss))
+        return Samples(_load(self.ids), self.sizes, _load(self.loss))
 
 
 class TokenSets:
@@ -90,7 +90,7 @@ class TokenSets:
             file.write(data)
 
 
-def _laid(array: Any, path: str) -> Any:
+def _store(array: Any, path: str) -> Any:
     """An array → the file that holds it now; anything else as it is."""
     if not isinstance(array, np.ndarray):
         return array
@@ -98,7 +98,7 @@ def _laid(array: Any, path: str) -> Any:
     return Path(f"{path}.npy")
 
 
-def _taken(array: Any) -> Any:
+def _load(array: Any) -> Any:
     """A file → the array in it, and the file goes; anything else as it is."""
     if not isinstance(array, Path):
         return array

@@ -20,8 +20,7 @@ CODE_POINTS = 0x110000
 _BITS = 21  # of a code point
 _SLOT_BYTES = 16
 _SOME = 1 << 16  # rows
-PAIRS = "pairs"
-"""The file of a folder in which pairs are kept, rows of (key, count)."""
+_PAIRS = "pairs"  # the file of a folder in which they are kept, rows of (key, count)
 _USED, _LOST = range(2)
 
 
@@ -53,7 +52,7 @@ class PairCounts:
 
     def save(self, folder: Path) -> None:
         """Write the counts for another process."""
-        self._write_pairs(folder / PAIRS)
+        self._write_pairs(folder / _PAIRS)
         np.save(folder / "characters.npy", self.characters)
         np.save(folder / "head.npy", np.array([self.texts, self.lost]))
 
@@ -63,14 +62,14 @@ class PairCounts:
         self.texts += int(texts)
         self.characters += np.load(folder / "characters.npy")
         self._state[_LOST] += lost
-        for rows in _read(folder / PAIRS):
+        for rows in _read(folder / _PAIRS):
             self.pairs, used, gone = table.added(self.pairs, self._state[_USED], rows, self._most)
             self._state[:] = used, self.lost + gone
 
     def set_aside(self, folder: Path) -> None:
         """Keep the pairs on disk; nothing is counted from here on."""
-        self._write_pairs(folder / PAIRS)
-        self.pairs, self._aside = table.empty(table.FIRST, 2), folder / PAIRS
+        self._write_pairs(folder / _PAIRS)
+        self.pairs, self._aside = table.empty(table.FIRST, 2), folder / _PAIRS
 
     def size_bytes(self) -> int:
         """UTF-8 bytes of all texts."""
