@@ -130,11 +130,11 @@ def clock() -> float:
 
 
 def plot(curves: dict[str, list[Point]], found: dict[Point, tuple[list[float], float]], file: Path) -> None:
-    """Three panels: speed on the left axis of each, the share of the peak written beside the points."""
+    """Three panels of speeds, with each the share of the peak; only the first spans magnitudes."""
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.6), constrained_layout=True)
     varied = ("size", "context", "rows")
@@ -143,12 +143,19 @@ def plot(curves: dict[str, list[Point]], found: dict[Point, tuple[list[float], f
         y = [statistics.median(found[p][0]) for p in points]
         axis.plot(x, y, marker="o", color="#2a6f97")
         for place, speed, point in zip(x, y, points, strict=True):
-            axis.annotate(f"{found[point][1]:.0%}", (place, speed), textcoords="offset points", xytext=(4, 6))
-        axis.set(xscale="log", yscale="log", xlabel=name, ylabel="tokens a second" if field == "size" else "")
-        axis.set_xticks(x, [f"{v / 1e6:g}M" if field == "size" else str(v) for v in x])
+            told = f"{speed:,.0f}\n{found[point][1]:.0%}"
+            axis.annotate(
+                told, (place, speed), textcoords="offset points", xytext=(0, 7), ha="center", fontsize=8
+            )
+        log = field == "size"
+        axis.set(xscale="log", yscale="log" if log else "linear", xlabel=name)
+        axis.set(ylim=(min(y) * 0.7, max(y) * 2) if log else (0, max(y) * 1.25), xlim=(x[0] / 1.6, x[-1] * 1.6))
+        axis.yaxis.set_major_formatter(ticker.FuncFormatter(lambda v, _: f"{v:,.0f}"))
+        axis.set_xticks(x, [f"{v / 1e6:g}M" if log else str(v) for v in x])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
-    figure.suptitle("Training speed on one core; beside the points the share of its peak in bf16")
+    axes[0].set_ylabel("tokens a second")
+    figure.suptitle("Training speed on one core; below each speed the share of its peak in bf16")
     figure.savefig(file, dpi=150)
 
 
