@@ -149,7 +149,9 @@ def plot(curves: dict[str, list[Point]], found: dict[Point, tuple[list[float], f
             )
         log = field == "size"
         axis.set(xscale="log", yscale="log" if log else "linear", xlabel=name)
-        axis.set(ylim=(min(y) * 0.7, max(y) * 2) if log else (0, max(y) * 1.25), xlim=(x[0] / 1.6, x[-1] * 1.6))
+        axis.set(
+            ylim=(min(y) * 0.7, max(y) * 2) if log else (0, max(y) * 1.25), xlim=(x[0] / 1.6, x[-1] * 1.6)
+        )
         axis.yaxis.set_major_formatter(ticker.FuncFormatter(lambda v, _: f"{v:,.0f}"))
         axis.set_xticks(x, [f"{v / 1e6:g}M" if log else str(v) for v in x])
         axis.minorticks_off()
