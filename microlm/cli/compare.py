@@ -14,6 +14,7 @@ from microlm.cli.run import AsJson
 from microlm.cli.tokenizer import TOKENIZER, Page, Sources, group_of, plan_of_files
 
 if TYPE_CHECKING:
+    from microlm.text.vocab import budget
     from microlm.text.vocab.domains import Domains
     from microlm.text.vocab.peers import Peer
 
@@ -87,7 +88,6 @@ def compare(
       microlm tokenizer compare runs/mine bge=bge-small-zh/vocab.txt --domain poems=poems.txt
       microlm tokenizer compare --sizes 3200,6400,12800 --source my.jsonl --model 26m --model 512x12
     """
-    from microlm.text.vocab import budget
     from microlm.text.vocab.compare import compare as measure_all
     from microlm.text.vocab.peers import open_peer
 
@@ -95,7 +95,7 @@ def compare(
         raise typer.BadParameter("name at least one TOKENIZER, or give --sizes N,N,… and --source FILE")
     if bool(sizes) != bool(source):
         raise typer.BadParameter("--sizes N,N,… and --source FILE go together")
-    shapes = [budget.shape(word) for word in model or ["26m", "64m"]]
+    shapes = [shape_of(word) for word in model or ["26m", "64m"]]
     found = _domains(domain, data)
     peers = [open_peer(word) for word in tokenizers or []]
     trained = _trained(_numbers(sizes or ""), source or [])
@@ -108,6 +108,16 @@ def compare(
     names = [p.name for p in trained]
     report = measure_all(peers, found, shapes, sizes=names)
     _tell(report, "Tokenizers side by side", out, as_json=as_json)
+
+
+def shape_of(word: str) -> budget.Shape:
+    """The sizes of a model that is named on the command line."""
+    from microlm.model.presets import named_shape
+    from microlm.text.vocab import budget
+
+    shape = named_shape(word)
+    parts = shape.config(1, 1, 1.0).parameter_parts()
+    return budget.Shape(word, shape.hidden_size, sum(parts.values()) - parts["embedding"] - parts["head"])
 
 
 def _numbers(words: str) -> list[int]:

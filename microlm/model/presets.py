@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from microlm.core.errors import UserError
+from microlm.core.recipe import nearest
 from microlm.model.config import ModelConfig, ModelType
 
 PresetName = Literal["4m", "26m", "31m", "64m", "110m"]
@@ -77,6 +78,20 @@ THETA: dict[PresetName, float] = {"4m": 1e4, "26m": 1e6, "31m": 1e4, "64m": 1e6,
 def preset_fields(name: PresetName) -> dict[str, Any]:
     """A preset as the fields of an architecture recipe."""
     return {**asdict(PRESETS[name]), "max_positions": POSITIONS, "rope_theta": THETA[name]}
+
+
+def named_shape(word: str) -> Shape:
+    """A preset by its name, or HIDDENxLAYERS: heads of 64, a SwiGLU of the usual width."""
+    known: dict[str, Shape] = {**PRESETS}
+    if word in known:
+        return known[word]
+    hidden, _, layers = word.partition("x")
+    if not (hidden.isdecimal() and layers.isdecimal()):
+        raise UserError(f"model '{word}': {nearest(word, known)}, or HIDDENxLAYERS such as 512x8")
+    width, depth = int(hidden), int(layers)
+    if width < 64 or width % 64 or not 1 <= depth <= 1000:
+        raise UserError(f"model '{word}': hidden must be a multiple of 64, layers 1 to 1000")
+    return Shape(width, depth, width // 64, width // 64, 64, swiglu(width))
 
 
 def shape_of_size(budget: int, vocab_size: int, fixed: Mapping[str, Any]) -> Shape:

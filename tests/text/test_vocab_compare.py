@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import artifacts
@@ -11,13 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_tokenizer import train, write
 
+from microlm.cli.compare import shape_of
 from microlm.core.errors import UserError
 from microlm.core.manifest import open_artifact
-from microlm.model.config import ModelConfig
+from microlm.model.presets import PRESETS, named_shape
 from microlm.model.transformer import Decoder
 from microlm.text.bpe.pieces import Pieces
 from microlm.text.tokenizer import Tokenizer
-from microlm.text.vocab import budget, compare, domains, others, page, peers, view
+from microlm.text.vocab import compare, domains, others, page, peers, view
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "中", "国", "a", "##b", "。"]
 
@@ -86,15 +88,11 @@ def test_sentencepiece_is_cut_by_its_own_spans(tmp_path: Path) -> None:
         assert peer.decode(cut.ids) == text and view.lost_characters(text, cut) == 0
 
 
-@pytest.mark.parametrize("name", budget.PRESETS)
+@pytest.mark.parametrize("word", [*PRESETS, "512x8"])
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_share_is_that_of_the_real_model(name: str, tied: bool) -> None:
-    shape, size = budget.PRESETS[name], 1000
-    config = ModelConfig(
-        vocab_size=size, hidden_size=shape.hidden, intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
-        head_dim=shape.head_dim, max_position_embeddings=64, rope_theta=1e4, tie_word_embeddings=tied,
-    )  # fmt: skip
+def test_a_share_is_that_of_the_real_model(word: str, tied: bool) -> None:
+    shape, size = shape_of(word), 1000
+    config = replace(named_shape(word), tied=tied).config(size, 64, 1e4)
     import torch
 
     with torch.device("meta"):
@@ -105,25 +103,13 @@ def test_a_share_is_that_of_the_real_model(name: str, tied: bool) -> None:
     assert shape.share(size, tied=tied) == outer / sum(counts.values())
 
 
-def test_presets_have_the_size_of_their_name() -> None:
-    totals = {n: s.body + s.embedding(6400, tied=n != "31m") for n, s in budget.PRESETS.items()}
-    assert {n: round(t / 1e6) for n, t in totals.items()} == {
-        "4m": 4,
-        "26m": 26,
-        "31m": 31,
-        "64m": 64,
-        "110m": 90,
-    }
-    assert round((budget.PRESETS["110m"].body + 32_000 * 768) / 1e6) == 110
-
-
 @pytest.mark.parametrize(
     ("word", "told"), [("27m", "did you mean '26m'"), ("100x8", "multiple of 64"), ("x", "known")]
 )
 def test_a_model_that_is_none_is_a_sentence(word: str, told: str) -> None:
     with pytest.raises(UserError, match=told):
-        budget.shape(word)
-    assert budget.shape("512x8").intermediate == 1344
+        named_shape(word)
+    assert named_shape("512x8").intermediate_size == 1344
 
 
 def test_every_sample_looks_like_its_domain() -> None:
@@ -169,7 +155,7 @@ def test_domains_of_files(tmp_path: Path) -> None:
 
 def test_a_report_averages_domains_and_draws_sizes(bert: peers.Peer, ours: peers.Peer) -> None:
     found = {"Han": ["中国。"], "Latin": ["ab ab", "<b>&"]}
-    report = compare.compare([bert, ours], found, [budget.PRESETS["26m"]], sizes=["bert", "ours"])
+    report = compare.compare([bert, ours], found, [shape_of("26m")], sizes=["bert", "ours"])
     rates = [r["bytes_per_token"] for r in report["rows"] if r["tokenizer"] == "ours"]
     assert report["tokenizers"][1]["bytes_per_token"] == sum(rates) / 2
     row = next(r for r in report["budget"] if r["tokenizer"] == "ours")
