@@ -82,7 +82,7 @@ def preset_fields(name: PresetName) -> dict[str, Any]:
 
 def named_shape(word: str) -> Shape:
     """A preset by its name, or HIDDENxLAYERS: heads of 64, a SwiGLU of the usual width."""
-    known: dict[str, Shape] = {**PRESETS}
+    known: dict[str, Shape] = {str(name): shape for name, shape in PRESETS.items()}
     if word in known:
         return known[word]
     hidden, _, layers = word.partition("x")
