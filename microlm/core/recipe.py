@@ -235,8 +235,10 @@ def _sentence(cls: type[Recipe], error: ValidationError, where: str) -> str:
         return f"{where}: unknown key '{path}'; {nearest(str(first['loc'][-1]), block.model_fields)}"
     if first["type"] == "missing":
         return f"{where}: key '{path}' is missing; add it"
-    shown = repr(first.get("input"))
     message = first["msg"].removeprefix("Value error, ")
+    if not path:  # what the recipe as a whole must be: there is no one value to show
+        return f"{where}: {message}"
+    shown = repr(first.get("input"))
     return f"{where}: {path}: {message[:1].lower()}{message[1:]} (found {shown[:80]}); change it"
 
 

@@ -211,10 +211,10 @@ def require_fit(memory: Memory, loop: LoopRecipe, ranks: int, room: int | None =
 
 def _advice(memory: Memory, loop: LoopRecipe, shared: int, room: int) -> str:
     """What makes it fit: fewer rows at once if that is enough, else fewer processes, else a smaller model."""
-    batch = memory.activations + memory.logits
-    stays = memory.total - round(memory.holes * max(batch, memory.scratch))
-    rows = int((room / shared - stays) / (memory.holes * batch) * loop.micro_rows)
-    if rows >= 1 and memory.scratch * memory.holes + stays <= room / shared:
+    stays = memory.total - round(memory.holes * max(memory.activations + memory.logits, memory.scratch))
+    left = (room / shared - stays) / memory.holes
+    rows = int((left - memory.logits) / memory.activations * loop.micro_rows)  # logits come in chunks
+    if rows >= 1 and memory.scratch <= left:
         return f"lower loop.micro_rows from {loop.micro_rows} to {min(rows, loop.micro_rows - 1) or 1}"
     if shared > 1 and memory.total <= room:
         return "lower parallel.processes"

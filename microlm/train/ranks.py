@@ -208,7 +208,10 @@ def _await(store: Store, workers: list[SpawnProcess], interrupts: Interrupts) ->
 
 def _last_words(store: Store, workers: list[SpawnProcess]) -> str:
     """What is known about the end of the first worker that ended badly."""
-    wait([w.sentinel for w in workers], timeout=20)  # a killed process takes a while to be gone
+    ended = wait([w.sentinel for w in workers], timeout=20)  # a killed process takes a while to be gone
+    for worker in workers:
+        if worker.sentinel in ended:
+            worker.join(5)  # its pipes close a moment before its exit code is there
     if store.check(["error"]):
         return str(store.get("error"), "utf-8")
     rank = next((i for i, w in enumerate(workers, 1) if w.exitcode), 0)

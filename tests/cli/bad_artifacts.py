@@ -72,7 +72,9 @@ ARTIFACTS: dict[str, tuple[Prepare, str]] = {
     ),
     "flipped byte in shards": (
         lambda r: damaged(
-            r, "runs/shards/documents-train.tokens.bin", r.stage("pretrain", shards="runs/shards")
+            r,
+            "runs/shards/documents-train.tokens.bin",
+            r.stage("pretrain", shards="runs/shards", architecture={"preset": "4m"}),
         ),
         r"runs/shards/documents-train\.tokens\.bin: changed since",
     ),

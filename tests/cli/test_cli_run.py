@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[2]
 def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setitem(stages.STAGES, "data", "toy_stages:TextRecipe:write_text")
     monkeypatch.setitem(stages.STAGES, "sft", "toy_stages:DoubleRecipe:double")
+    monkeypatch.delitem(stages.TOOLS, "sft")
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MICROLM_DEBUG", raising=False)
     toy_stages.CALLS.clear()
@@ -232,7 +233,7 @@ def test_every_stage_of_the_table_is_there() -> None:
     for name in stages.STAGES:
         found = stages.load(name)
         assert issubclass(found.recipe, StageRecipe), name
-        assert typing.get_type_hints(found.run.__wrapped__)["recipe"] is found.recipe, name  # type: ignore[attr-defined]
+        assert typing.get_type_hints(found.run.func.__wrapped__)["recipe"] is found.recipe, name  # type: ignore[attr-defined]
         assert len(found.recipe.model_fields) <= 20, name
         for field, info in found.recipe.model_fields.items():
             assert info.description, f"{found.recipe.__name__}.{field} has no description"

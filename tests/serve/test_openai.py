@@ -90,7 +90,8 @@ def test_equal_seeds_equal_texts(client):
 
 
 def test_max_completion_tokens_is_the_newer_name(client):
-    reply = client.chat.completions.create(model="tiny", messages=HELLO, max_completion_tokens=3)
+    limit = {"max_completion_tokens": 3, "temperature": 0}
+    reply = client.chat.completions.create(model="tiny", messages=HELLO, **limit)
     assert reply.usage.completion_tokens == 3
 
 
