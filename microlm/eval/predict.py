@@ -72,7 +72,7 @@ class PredictRecipe(StageRecipe):
     dtype: runtime.Dtype = Field(default="float32", description="precision of the engine")
 
 
-@stage("predict", kind="predictions", version=3)
+@stage("predict", kind="predictions", version=4)
 def run(recipe: PredictRecipe, work: Workspace) -> None:
     """Load the model once, ask task by task, write rows sorted by task and id."""
     predictor = EnginePredictor(work.inputs["model"].path, dtype=recipe.dtype, batch_rows=recipe.batch_rows)
@@ -187,7 +187,10 @@ def _measure_documents(predictor: Predictor, recipe: PredictRecipe, work: Worksp
         measured = predictor.bits([d.text for _, d in chosen], bar.update)
     if measured is not None:
         rows = [
-            {"id": f"document-{i:05d}", "bits": round(m.bits, 4), "bytes": m.bytes, "tokens": m.tokens}
-            for (i, _), m in zip(chosen, measured, strict=True)
-        ]
+            {
+                "id": f"document-{i:05d}", "source": d.source.partition(":")[0],
+                "bits": round(m.bits, 4), "bytes": m.bytes, "tokens": m.tokens,
+            }
+            for (i, d), m in zip(chosen, measured, strict=True)
+        ]  # fmt: skip
         work.write_jsonl(DOCUMENTS, rows)

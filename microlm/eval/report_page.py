@@ -123,6 +123,9 @@ def _scores(page: Page, scores: Mapping[str, Any]) -> None:
         if bars:
             title = TITLES[name].removesuffix(", free decoding")
             page.bar_chart(f"{title}, by kind of held-out wording", bars, maximum=1.0)
+    sources = [r for r in rows if r["name"] == "bits_per_byte"]
+    if len(sources) > 1:
+        page.bar_chart("Held-out text, bits per byte, by source", [_bar(r["kind"], r) for r in sources])
     table = [
         [_words(r["name"]), r["kind"], r["lang"], r["value"], _interval(r), r["n"], r["entities"]]
         for r in rows

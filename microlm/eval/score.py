@@ -6,10 +6,8 @@ told of together are one.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from pydantic import Field
@@ -21,14 +19,12 @@ from microlm.core.recipe import Recipe, StageRecipe, artifact_input
 from microlm.core.records import Extraction, Prediction, Question
 from microlm.eval import baselines, scoring
 from microlm.eval.predict import DOCUMENTS, PREDICTIONS, answer_bounds, named
+from microlm.eval.rows import ALL, Row, make_row, score_documents
 from microlm.eval.samples import samples
 from microlm.eval.scoring import ExtractionOutcome
 from microlm.text.extraction import Bounds
 from microlm.text.read import read_records
 from microlm.text.sources import factbook
-
-ALL = "all"
-_DIGITS = 6  # so that the last bits of another machine's sums do not show
 
 
 class Gates(Recipe):
@@ -55,25 +51,6 @@ class ScoreRecipe(StageRecipe):
     baseline_records: int = Field(
         default=10_000, ge=1, description="training records that the extraction baselines learn from"
     )
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One score of `n` items, with its 95 % interval over `entities`: groups that share no entity.
-
-    `by` is the model, or a baseline's name. An item that names no entity is a group of its own.
-    """
-
-    name: str
-    kind: str
-    lang: str
-    value: float
-    low: float
-    high: float
-    n: int
-    entities: int
-    unit: str
-    by: str = "model"
 
 
 Counted = tuple[int, int, int]
@@ -250,7 +227,7 @@ def _grouped(name: str, items: Sequence[Scored], estimate: Estimate) -> list[Row
         members = [s for s in items if kind in (ALL, s.kind) and lang in (ALL, s.lang)]
         if members:
             sums = by_entity(members)
-            rows.append(_row(name, kind, lang, estimate(sums), (len(members), len(sums)), "share"))
+            rows.append(make_row(name, kind, lang, estimate(sums), (len(members), len(sums)), "share"))
     return rows
 
 
@@ -261,11 +238,6 @@ def by_entity(items: Sequence[Scored]) -> list[Counted]:
         a, b, c = sums.get(group, (0, 0, 0))
         sums[group] = (a + s.outcome[0], b + s.outcome[1], c + s.outcome[2])
     return list(sums.values())
-
-
-def _row(name: str, kind: str, lang: str, found: stats.Interval, sizes: tuple[int, int], unit: str) -> Row:
-    value, low, high = (round(v, _DIGITS) for v in found)
-    return Row(name, kind, lang, value, low, high, *sizes, unit)
 
 
 def _f1(sums: Sequence[Counted]) -> stats.Interval:
@@ -279,16 +251,6 @@ def _share(sums: Sequence[Counted]) -> stats.Interval:
     if len(sums) == n or right in (0, n):
         return stats.proportion_ci(right * len(sums) // n, len(sums))
     return _f1(sums)
-
-
-def score_documents(path: Path) -> list[Row]:
-    """Bits per byte over documents: sum of bits / sum of bytes; nothing where the predictor offered none."""
-    if not path.exists():
-        return []
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    pairs = [(r["bits"], r["bytes"]) for r in rows]
-    sizes = len(pairs), len(pairs)
-    return [_row("bits_per_byte", ALL, ALL, stats.ratio_ci(pairs), sizes, "bits/byte")] if pairs else []
 
 
 def score_baselines(

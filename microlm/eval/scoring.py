@@ -14,7 +14,7 @@ from typing import Any
 from microlm.core.records import Extraction
 from microlm.text import extraction
 
-SCORER_VERSION = 4
+SCORER_VERSION = 5
 SCHEMA = 2  # of scores.json and samples.json
 
 

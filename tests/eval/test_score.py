@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from microlm.core import stats
 from microlm.core.artifact import Artifact, Workspace
 from microlm.core.errors import CheckFailed, UserError
 from microlm.core.records import Extraction, Prediction, Question, Triple, to_json
-from microlm.eval import score
+from microlm.eval import rows, score
 from microlm.text.extraction import Bounds
 from microlm.text.sources import factbook
 
@@ -133,7 +134,7 @@ def test_a_record_is_about_every_head_of_its_gold() -> None:
     assert (row.name, row.n, row.entities) == ("extraction_f1", 4, 3)
 
 
-def ask(right: int, times: int) -> score.Row:
+def ask(right: int, times: int) -> rows.Row:
     """Five entities, each asked `times` times, the first `right` of them always answered rightly."""
     names = list(PEOPLE)
     questions = {
@@ -227,3 +228,17 @@ def test_samples_are_the_first_right_and_wrong_by_id(data: Artifact, tmp_path: P
         ("q-generic-4", False),
     ]
     assert next(s for s in chosen if s["id"] == "q-generic-4")["gold"] == "明朝"
+
+
+def test_bits_by_source_add_up_to_the_whole(tmp_path: Path) -> None:
+    file = tmp_path / "documents.jsonl"
+    sources = ["a"] * 6 + ["b"] * 5 + ["c", "d"]
+    documents = [{"source": s, "bits": 10.0 + i, "bytes": 7 + i} for i, s in enumerate(sources)]
+    file.write_text("".join(json.dumps(d) + "\n" for d in documents), encoding="utf-8")
+    found = {r.kind: r for r in rows.score_documents(file)}
+    assert list(found) == ["all", "a", "b", "other sources"]
+    for kind, members in (("all", documents), ("a", documents[:6]), ("other sources", documents[11:])):
+        expected = sum(d["bits"] for d in members) / sum(d["bytes"] for d in members)
+        assert found[kind].value == pytest.approx(expected, abs=1e-6) and found[kind].n == len(members)
+    file.write_text(json.dumps(documents[0]) + "\n", encoding="utf-8")
+    assert [r.kind for r in rows.score_documents(file)] == ["all"]
