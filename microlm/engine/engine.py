@@ -11,7 +11,7 @@ from torch import Tensor
 from microlm.core import runtime
 from microlm.core.errors import UserError
 from microlm.core.records import Completion, FinishReason, Sampling
-from microlm.engine.cache import KVCache, choose_length
+from microlm.engine.cache.slots import KVCache, choose_length
 from microlm.engine.grammar import Grammars
 from microlm.engine.output import TextStream
 from microlm.engine.prompts import Prompt, check_window, encode_prompt

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from microlm.engine.cache import KVCache
+from microlm.engine.cache.slots import KVCache
 from microlm.model.transformer import Attend, Decoder, causal_attend, masked_attention
 
 _SCORES = 2**24  # logits held at once when whole sequences are scored (64 MiB)
