@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
-from microlm.core.records import Completion, FinishReason, Sampling
+from microlm.core.records import Completion, FinishReason, Sampling, TokenLogprob
 from microlm.engine.grammar import Matcher
 from microlm.engine.output import TextStream
-from microlm.engine.sampling import RandomStream
+from microlm.engine.sampling import Penalties, RandomStream
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +19,7 @@ class Delta:
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None = None
     error: str = ""
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(eq=False, slots=True)
@@ -38,6 +39,9 @@ class Request:
     pieces: list[str] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     error: str = ""
+    penalties: Penalties | None = None
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
     slot: int | None = None
     backlog: deque[Delta] = field(default_factory=deque)
 
