@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from microlm.core.errors import UserError
-from microlm.core.records import Completion, Message, Sampling
+from microlm.core.records import Completion, Constraint, Message, Sampling
 
 if TYPE_CHECKING:
     from microlm.engine import Engine, Request
@@ -69,8 +69,8 @@ def generate(
     """
     if (prompt is None) == (prompts is None):
         raise UserError("generate: found no prompt, or two; give either PROMPT or --prompts FILE")
-    schema = read_text(json_schema) if json_schema else None
-    sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed, json_schema=schema)
+    constraint = Constraint("json_schema", read_text(json_schema)) if json_schema else None
+    sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed, constraint=constraint)
 
     from microlm.engine import Engine
     from microlm.engine.resolve import resolve_model_dir

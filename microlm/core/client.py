@@ -19,7 +19,7 @@ import httpx
 from microlm.core import payload
 from microlm.core.endpoint import is_loopback, root_url
 from microlm.core.errors import UserError
-from microlm.core.records import Message, Sampling
+from microlm.core.records import Constraint, Message, Sampling
 
 DONE = "[DONE]"
 
@@ -313,9 +313,24 @@ def wire(sampling: Sampling) -> dict[str, Any]:
         body["stop"] = list(sampling.stop)
     if sampling.ignore_eos:
         body["ignore_eos"] = True
-    if sampling.json_schema is not None:
-        schema = {"name": "answer", "schema": json.loads(sampling.json_schema), "strict": True}
-        body["response_format"] = {"type": "json_schema", "json_schema": schema}
+    if sampling.constraint is not None:
+        body |= _constraint(sampling.constraint)
+    return body
+
+
+def _constraint(constraint: Constraint) -> dict[str, Any]:
+    """A constraint as OpenAI's `response_format`, or as vLLM's `structured_outputs`; `copy_from` is ours."""
+    kind, value = constraint.kind, constraint.value
+    body: dict[str, Any] = {}
+    if kind == "json_schema":
+        schema = {"name": "answer", "schema": json.loads(value), "strict": True}
+        body["response_format"] = {"type": kind, "json_schema": schema}
+    elif kind == "json_object":
+        body["response_format"] = {"type": kind}
+    elif kind != "copy":
+        body["structured_outputs"] = {kind: json.loads(value) if kind == "choice" else value}
+    if constraint.copy_from is not None:
+        body["copy_from"] = constraint.copy_from
     return body
 
 

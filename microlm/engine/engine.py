@@ -199,7 +199,7 @@ class Engine:
             sampling=sampling,
             limit=limit,
             random=RandomStream(sampling.seed) if sampling.temperature > 0 else None,
-            matcher=self._grammars.matcher(sampling.json_schema) if sampling.json_schema else None,
+            matcher=self._grammars.matcher(sampling.constraint) if sampling.constraint else None,
             text=TextStream(self.tokenizer, sampling.stop) if live else None,
         )
 
@@ -242,7 +242,7 @@ class Engine:
             return scores
         rows = [i for i, _ in constrained]
         allowed = torch.ones(scores.shape, dtype=torch.bool)
-        allowed[rows] = self._grammars.allowed([m for _, m in constrained])
+        allowed[rows] = self._grammars.begin([m for _, m in constrained]).wait()
         return scores.masked_fill(~allowed.to(scores.device), float("-inf"))
 
     def _postprocess(self, requests: Sequence[Request], tokens: Sequence[int]) -> Step:
@@ -274,10 +274,10 @@ class Engine:
         if request.text and request.text.stopped:
             return "stop", text
         if request.matcher is not None:
-            if not request.matcher.consume_token(token):
+            if not request.matcher.consume(token):
                 request.error = "the grammar allowed no token"
                 return "error", text
-            if request.matcher.is_stopped():
+            if request.matcher.stopped:
                 return "stop", text
         return ("length" if len(request.output) >= request.limit else None), text
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict, model_validator
 
-from microlm.core.records import Conversation, Message, Role, Sampling, ToolCall
+from microlm.core.records import Constraint, Conversation, Message, Role, Sampling, ToolCall
 from microlm.serve.errors import UNSUPPORTED, ApiError, printable, unsupported
 from microlm.text.read import Fault
 from microlm.text.sources.marked import answered, tool_call, tool_text
@@ -156,21 +156,21 @@ class ResponseFormat(BaseModel):
     json_schema: SchemaFormat | None = None
 
     @property
-    def constraint(self) -> str | None:
-        """The schema as a JSON text; None when the answer is free."""
+    def constraint(self) -> Constraint | None:
+        """What the answer must be; None when it is free."""
         if self.type == "text":
             return None
-        if self.type == "json_object":
-            return '{"type":"object"}'
-        assert self.json_schema is not None
-        return json.dumps(self.json_schema.schema_, ensure_ascii=False, allow_nan=False)
+        if self.json_schema is None:
+            return Constraint("json_object")
+        schema = json.dumps(self.json_schema.schema_, ensure_ascii=False, allow_nan=False)
+        return Constraint("json_schema", schema)
 
     @model_validator(mode="after")
     def _check(self) -> ResponseFormat:
         if (self.type == "json_schema") != (self.json_schema is not None):
             raise ValueError("json_schema must stand beside type 'json_schema', and only there")
         try:
-            _encodable(self.constraint or "")
+            _encodable(self.constraint.value if self.constraint else "")
         except ValueError:
             raise ValueError("the schema holds a number or text that is not JSON") from None
         return self
@@ -238,7 +238,7 @@ class Request(Wire):
                 top_k=self.top_k or 0,
                 seed=None if self.seed is None else (self.seed + i) % 2**63,
                 stop=self.stops,
-                json_schema=self.response_format.constraint if self.response_format else None,
+                constraint=self.response_format.constraint if self.response_format else None,
                 ignore_eos=bool(self.ignore_eos),
             )
             for i in range(self.choices)

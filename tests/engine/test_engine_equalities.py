@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from microlm.core.records import Message, Sampling
+from microlm.core.records import Constraint, Message, Sampling
 from microlm.engine import Engine
 from microlm.model import directory
 
@@ -71,7 +71,7 @@ def test_equals_transformers_generate(any_model: Path) -> None:
         Sampling(max_tokens=40),
         Sampling(max_tokens=40, temperature=0.9, top_p=0.9, top_k=50, ignore_eos=True),
         Sampling(max_tokens=40, temperature=1.3),
-        Sampling(max_tokens=90, temperature=1.0, json_schema='{"type":"object"}'),
+        Sampling(max_tokens=90, temperature=1.0, constraint=Constraint("json_schema", '{"type":"object"}')),
     ],
 )
 def test_alone_equals_batched(make_engine: Callable[..., Engine], sampling: Sampling) -> None:

@@ -145,7 +145,7 @@ def test_a_schema_is_as_wide_as_the_training_answers(
     items = predict.items_of(predict_recipe, wide, "extraction_constrained")
     records = list(read_records(wide.file("extraction/test.jsonl"), Extraction))
     fits = [
-        conforms(json.loads(form.answer(r.relation, r.allowed)), json.loads(i.sampling.json_schema or ""))
+        conforms(json.loads(form.answer(r.relation, r.allowed)), json.loads(i.sampling.constraint.value))
         for i, r in zip(items, records, strict=True)
     ]
     assert fits == [True, True, False]

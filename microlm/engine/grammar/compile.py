@@ -1,0 +1,100 @@
+"""Constraints → matchers. What was compiled is kept; any thread may ask."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import llguidance
+
+from microlm.core.errors import UserError
+from microlm.core.records import Constraint
+from microlm.engine.grammar.limits import parser_limits
+from microlm.engine.grammar.masks import Masks, Matcher, Worker, first_line
+from microlm.engine.grammar.source import source_of
+from microlm.engine.grammar.vocabulary import vocabulary
+from microlm.text.tokenizer import Tokenizer
+
+KEPT = 256
+"""Compiled grammars that are kept, the last used ones."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """How often a grammar was compiled, how often one was there already, and the seconds of all compiling."""
+
+    compiled: int = 0
+    hits: int = 0
+    compile_s: float = 0.0
+
+
+@dataclass(slots=True)
+class _Entry:
+    """A constraint that is compiled once, by the first who asks."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    matcher: llguidance.LLMatcher | None = None
+
+
+class Grammars:
+    """Compiles constraints for one vocabulary, keeps them, and computes masks for many requests at once."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._vocabulary = vocabulary(tokenizer)
+        self._vocab_size = tokenizer.vocab_size
+        self._worker = Worker(tokenizer.vocab_size)
+        self._entries: OrderedDict[Constraint, _Entry] = OrderedDict()
+        self._lock = threading.Lock()
+        self._stats = Stats()
+
+    @property
+    def stats(self) -> Stats:
+        """What was compiled so far."""
+        return self._stats
+
+    def matcher(self, constraint: Constraint) -> Matcher:
+        """A matcher at the beginning of an answer; a UserError says what is wrong with the constraint."""
+        with self._lock:
+            entry = self._entries.setdefault(constraint, _Entry())
+            self._entries.move_to_end(constraint)
+            if len(self._entries) > KEPT:
+                self._entries.popitem(last=False)
+        with entry.lock:
+            if entry.matcher is None:
+                started = time.perf_counter()
+                try:
+                    entry.matcher = self._compile(constraint)
+                except UserError:
+                    with self._lock:
+                        self._entries.pop(constraint, None)
+                    raise
+                self._count(1, 0, time.perf_counter() - started)
+            else:
+                self._count(0, 1, 0.0)
+            return Matcher(entry.matcher.deep_copy(), self._vocab_size)
+
+    def begin(self, matchers: Sequence[Matcher]) -> Masks:
+        """Start to compute which ids may come next; `wait` of what comes back gives them."""
+        return self._worker.begin(matchers)
+
+    def _count(self, compiled: int, hits: int, seconds: float) -> None:
+        with self._lock:
+            was = self._stats
+            self._stats = replace(
+                was,
+                compiled=was.compiled + compiled,
+                hits=was.hits + hits,
+                compile_s=was.compile_s + seconds,
+            )
+
+    def _compile(self, constraint: Constraint) -> llguidance.LLMatcher:
+        grammar = source_of(constraint)
+        matcher = llguidance.LLMatcher(self._vocabulary, grammar, log_level=0, limits=parser_limits())
+        probe = matcher.deep_copy()
+        if not probe.is_error() and any(probe.compute_bitmask()) and not probe.is_error():
+            return matcher  # a grammar that nothing satisfies shows only at the first mask
+        reason = first_line(probe.get_error()) or "nothing satisfies it"
+        raise UserError(f"{constraint.kind}: cannot be used to constrain the output: {reason}; simplify it")
