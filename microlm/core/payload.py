@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from microlm.core.errors import UserError
-from microlm.core.records import Message
+from microlm.core.records import Constraint, Message
 
 COUNTS = ("prompt_tokens", "completion_tokens", "total_tokens")
 MAX_COUNT = 2**63
@@ -53,6 +53,39 @@ def chat_turns(messages: Sequence[Message]) -> list[dict[str, Any]]:
 def tool_fields(tools: Sequence[str]) -> dict[str, Any]:
     """The fields of a request that shows tools; calls in the answer are to stay text."""
     return {"tools": [json.loads(tool) for tool in tools], "tool_choice": "none"} if tools else {}
+
+
+def constraint_of(
+    *,
+    json_schema: str | None = None,
+    json_object: bool = False,
+    regex: str | None = None,
+    choice: list[str] | None = None,
+    grammar: str | None = None,
+    copy_from: str | None = None,
+    copy_words: bool = False,
+) -> Constraint | None:
+    """The one constraint that is given, None where there is none; two are an error."""
+    given = {
+        "json_schema": json_schema,
+        "json_object": "" if json_object else None,
+        "regex": regex,
+        "choice": json.dumps(choice, ensure_ascii=False) if choice else None,
+        "grammar": grammar,
+    }
+    found: list[Constraint] = [
+        Constraint(kind, value, copy_from, copy_words)  # type: ignore[arg-type]
+        for kind, value in given.items()
+        if value is not None
+    ]
+    if len(found) > 1:
+        names = ", ".join(c.kind for c in found)
+        raise UserError(f"constraint: {names} are given; only one of them can bound an answer")
+    if copy_words and copy_from is None:
+        raise UserError("copy_words: says how to copy, and copy_from is not there; give both")
+    if not found and copy_from is not None:
+        return Constraint("copy", copy_from=copy_from, copy_words=copy_words)
+    return found[0] if found else None
 
 
 def member(holder: dict[str, Any], name: str) -> dict[str, Any]:

@@ -5,7 +5,7 @@ Enters: an iterator that is read as there is room; leaves: completions, by finis
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from microlm.core.errors import UserError
@@ -24,11 +24,14 @@ class Ask:
     adapter: str | None = None
 
 
-def finished(engine: Engine, asks: Iterable[Ask]) -> Iterator[tuple[int, list[Completion]]]:
+def finished(
+    engine: Engine, asks: Iterable[Ask], between: Callable[[], None] = lambda: None
+) -> Iterator[tuple[int, list[Completion]]]:
     """(number of the ask, its `n` completions) as each is finished. Closing it cancels what runs.
 
     As many requests as there are slots wait beside those that run. An ask that cannot run (too long, a wrong
-    setting) is answered at once by one completion with finish_reason `error`.
+    setting) is answered at once by one completion with finish_reason `error`. `between` is called when the
+    answers of a step are handed over, and may raise.
     """
     coming = enumerate(asks)
     running: dict[int, list[Request]] = {}
@@ -37,9 +40,7 @@ def finished(engine: Engine, asks: Iterable[Ask]) -> Iterator[tuple[int, list[Co
             while sum(map(len, running.values())) < 2 * engine.max_seqs and (item := next(coming, None)):
                 number, ask = item
                 try:
-                    requests = engine.prepare_many(
-                        ask.prompt, ask.sampling, live=bool(ask.sampling.stop), adapter=ask.adapter
-                    )
+                    requests = _prepare(engine, ask)
                 except UserError as e:
                     yield number, [Completion("", (), "error", 0, str(e))]
                     continue
@@ -49,6 +50,7 @@ def finished(engine: Engine, asks: Iterable[Ask]) -> Iterator[tuple[int, list[Co
             engine.step()
             for number in [i for i, own in running.items() if all(r.finish_reason for r in own)]:
                 yield number, [engine.completion(request) for request in running.pop(number)]
+            between()
     finally:
         for requests in running.values():
             for request in requests:
@@ -64,3 +66,9 @@ def in_order(engine: Engine, asks: Iterable[Ask]) -> Iterator[list[Completion]]:
         while given in early:
             yield early.pop(given)
             given += 1
+
+
+def _prepare(engine: Engine, ask: Ask) -> list[Request]:
+    """The `n` requests of an ask; its text is followed only where a stop string is looked for."""
+    live = bool(ask.sampling.stop)
+    return engine.prepare_many(ask.prompt, ask.sampling, live=live, adapter=ask.adapter)

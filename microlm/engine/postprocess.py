@@ -64,7 +64,6 @@ class Postprocess:
 
     def __init__(self, tokenizer: Tokenizer, ends: Collection[int]) -> None:
         self._size = tokenizer.vocab_size
-        self._eos = tokenizer.eos_id
         self._ends = frozenset(ends)
 
     def apply(self, rows: Sequence[Scored], logits: Tensor, masks: Masks | None = None) -> Step:
@@ -153,7 +152,7 @@ class Postprocess:
                 return "stop"
         if len(request.output) < request.limit:
             return None
-        if matcher is not None and not matcher.allowed()[self._eos]:
+        if matcher is not None and not matcher.accepting:
             request.error = _cut_short(request)
         return "length"
 
@@ -168,7 +167,7 @@ class Postprocess:
     def _on_device(
         self, rows: Sequence[Scored], logits: Tensor, allowed: dict[Request, Allowed]
     ) -> tuple[dict[Request, _Gain], list[Scored], Tensor]:
-        """Draw on the GPU for those who need neither penalties nor a draft; the rest, with its scores, leaves."""
+        """Draw on the GPU where neither penalties nor drafts are; the rest leaves with its scores."""
         plain = [row for row in rows if not row.draft and row.request.penalties is None]
         rest = [row for row in rows if row.draft or row.request.penalties is not None]
         gains = {row.request: _Gain() for row in rows}

@@ -47,4 +47,4 @@ def _check_changes(s: Sampling, vocab_size: int) -> None:
         if not 0 <= token < vocab_size:
             raise UserError(f"logit_bias: no token has the id {token}; ids go from 0 to {vocab_size - 1}")
         if not -MAX_BIAS <= bias <= MAX_BIAS:
-            raise UserError(f"logit_bias: {bias} of token {token} is not between -100 and 100; choose one that is")
+            raise UserError(f"logit_bias: {bias} of token {token} is not between -100 and 100")

@@ -36,7 +36,7 @@ def draw_one(scores: Scores, sampling: Sampling, random: RandomStream | None) ->
 
 
 def likely(scores: Scores, sampling: Sampling) -> tuple[Ids | None, Weights]:
-    """The ids that min-p, top-k and top-p leave, in order (None: all), and their weights; the best one's is 1.
+    """The ids that min-p, top-k and top-p leave (None: all), in order, and their weights; the best has 1.
 
     Top-p is a share of what the others leave. Ids exactly as likely as the last one kept are kept too.
     """
