@@ -1,4 +1,8 @@
-"""Loops compiled with numba; without it the same functions run as plain Python: slower, equal results."""
+"""Loops compiled with numba; without it the same functions run as plain Python: slower, equal results.
+
+The only place that imports numba. `cgutils`, `intrinsic`, `ir`, `overload` and `types` are for code that has no
+plain form (engine/native); they are None where numba is not there.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +16,19 @@ import numpy as np
 F = TypeVar("F", bound=Callable[..., Any])
 
 _njit: Any
+cgutils: Any
+intrinsic: Any
+ir: Any
+overload: Any
+types: Any
 try:
+    from llvmlite import ir
     from numba import njit as _njit
+    from numba import types
+    from numba.core import cgutils
+    from numba.extending import intrinsic, overload
 except ImportError:
-    _njit = None
+    _njit = cgutils = intrinsic = ir = overload = types = None
 
 IS_COMPILED = _njit is not None
 """Whether numba is there."""
@@ -26,6 +39,15 @@ def njit(function: F) -> F:
     if _njit is None:
         return np.errstate(over="ignore")(function)  # hashes wrap around, as they do when compiled
     compiled: F = _njit(cache=True, nogil=True)(function)
+    return compiled
+
+
+def njit_float(function: F) -> F:
+    """As `njit`, for loops over floats: sums may be taken in lanes, a division by zero gives inf or nan."""
+    if _njit is None:
+        return function
+    flags = {"reassoc", "nsz", "contract"}
+    compiled: F = _njit(cache=True, nogil=True, error_model="numpy", fastmath=flags)(function)
     return compiled
 
 
