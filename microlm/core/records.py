@@ -113,12 +113,14 @@ class Constraint:
 
     json_schema: the JSON text of a schema; json_object: empty; regex: a pattern; choice: the JSON text of a list
     of strings; grammar: EBNF in the Lark form. `copy_from`: a text whose substrings are the only strings that an
-    answer may hold (in a schema: of every string that no enum, const, pattern or format bounds).
+    answer may hold (in a schema: of every string that no enum, const, pattern or format bounds; in a grammar: of the
+    terminal COPY). `copy_words`: a copy begins and ends where words of the text do.
     """
 
     kind: Literal["json_schema", "json_object", "regex", "choice", "grammar", "copy"]
     value: str = ""
     copy_from: str | None = None
+    copy_words: bool = False
 
 
 @dataclass(frozen=True, slots=True)

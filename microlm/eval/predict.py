@@ -150,7 +150,7 @@ def _extraction_item(name: str, record: Extraction, task: Task, max_tokens: int)
 
 def _bound(item: Item, record: Extraction, bounds: extraction.Bounds, copied: bool) -> Item:
     """The item with an answer of the schema, all its heads and tails out of the text if `copied`."""
-    schema = json.dumps(extraction.json_schema(record.allowed, bounds), ensure_ascii=False)
+    schema = json.dumps(extraction.json_schema(record.allowed, bounds, copied), ensure_ascii=False)
     constraint = Constraint("json_schema", schema, record.text if copied else None)
     return replace(item, sampling=replace(item.sampling, constraint=constraint))
 

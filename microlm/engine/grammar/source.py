@@ -12,6 +12,8 @@ from llguidance.gbnf_to_lark import any_to_lark
 from microlm.core.errors import UserError
 from microlm.core.records import Constraint
 from microlm.engine.grammar import limits
+from microlm.engine.grammar.copied_schema import copied_schema
+from microlm.engine.grammar.copying import Copies, no_copy
 
 # No \uXXXX: it would let lone surrogates and NUL into answers. No free whitespace: a model may stay in it.
 JSON_OPTIONS: dict[str, Any] = {
@@ -23,19 +25,25 @@ JSON_OPTIONS: dict[str, Any] = {
     "coerce_one_of": False,
     "lenient": False,
 }
+_HEADER = '%llguidance {"no_forcing": true}\n'
+"""An id is allowed wherever its text is; otherwise it would have to be the one that our tokenizer would choose."""
 _WORDS = re.compile(r'"(?:\\.|[^"\\\n])*"|//[^\n]*|#[^\n]*|/(?:\\.|[^/\\\n])+/')
 """What may hold any character in a Lark grammar: strings, comments, patterns."""
 
 
 def source_of(constraint: Constraint) -> str:
     """The grammar's text; a UserError says what is wrong with the constraint."""
+    return _HEADER + _rules(constraint)
+
+
+def _rules(constraint: Constraint) -> str:
     try:
         (constraint.value + (constraint.copy_from or "")).encode()
     except UnicodeEncodeError:
         raise UserError(f"{constraint.kind}: holds a lone surrogate, which is not text; take it out") from None
     kind, value = constraint.kind, constraint.value
     if constraint.copy_from is not None or kind == "copy":
-        raise UserError(f"{kind}: copy_from is not there yet")
+        return _copied(constraint)
     if kind == "json_schema":
         return _schema(value)
     if kind == "json_object":
@@ -47,12 +55,30 @@ def source_of(constraint: Constraint) -> str:
     return _grammar(value)
 
 
+def _copied(constraint: Constraint) -> str:
+    """A copy alone, a schema whose free strings are copies, or a Lark grammar that says COPY where one stands."""
+    kind, text = constraint.kind, constraint.copy_from
+    if text is None:
+        raise UserError("copy: copy_from is missing; give the text that the answer is a part of")
+    if kind in ("regex", "choice"):
+        raise UserError(f"{kind}: copy_from goes with copy, json_schema, json_object and grammar; leave it out")
+    copies = Copies(text, words=constraint.copy_words, quoted=kind in ("json_schema", "json_object"))
+    if kind in ("json_schema", "json_object"):
+        schema = limits.read_schema(constraint.value) if kind == "json_schema" else {"type": "object"}
+        return copied_schema(schema, copies, JSON_OPTIONS)
+    name = copies.terminal(1, None)
+    if name is None:
+        raise no_copy(1, None, kind)
+    start = "start: COPY" if kind == "copy" else _grammar(constraint.value)
+    return "\n".join([start, f"COPY: {name}", *copies.lines])
+
+
 def _schema(text: str) -> str:
-    limits.read_schema(text)
+    schema = limits.read_schema(text) | {"x-guidance": JSON_OPTIONS}
     try:
-        return llguidance.LLMatcher.grammar_from_json_schema(text, overrides=JSON_OPTIONS)  # type: ignore[arg-type]
-    except ValueError as e:
-        raise UserError(f"json_schema: {e}; see the JSON Schema 2020-12 documentation") from None
+        return "start: %json " + json.dumps(schema, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        raise UserError("json_schema: holds a number that is not JSON; numbers are finite") from None
 
 
 def _regex(pattern: str) -> str:
@@ -63,7 +89,7 @@ def _regex(pattern: str) -> str:
         pattern = pattern[:-1]
     if not pattern:
         raise UserError("regex: the pattern is empty; write what the answer must match")
-    return llguidance.LLMatcher.grammar_from_regex(pattern)
+    return f"start: /{llguidance.regex_to_lark(pattern, '')}/"
 
 
 def _choice(value: str) -> str:
