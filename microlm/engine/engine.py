@@ -248,10 +248,9 @@ class Engine:
             matchers = [w.request.matcher for w in drawn if w.request.matcher is not None]
             masks = self._grammars.begin(matchers) if matchers else None
             logits = self._run(work)
-            deltas: Step = []
-            if drawn:
-                deltas = self._postprocess.apply(self._scored(work, logits), logits, masks)
-                self._learn(drawn)
+            scored = self._scored(work, logits)
+            deltas = self._postprocess.apply(scored, logits, masks) if scored else []
+            self._learn(drawn)
             self._scheduler.advance(work)
             return deltas
 

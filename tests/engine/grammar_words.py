@@ -25,7 +25,9 @@ WORDS = [
 def small_vocabulary(folder: Path) -> Tokenizer:
     """All bytes, `WORDS`, three special tokens and the marks, which are shown as text."""
     spelled = ["".join(CHARACTER_OF[b] for b in (w if isinstance(w, bytes) else w.encode())) for w in WORDS]
-    steps = {word[: i + 1]: None for word in spelled for i in range(1, len(word))}  # BPE grows words one by one
+    steps = {
+        word[: i + 1]: None for word in spelled for i in range(1, len(word))
+    }  # BPE grows words one by one
     words = [*SPECIAL, *CHARACTER_OF.values(), *steps]
     merges = [(step[:-1], step[-1]) for step in steps]
     inner = HFTokenizer(models.BPE(vocab={w: i for i, w in enumerate(words)}, merges=merges))
@@ -60,7 +62,9 @@ def check_masks(
         expected = {i for i, text in texts.items() if completable(prefix + text)}
         expected |= {tokenizer.eos_id} if whole(prefix) else set()
         found = set(np.flatnonzero(allowed).tolist())
-        extra, missing = (sorted(tokenizer.token_bytes[i] for i in s) for s in (found - expected, expected - found))
+        extra, missing = (
+            sorted(tokenizer.token_bytes[i] for i in s) for s in (found - expected, expected - found)
+        )
         assert found == expected, f"after {prefix!r}: wrongly allowed {extra}, wrongly forbidden {missing}"
         assert matcher.accepting == whole(prefix), prefix
         seen += 1

@@ -40,7 +40,9 @@ def fits_extraction(value: Any) -> bool:
 
 def test_a_random_model_always_fits_the_schema(engine: Engine) -> None:
     schema = json.dumps(EXTRACTION, ensure_ascii=False)
-    each = [Sampling(max_tokens=120, temperature=1.0, seed=i, constraint=schema_of(schema)) for i in range(100)]
+    each = [
+        Sampling(max_tokens=120, temperature=1.0, seed=i, constraint=schema_of(schema)) for i in range(100)
+    ]
     answers = engine.generate(["a"] * 100, each)
     assert {a.finish_reason for a in answers} <= {"stop", "length"}
     ended = [a for a in answers if a.finish_reason == "stop"]
@@ -68,7 +70,9 @@ def test_choices_and_constants(engine: Engine) -> None:
 
 
 def test_being_cut_inside_json_is_told(engine: Engine) -> None:
-    answer = engine.generate(["a"], Sampling(max_tokens=2, constraint=schema_of('{"const":"a long constant text"}')))[0]
+    answer = engine.generate(
+        ["a"], Sampling(max_tokens=2, constraint=schema_of('{"const":"a long constant text"}'))
+    )[0]
     assert answer.finish_reason == "length"
     with pytest.raises(ValueError):
         json.loads(answer.text)

@@ -29,8 +29,8 @@ def fall_over(*_: Any, **__: Any) -> None:
 
 
 def break_decoder(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a lost device looks like: every pass of the real decoder raises."""
-    monkeypatch.setattr(server.engine._runner.decoder, "hidden", fall_over)
+    """What a lost device looks like: every pass raises."""
+    monkeypatch.setattr(server.engine._runner, "forward", fall_over)
 
 
 def break_bookkeeping(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
