@@ -18,7 +18,7 @@ from microlm.core.records import FinishReason, TokenLogprob
 from microlm.engine.grammar import Masks
 from microlm.engine.request import Delta, Request
 from microlm.engine.sampling.device import draw_rows, logprob_rows
-from microlm.engine.sampling.draw import Scores, draw_one
+from microlm.engine.sampling.draw import Scores, draw
 from microlm.engine.sampling.logprobs import token_logprob
 from microlm.text.tokenizer import Tokenizer
 
@@ -115,7 +115,7 @@ class Postprocess:
             own = np.where(allowed, own, np.float32(-np.inf))
         if request.penalties is not None:
             own = request.penalties.apply(own)
-        token = draw_one(own, request.sampling, request.random)
+        token = draw(own, request.sampling, request.random)
         if request.sampling.logprobs is not None:
             request.logprobs.append(token_logprob(scores, token, request.sampling.logprobs, self._size))
         return token

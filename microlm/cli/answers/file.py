@@ -101,8 +101,6 @@ def row_of(answer: Completion, tokenizer: Tokenizer) -> dict[str, Any]:
         "prompt_tokens": answer.prompt_tokens,
         "completion_tokens": len(answer.token_ids),
     }
-    if answer.cached_tokens:
-        row["cached_tokens"] = answer.cached_tokens
     if answer.logprobs is not None:
         row["logprobs"] = [
             {"id": known.token_id, "token": tokenizer.decode([known.token_id]), "logprob": known.logprob}

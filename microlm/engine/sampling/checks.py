@@ -12,7 +12,7 @@ MAX_LOGPROBS = 100
 MAX_BIAS = 100.0
 
 
-def check_sampling(s: Sampling, vocab_size: int = 2**31) -> None:
+def check_sampling(s: Sampling, vocab_size: int) -> None:
     """Refuse settings that have no meaning, by name; `vocab_size` bounds the ids of `logit_bias`."""
     if not (math.isfinite(s.temperature) and s.temperature >= 0):
         raise UserError(f"temperature: {s.temperature} is not a number >= 0; 0 is greedy, 0.7 is usual")

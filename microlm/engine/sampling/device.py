@@ -56,8 +56,8 @@ def _draw_random(scores: Tensor, samplings: Sequence[Sampling], uniforms: Sequen
     cumulative = weights.cumsum(-1)
     target = _column(uniforms, scores) * cumulative[:, -1:]
     picked = torch.searchsorted(cumulative, target, right=True)
-    last = torch.searchsorted(cumulative, cumulative[:, -1:])  # the last id whose weight is not 0
-    found: list[int] = torch.minimum(picked, last).squeeze(1).tolist()
+    last_above_0 = torch.searchsorted(cumulative, cumulative[:, -1:].contiguous())
+    found: list[int] = torch.minimum(picked, last_above_0).squeeze(1).tolist()
     return found
 
 

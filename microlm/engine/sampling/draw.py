@@ -16,10 +16,10 @@ Ids = NDArray[np.int64]
 Weights = NDArray[np.float64]
 
 COLDEST = 1e-30  # temperatures below it are it: the same draws, and no overflow
-_HEAD = 256  # weights that are ranked first: nearly always they hold top_p of the mass
+_BINS, _BINS_OF_1 = 512, 8  # of the weights' logarithms: 64 nats, eight bins a nat
 
 
-def draw_one(scores: Scores, sampling: Sampling, random: RandomStream | None) -> int:
+def draw(scores: Scores, sampling: Sampling, random: RandomStream | None) -> int:
     """The best id of `scores` [V] (at least one is finite, none is NaN), with a stream a random one.
 
     It is the inverse of the cumulative distribution, in the order of the ids.
@@ -40,30 +40,32 @@ def likely(scores: Scores, sampling: Sampling) -> tuple[Ids | None, Weights]:
 
     Top-p is a share of what the others leave. Ids exactly as likely as the last one kept are kept too.
     """
-    best, size = scores.max(), len(scores)
+    best, size, k = scores.max(), len(scores), sampling.top_k
     ids: Ids | None = None
-    if 0 < sampling.top_k < size:
-        ids = np.flatnonzero(scores >= np.partition(scores, size - sampling.top_k)[size - sampling.top_k])
+    if 0 < k < size:
+        ids = np.flatnonzero(scores >= np.partition(scores, size - k)[size - k])
         scores = scores[ids]
-    weights = np.subtract(scores, best, dtype=np.float64)
-    weights /= max(sampling.temperature, COLDEST)
-    np.exp(weights, out=weights)
-    least = sampling.min_p
+    powers = np.subtract(scores, best, dtype=np.float64)
+    powers /= max(sampling.temperature, COLDEST)
+    weights = np.exp(powers)
+    if sampling.min_p > 0:
+        kept = np.flatnonzero(weights >= sampling.min_p)
+        ids, powers, weights = (kept if ids is None else ids[kept]), powers[kept], weights[kept]
     if sampling.top_p < 1:
-        least = max(least, _least_of_nucleus(weights[weights >= least] if least else weights, sampling.top_p))
-    if least > 0:
-        kept = np.flatnonzero(weights >= least)
+        kept = np.flatnonzero(weights >= _least_of_nucleus(powers, weights, sampling.top_p))
         ids, weights = (kept if ids is None else ids[kept]), weights[kept]
     return ids, weights
 
 
-def _least_of_nucleus(weights: Weights, share: float) -> float:
-    """The least weight of the smallest set, the likeliest first, that has `share` of the mass."""
-    wanted, size = share * weights.sum(), len(weights)
-    if size > _HEAD:
-        head = np.sort(np.partition(weights, size - _HEAD)[size - _HEAD :])[::-1]
-        mass = head.cumsum()
-        if mass[-1] >= wanted:
-            return float(head[mass.searchsorted(wanted)])
-    ranked = np.sort(weights)[::-1]
-    return float(ranked[min(int(ranked.cumsum().searchsorted(wanted)), size - 1)])
+def _least_of_nucleus(powers: Weights, weights: Weights, share: float) -> float:
+    """The least weight of the smallest set, the likeliest first, that has `share` of the mass.
+
+    `powers` are the logarithms of `weights`: only the weights in whose bin of them it lies are put in order.
+    """
+    bins = np.minimum(powers * -_BINS_OF_1, _BINS - 1).astype(np.int64)
+    mass = np.bincount(bins, weights).cumsum()
+    wanted = share * mass[-1]
+    place = int(mass.searchsorted(wanted))
+    ranked = np.sort(weights[bins == place])[::-1]
+    before = mass[place - 1] if place else 0.0
+    return float(ranked[min(int(ranked.cumsum().searchsorted(wanted - before)), len(ranked) - 1)])

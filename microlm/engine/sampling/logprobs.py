@@ -30,10 +30,8 @@ def token_logprob(scores: Scores, token: int, count: int, vocab_size: int) -> To
 def of_prompt(request: Request, following: Sequence[int], logits: Tensor, vocab_size: int) -> None:
     """Add a chunk's to `request.prompt_logprobs`: row j of `logits` [t,V] foretells `following[j]`.
 
-    Chunks come in order; the prompt's first token, which nothing foretells, has None.
+    Chunks come in order, after the None of the prompt's first token, which nothing foretells.
     """
-    if not request.prompt_logprobs:
-        request.prompt_logprobs.append(None)
     count = request.sampling.prompt_logprobs or 0
     for scores, token in zip(logits.float().cpu().numpy(), following, strict=True):
         request.prompt_logprobs.append(token_logprob(scores, token, count, vocab_size))
