@@ -103,7 +103,7 @@ def test_a_prompt_beyond_the_window_is_an_error_of_that_item_only(model: Artifac
     assert long.finish_reason == "error"
     assert "2700 tokens" in long.error
     assert short.finish_reason in ("stop", "length")
-    assert sum(heard) == 1
+    assert sum(heard) == 2
 
 
 def test_endpoint_and_engine_give_the_same_texts(model: Artifact) -> None:
