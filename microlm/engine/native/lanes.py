@@ -39,10 +39,12 @@ def tile_of(rows: int, outs: int) -> Any:
             sums = [[cgutils.alloca_once_value(builder, _ZERO) for _ in range(outs)] for _ in range(rows)]
             weights = [_at(builder, parts[0], place, parts[1]) for place in places]
             scales = [_at(builder, parts[3], place, parts[4]) for place in places] if len(parts) > 3 else None
-            if kind.dtype == types.uint8 and scales:
-                _add_groups(builder, weights, scales, parts[2], args[3], sums)
-            else:
-                _add_columns(builder, kind.dtype, weights, parts[2], args[3], sums)
+            for o in range(outs):  # one after the other: side by side they would defeat the prefetcher
+                column = [row[o] for row in sums]
+                if kind.dtype == types.uint8 and scales:
+                    _add_groups(builder, (weights[o], scales[o]), parts[2], args[3], column)
+                else:
+                    _add_columns(builder, kind.dtype, (weights[o], parts[2]), args[3], column)
             for r, row in enumerate(sums):
                 found = _sums(builder, [builder.load(place) for place in row])
                 if kind.dtype == types.int8 and scales:
@@ -100,24 +102,21 @@ def mix_of(rows: int, width: int) -> Any:
     return mix
 
 
-def _add_columns(
-    builder: Any, kind: Any, rows_w: list[Any], columns: Any, x: Any, sums: list[list[Any]]
-) -> None:
-    """Add products column block by column block; int4 (of the cache) by its first and second half."""
+def _add_columns(builder: Any, kind: Any, row: tuple[Any, Any], x: Any, sums: list[Any]) -> None:
+    """Add the products of a stored row (address, columns); int4, of the cache, by its first and second half."""
+    weights, columns = row
     packed = kind == types.uint8
     width = builder.lshr(columns, _LONG(1)) if packed else columns
+    size = 1 if packed else kind.bitwidth // 8
 
     def block(index: Any, rest: Any) -> None:
         start = builder.mul(index, _LONG(LANES))
-        size = 1 if packed else kind.bitwidth // 8
-        values = [_block(builder, kind, _at(builder, w, start, size), 1, rest) for w in rows_w]
-        for r, row in enumerate(sums):
+        values = _block(builder, kind, _at(builder, weights, start, size), 1, rest)
+        for r, total in enumerate(sums):
             base = _at(builder, _at(builder, x, columns, 4 * r), start, 4)
-            parts = [base, _at(builder, base, width, 4)][: 1 + packed]
-            inputs = [_load_some(builder, part, _VECTOR, rest) for part in parts]
-            for value, total in zip(values, row, strict=True):
-                for part, given in zip(value, inputs, strict=True):
-                    builder.store(_fma(builder, part, given, builder.load(total)), total)
+            for i, value in enumerate(values):
+                given = _load_some(builder, _at(builder, base, width, 4 * i), _VECTOR, rest)
+                builder.store(_fma(builder, value, given, builder.load(total)), total)
 
     blocks = builder.lshr(width, _LONG(4))
     with cgutils.for_range(builder, blocks) as loop:
@@ -127,29 +126,23 @@ def _add_columns(
         block(blocks, rest)
 
 
-def _add_groups(
-    builder: Any, rows_w: list[Any], scales: list[Any], columns: Any, x: Any, sums: list[list[Any]]
-) -> None:
-    """Add products of int4 groups: scale · (codes · x) + zero · (sum of x)."""
+def _add_groups(builder: Any, row: tuple[Any, Any], columns: Any, x: Any, sums: list[Any]) -> None:
+    """Add the products of a row of int4 groups (addresses): scale · (codes · x) + zero · (sum of x)."""
+    weights, scales = row
     with cgutils.for_range(builder, builder.lshr(columns, _LONG(6))) as loop:
-        start = builder.mul(loop.index, _LONG(GROUP))
-        inputs = []
-        for r in range(len(sums)):
-            base = _at(builder, _at(builder, x, columns, 4 * r), start, 4)
-            parts = [_load(builder, builder.add(base, _LONG(64 * j)), _VECTOR) for j in range(4)]
+        codes = _block(builder, types.uint8, _at(builder, weights, loop.index, GROUP // 2), 2, None)
+        word = _load(builder, _at(builder, scales, loop.index, 4), _WORD)
+        scale = _splat(builder, builder.bitcast(builder.shl(word, _WORD(16)), _FLOAT))
+        zero = _splat(builder, builder.bitcast(builder.and_(word, _WORD(0xFFFF0000)), _FLOAT))
+        for r, total in enumerate(sums):
+            base = _at(builder, _at(builder, x, columns, 4 * r), builder.mul(loop.index, _LONG(GROUP)), 4)
+            parts = [_load(builder, builder.add(base, _LONG(4 * LANES * j)), _VECTOR) for j in range(4)]
             pairs = builder.fadd(parts[0], parts[1]), builder.fadd(parts[2], parts[3])
-            inputs.append((parts, builder.fadd(*pairs)))
-        for o, (w, s) in enumerate(zip(rows_w, scales, strict=True)):
-            codes = _block(builder, types.uint8, _at(builder, w, loop.index, GROUP // 2), 2, None)
-            word = _load(builder, _at(builder, s, loop.index, 4), _WORD)
-            scale = _splat(builder, builder.bitcast(builder.shl(word, _WORD(16)), _FLOAT))
-            zero = _splat(builder, builder.bitcast(builder.and_(word, _WORD(0xFFFF0000)), _FLOAT))
-            for (parts, whole), row in zip(inputs, sums, strict=True):
-                inner = builder.fmul(codes[0], parts[0])
-                for code, part in zip(codes[1:], parts[1:], strict=True):
-                    inner = _fma(builder, code, part, inner)
-                total = _fma(builder, scale, inner, builder.load(row[o]))
-                builder.store(_fma(builder, zero, whole, total), row[o])
+            inner = builder.fmul(codes[0], parts[0])
+            for code, part in zip(codes[1:], parts[1:], strict=True):
+                inner = _fma(builder, code, part, inner)
+            added = _fma(builder, scale, inner, builder.load(total))
+            builder.store(_fma(builder, zero, builder.fadd(*pairs), added), total)
 
 
 def _block(builder: Any, kind: Any, address: Any, width: int, rest: Any) -> list[Any]:

@@ -47,8 +47,8 @@ class QuantizedLinear(nn.Module):
         if self.kind == "int8":
             return self.codes.float() * self.scales[:, None]
         both = torch.cat((self.codes & 15, self.codes >> 4), dim=-1).float()
-        scale, zero = self.scales.float().unsqueeze(-2).unbind(-1)
-        return (both * scale.mT + zero.mT).flatten(1)[:, : self.in_features]
+        scale, zero = self.scales.float().unbind(-1)
+        return (both * scale[..., None] + zero[..., None]).flatten(1)[:, : self.in_features]
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
