@@ -178,9 +178,7 @@ def _sums(builder: Any, vectors: list[Any]) -> Any:
         pairs.append(builder.fadd(*halves))
     if len(pairs) == 1:
         (pair,) = pairs
-        return builder.fadd(
-            _shuffled(builder, pair, pair, (0, 1)), _shuffled(builder, pair, pair, (2, 3))
-        )
+        return builder.fadd(_shuffled(builder, pair, pair, (0, 1)), _shuffled(builder, pair, pair, (2, 3)))
     left = _shuffled(builder, *pairs, (0, 1, 4, 5))
     return builder.fadd(left, _shuffled(builder, *pairs, (2, 3, 6, 7)))
 

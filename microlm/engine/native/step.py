@@ -251,4 +251,4 @@ def _floats(tensors: list[Tensor]) -> Array:
 def _view(tensor: Tensor) -> Array:
     """A tensor's memory as numpy sees it; bf16 as uint16."""
     kind = tensor.detach()
-    return (kind.view(torch.int16).numpy().view(np.uint16) if kind.dtype == torch.bfloat16 else kind.numpy())
+    return kind.view(torch.int16).numpy().view(np.uint16) if kind.dtype == torch.bfloat16 else kind.numpy()

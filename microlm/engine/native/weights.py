@@ -52,7 +52,10 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype), bias)
+        if self.kind == "int4":
+            return F.linear(x, self.weight.to(x.dtype), bias)
+        y = F.linear(x, self.codes.to(x.dtype)) * self.scales.to(x.dtype)  # codes are exact in bf16 too
+        return y if bias is None else y + bias
 
 
 def quantize(decoder: Decoder, kind: Quantization) -> None:
