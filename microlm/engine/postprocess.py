@@ -173,7 +173,8 @@ class Postprocess:
         gains = {row.request: _Gain() for row in rows}
         if plain:
             self._draw_plain(plain, logits[[row.first for row in plain]], allowed, gains)
-        wanted, moved = [], []
+        wanted: list[int] = []
+        moved: list[Scored] = []
         for row in rest:
             moved.append(row._replace(first=len(wanted)))
             wanted += range(row.first, row.first + len(row.draft) + 1)

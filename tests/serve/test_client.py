@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from microlm.core.client import Client, EndpointError, wire
+from microlm.core.client import Client, EndpointError
 from microlm.core.endpoint import root_url
 from microlm.core.errors import UserError
-from microlm.core.payload import split_events
+from microlm.core.payload import split_events, wire
 from microlm.core.records import Constraint, Message, Sampling
 
 HELLO = (Message("user", "Hello"),)
