@@ -74,8 +74,11 @@ def answer_file(
     part = _Part(target.with_name(target.name + ".unfinished"))
     busy = f"{part.path}: another process writes it; wait for that one, or choose another --out"
     with storage.locked(target.with_name(target.name + ".lock"), busy), storage.explain_write(part.path):
-        tally = _resume(part, settings)
+        head = json.dumps({"settings": settings}, ensure_ascii=False).encode() + b"\n"
+        tally = _resume(part, head)
         total = _check(source, question, engine.tokenizer.vocab_size, part)
+        if not part.path.exists():
+            storage.write_atomic(part.path, head)
         done, started = len(part.places), time.monotonic()
         with Progress("generate", total, "prompts", start=done) as bar, _unbroken_steps() as between:
             for row, completions in _answers(engine, source, question, part, between):
@@ -164,20 +167,18 @@ def _check(source: Path, question: Question, vocab_size: int, part: _Part) -> in
     return total
 
 
-def _resume(part: _Part, settings: dict[str, Any]) -> _Tally:
+def _resume(part: _Part, head: bytes) -> _Tally:
     """Find the answers that the unfinished file holds; a line that was cut while being written is removed."""
     tally = _Tally()
-    head = json.dumps({"settings": settings}, ensure_ascii=False).encode() + b"\n"
-    whole = _whole_bytes(part.path)
-    if not whole:
-        storage.write_atomic(part.path, head)
+    if not part.path.exists():
         return tally
+    whole = _whole_bytes(part.path)
     with part.path.open("r+b") as file:
-        file.truncate(whole)
         if file.readline() != head:
             raise _other(part)
         at = len(head)
-        for raw in file:
+        while at < whole:
+            raw = file.readline()
             try:
                 row = json.loads(raw)
                 number, part.digests[number] = row["line"], row["of"]
@@ -187,13 +188,12 @@ def _resume(part: _Part, settings: dict[str, Any]) -> _Tally:
                 raise _other(part) from None
             part.places[number] = (at, len(raw))
             at += len(raw)
+        file.truncate(whole)
     return tally
 
 
 def _whole_bytes(path: Path) -> int:
-    """How many bytes of a file are whole lines; 0 where there is none."""
-    if not path.exists():
-        return 0
+    """How many bytes of a file are whole lines."""
     with path.open("rb") as file:
         at = end = file.seek(0, 2)
         while at:

@@ -61,7 +61,7 @@ def generate(
     if (prompt is None) == (prompts is None):
         raise UserError("generate: found no prompt, or two; give either PROMPT or --prompts FILE")
     sampling = draws.sampling(MAX_NEW_TOKENS, bounds.constraint(), n=n, logprobs=logprobs)
-    arguments = runs.arguments(max_seqs=BATCH if prompts else n)
+    arguments = runs.arguments(max_seqs=BATCH if prompts else max(n, 1))
 
     from microlm.engine import Engine
     from microlm.engine.resolve import resolve_model_dir
