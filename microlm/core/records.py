@@ -111,10 +111,11 @@ class Question:
 class Constraint:
     """What an output must be, as a grammar. `value` by kind:
 
-    json_schema: the JSON text of a schema; json_object: empty; regex: a pattern; choice: the JSON text of a list
-    of strings; grammar: EBNF in the Lark form. `copy_from`: a text whose substrings are the only strings that an
-    answer may hold (in a schema: of every string that no enum, const, pattern or format bounds; in a grammar: of the
-    terminal COPY). `copy_words`: a copy begins and ends where words of the text do.
+    json_schema: the JSON text of a schema; json_object, copy: empty; regex: a pattern that the whole output
+    matches; choice: the JSON text of a list of strings; grammar: EBNF in the Lark form, or GBNF.
+    `copy_from`: a text whose substrings are the only strings that an output holds: the output itself (copy),
+    every string of a schema that no enum, const, pattern or format bounds, or a grammar's terminal COPY.
+    `copy_words`: a copy begins and ends where words of the text do.
     """
 
     kind: Literal["json_schema", "json_object", "regex", "choice", "grammar", "copy"]
@@ -128,7 +129,7 @@ class Sampling:
     """How tokens are drawn. `temperature` 0 is greedy; `max_tokens` counts new tokens.
 
     `seed` makes a request repeatable; `n` answers are drawn, answer i with seed + i. Penalties are vLLM's:
-    repetition over prompt and answer, presence and frequency over the answer. `logit_bias`: (id, added score).
+    repetition over prompt and answer, presence and frequency over the answer. `logit_bias`: (id, its addend).
     `logprobs`: of each new token, and of so many likeliest ones beside it (None: none are computed);
     `prompt_logprobs`: the same of the prompt's tokens.
     """
@@ -153,7 +154,7 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """Natural-log probability of a token, before temperature and penalties; `top`: (id, logprob), likeliest first."""
+    """Natural-log probability of a token, before temperature and penalties; `top`: the likeliest ids with theirs."""
 
     token_id: int
     logprob: float

@@ -89,7 +89,10 @@ def json_schema(allowed: Sequence[str], bounds: Bounds, copied: bool = False) ->
     tails = {"anyOf": [text, {"type": "array", "items": text, "minItems": 2, "maxItems": bounds.tails}]}
     relations = {"type": "object", "properties": dict.fromkeys(allowed, tails), "additionalProperties": False}
     if copied:
-        heads = {"propertyNames": {"minLength": 1, "maxLength": bounds.chars}, "additionalProperties": relations}
+        heads = {
+            "propertyNames": {"minLength": 1, "maxLength": bounds.chars},
+            "additionalProperties": relations,
+        }
     else:
         pattern = rf"^[\s\S]{{1,{bounds.chars}}}$"
         heads = {"patternProperties": {pattern: relations}, "additionalProperties": False}

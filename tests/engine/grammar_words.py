@@ -1,4 +1,4 @@
-"""A small vocabulary whose words cut across characters, quotes and commas; and a walk that compares all masks."""
+"""A small vocabulary whose words cut across characters, quotes and commas, and a walk over all masks."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from microlm.text.tokenizer import MARKS, SPECIAL, Tokenizer
 
 CHARACTER_OF = {byte: character for character, byte in BYTE_OF.items()}
 WORDS = [
-    '{"', '":', '":"', '",', '","', '"}', '"]', '["', '}}', '],', "ab", "aba", "bc", "a b", "\\n", '\\"', "12", "0,",
-    "李白", "a李", b"\xe6\x9d", b"\x8e\xe7", b"\xe6\x9d\x8e\xe7", b"\x99\xbd",
+    '{"', '":', '":"', '",', '","', '"}', '"]', '["', '}}', '],',
+    "ab", "aba", "bc", "a b", "\\n", '\\"', "12", "0,", "李白", "a李",
+    b"\xe6\x9d", b"\x8e\xe7", b"\xe6\x9d\x8e\xe7", b"\x99\xbd",
 ]  # fmt: skip
 """Beside all single bytes; the last ones cut 李 (e69d8e) and 白 (e799bd) apart, and join them wrongly."""
 
@@ -46,7 +47,7 @@ def check_masks(
     whole: Callable[[bytes], bool],
     depth: int,
 ) -> int:
-    """Walk every answer of at most `depth` bytes, and compare each mask with the oracle's; how many there were.
+    """Walk every answer of at most `depth` bytes, and compare each mask with the oracle's; returns how many.
 
     An id is allowed exactly where the text with it can be completed, the EOS exactly where the text is whole.
     """

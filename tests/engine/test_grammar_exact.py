@@ -6,7 +6,6 @@ import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -35,8 +34,8 @@ def strings(alphabet: str, longest: int) -> Iterator[str]:
 @pytest.mark.parametrize(
     "pattern",
     [
-        "a{1,3}b?", "(ab|a)(bc|c)?", "[ab]{2}|12", "^a|b$", r"a\$", "a?", "李白|李[ab]?|[白李]{1,2}", "(李|白|a){0,2}",
-        "a李|aba?", r"[a-c&&[^b]]{1,2}",
+        "a{1,3}b?", "(ab|a)(bc|c)?", "[ab]{2}|12", "^a|b$", r"a\$", "a?", "李白|李[ab]?|[白李]{1,2}",
+        "(李|白|a){0,2}", "a李|aba?", r"[a-c&&[^b]]{1,2}",
     ],
 )  # fmt: skip
 def test_masks_of_patterns(tokenizer: Tokenizer, pattern: str) -> None:
@@ -168,8 +167,11 @@ COPIED: list[tuple[dict[str, Any], Any]] = [
     ({"type": "string", "minLength": 2, "maxLength": 3}, lambda found: found),
     ({"anyOf": [STRING, FEW]}, lambda found: [*found, *FEW["enum"]]),
     ({"type": ["string", "null"], "maxLength": 2}, lambda found: [*found, None]),
-    ({"type": "array", "items": {"type": "string", "maxLength": 1}, "maxItems": 2}, lambda found: lists(found, 2)),
-    (closed(a=STRING, b=ONE), lambda found: (x | y for x in objects("a", found, 1) for y in objects("b", [12], 1))),
+    ({"type": "array", "items": STRING | {"maxLength": 1}, "maxItems": 2}, lambda found: lists(found, 2)),
+    (
+        closed(a=STRING, b=ONE),
+        lambda found: (x | y for x in objects("a", found, 1) for y in objects("b", [12], 1)),
+    ),
     (
         {"type": "object", "additionalProperties": ONE, "minProperties": 1, "maxProperties": 1,
          "propertyNames": {"maxLength": 3}},
@@ -181,8 +183,8 @@ COPIED: list[tuple[dict[str, Any], Any]] = [
     ),
     ({"type": "string", "pattern": "^[ab]{1,2}$"}, lambda found: ["a", "b", "aa", "ab", "ba", "bb"]),
     (
-        {"$ref": "#/$defs/pair", "$defs": {"pair": {"type": "array", "prefixItems": [{"$ref": "#/$defs/one"}, FEW],
-         "items": False, "minItems": 2}, "one": {"type": "string", "maxLength": 2}}},
+        {"$ref": "#/$defs/pair", "$defs": {"one": {"type": "string", "maxLength": 2}, "pair":
+         {"type": "array", "prefixItems": [{"$ref": "#/$defs/one"}, FEW], "items": False, "minItems": 2}}},
         lambda found: ([x, y] for x in found for y in FEW["enum"]),
     ),
 ]  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections import OrderedDict
@@ -13,7 +14,7 @@ import llguidance
 from microlm.core.errors import UserError
 from microlm.core.records import Constraint
 from microlm.engine.grammar.limits import parser_limits
-from microlm.engine.grammar.masks import Masks, Matcher, Worker, first_line
+from microlm.engine.grammar.masks import Masks, Matcher, Worker
 from microlm.engine.grammar.source import source_of
 from microlm.engine.grammar.vocabulary import vocabulary
 from microlm.text.tokenizer import Tokenizer
@@ -45,6 +46,7 @@ class Grammars:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._vocabulary = vocabulary(tokenizer)
         self._vocab_size = tokenizer.vocab_size
+        self._brace = tokenizer.encode("{")[0]
         self._worker = Worker(tokenizer.vocab_size)
         self._entries: OrderedDict[Constraint, _Entry] = OrderedDict()
         self._lock = threading.Lock()
@@ -91,10 +93,15 @@ class Grammars:
             )
 
     def _compile(self, constraint: Constraint) -> llguidance.LLMatcher:
-        grammar = source_of(constraint)
-        matcher = llguidance.LLMatcher(self._vocabulary, grammar, log_level=0, limits=parser_limits())
-        probe = matcher.deep_copy()
-        if not probe.is_error() and any(probe.compute_bitmask()) and not probe.is_error():
-            return matcher  # a grammar that nothing satisfies shows only at the first mask
-        reason = first_line(probe.get_error()) or "nothing satisfies it"
+        source, limits = source_of(constraint), parser_limits()
+        matcher = llguidance.LLMatcher(self._vocabulary, source, log_level=0, limits=limits)
+        probe = Matcher(matcher.deep_copy(), self._vocab_size)
+        allowed = probe.allowed()  # that nothing satisfies a grammar shows only here …
+        if allowed[self._brace] and probe.consume(self._brace):
+            probe.allowed()  # … and that an object has too many properties only there
+        if allowed.any() and not probe.error:
+            return matcher
+        reason = probe.error or "nothing satisfies it"
+        if constraint.kind != "grammar":  # line and column are of a grammar that the user did not write
+            reason = re.sub(r"^(at )?\d+\(\d+\): (failed to compile JSON schema: )?", "", reason)
         raise UserError(f"{constraint.kind}: cannot be used to constrain the output: {reason}; simplify it")

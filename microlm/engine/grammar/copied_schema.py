@@ -14,12 +14,9 @@ from typing import Any, NamedTuple
 
 from microlm.core.errors import UserError
 from microlm.engine.grammar.copying import Copies, no_copy
+from microlm.engine.grammar.limits import NOTES
 
 MAX_RULES = 4_096
-_NOTES = {
-    "$comment", "$defs", "$id", "$schema", "default", "definitions", "deprecated", "description", "examples",
-    "readOnly", "title", "writeOnly",
-}  # fmt: skip
 _KEYWORDS: dict[str, set[str]] = {
     "object": {
         "properties", "required", "additionalProperties", "propertyNames", "minProperties", "maxProperties",
@@ -73,7 +70,7 @@ class _Rules:
         """The name of a subschema's rule, which is written later if it is new."""
         if not isinstance(schema, dict | bool):
             raise UserError(f"json_schema: expected a schema (an object), found {_short(schema)}")
-        bare = {k: v for k, v in schema.items() if k not in _NOTES} if isinstance(schema, dict) else schema
+        bare = {k: v for k, v in schema.items() if k not in NOTES} if isinstance(schema, dict) else schema
         key = json.dumps({} if bare is True else bare, ensure_ascii=False)
         if key not in self._names:
             self._names[key] = f"v{len(self._names)}"
@@ -92,13 +89,13 @@ class _Rules:
         if unknown := sorted(set(schema) - known):
             raise UserError(
                 f"json_schema: with copy_from '{unknown[0]}' is not supported; "
-                "use type, properties, propertyNames, items, enum, const, anyOf and $ref, or leave copy_from out"
+                "use properties, propertyNames, items, enum, const, anyOf and $ref, or leave copy_from out"
             )
         for single in ("$ref", "anyOf"):
             if single in schema:
                 if len(schema) > 1:
                     raise UserError(
-                        f"json_schema: with copy_from nothing may stand beside '{single}'; write it into the parts"
+                        f"json_schema: with copy_from nothing stands beside '{single}'; put it into the parts"
                     )
                 return self._rule(self._target(schema["$ref"])) if single == "$ref" else self._any(schema)
         if "enum" in schema or "const" in schema:
@@ -122,7 +119,9 @@ class _Rules:
         for word in reference.split("/")[1:]:
             word = word.replace("~1", "/").replace("~0", "~")
             if not isinstance(place, dict) or word not in place:
-                raise UserError(f"json_schema: $ref {_short(reference)}: nothing is there; define it in $defs")
+                raise UserError(
+                    f"json_schema: $ref {_short(reference)}: nothing is there; define it in $defs"
+                )
             place = place[word]
         return place
 
@@ -158,7 +157,7 @@ class _Rules:
         count = _count(schema, "minProperties", "maxProperties")
         if count != (0, None) and not all(must for _, _, must in parts):
             raise UserError(
-                "json_schema: with copy_from minProperties and maxProperties need all listed properties required"
+                "json_schema: with copy_from minProperties and maxProperties need all properties required"
             )
         rest = count.less(len(parts))
         pair = self._other_pair(schema, listed, other) if other is not False and rest.high != 0 else None
@@ -172,7 +171,9 @@ class _Rules:
         """A property that is not listed; None where the text has no name for one."""
         names = schema.get("propertyNames", {})
         if not isinstance(names, dict) or set(names) - {"type", "minLength", "maxLength"}:
-            raise UserError("json_schema: with copy_from 'propertyNames' may have minLength and maxLength only")
+            raise UserError(
+                "json_schema: with copy_from 'propertyNames' may have minLength and maxLength only"
+            )
         key = self._copies.terminal(*_count(names, "minLength", "maxLength"), tuple(listed))
         return None if key is None else f'{key} ":" {self._rule(other)}'
 
@@ -190,7 +191,7 @@ class _Rules:
         return self._items([self._rule(s) for s in firsts], low, item, rest)
 
     def _listing(self, braces: str, parts: list[str], must: list[bool], other: str, rest: _Count) -> str:
-        """Parts in their order, each there or not, then others. `later` follows what has a comma before it."""
+        """Parts in their order, each there or not, then others. `later` is what follows a part."""
         later = _repeated(_after_comma(other), rest) if other else ""
         first = [_some(other, rest)] if other and (rest.high is None or rest.high > 0) else []
         nothing = rest.low == 0
@@ -253,7 +254,9 @@ def _types(schema: Mapping[str, Any]) -> list[str]:
     named = schema.get("type", list(_KEYWORDS))
     types = [named] if isinstance(named, str) else named
     if not isinstance(types, list) or not types or not all(t in {*_KEYWORDS, "integer"} for t in types):
-        raise UserError(f"json_schema: 'type' is {_short(named)}, expected one of {', '.join(_KEYWORDS)}, integer")
+        raise UserError(
+            f"json_schema: 'type' is {_short(named)}, expected one of {', '.join(_KEYWORDS)}, integer"
+        )
     return [t for t in types if t != "integer" or "number" not in types]
 
 

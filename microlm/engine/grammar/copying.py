@@ -13,7 +13,7 @@ from collections.abc import Collection
 from microlm.core.errors import UserError
 from microlm.engine.grammar.limits import MAX_COPY_CHARS, check_size
 
-# Scripts that write words without spaces (Thai to Myanmar, Khmer, Chinese, Japanese, Korean particles) go by character.
+# Scripts that write words without spaces (Thai to Myanmar, Khmer, Chinese …), and Korean, go by character.
 _WORD = re.compile(r"[^\W\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\U0010ffff]+|[\s\S]")
 _RAW = (r"[\s\S]", r"[^\s\x00-\x1f]")
 _QUOTED = (r'(?:\\u[0-9a-f]{4}|\\[^u]|[^\\"])', r'(?:\\["\\]|[^\\"\s])')

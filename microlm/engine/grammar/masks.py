@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Flags = NDArray[np.bool_]
+MAX_REASON = 300  # characters of a message of llguidance
 
 
 class Matcher:
@@ -42,7 +43,7 @@ class Matcher:
     @property
     def error(self) -> str:
         """Why no token is allowed any more; "" while all is well."""
-        return first_line(self.inner.get_error())
+        return reason_of(self.inner)
 
     def allowed(self) -> Flags:
         """Which ids may come next, [V]; none after an error."""
@@ -56,9 +57,7 @@ class Matcher:
 class Masks:
     """Which ids may come next for several answers: in the making from the start, whole after `wait`."""
 
-    def __init__(
-        self, matchers: Sequence[Matcher], vocab_size: int, executor: llguidance.LLExecutor
-    ) -> None:
+    def __init__(self, matchers: Sequence[Matcher], vocab_size: int, executor: llguidance.LLExecutor) -> None:
         self._inner = [m.inner for m in matchers]
         self._vocab_size = vocab_size
         self._executor = executor
@@ -121,12 +120,17 @@ def _flags(
         for row, matcher in enumerate(matchers):
             matcher.unsafe_compute_mask_ptr(bits[row].ctypes.data, words * 4)
     for row, matcher in enumerate(matchers):
-        if matcher.is_error():  # llguidance then allows the EOS, which would pass off a broken answer as whole
+        if (
+            matcher.is_error()
+        ):  # llguidance then allows the EOS, which would pass off a broken answer as whole
             bits[row] = 0
     flags = np.unpackbits(bits.view(np.uint8), axis=1, bitorder="little", count=vocab_size)
     return flags.view(np.bool_)
 
 
-def first_line(text: str) -> str:
-    """The first line of a message of llguidance."""
-    return text.strip().split("\n")[0]
+def reason_of(matcher: llguidance.LLMatcher) -> str:
+    """What is wrong with a matcher, in one line; "" if nothing is."""
+    text = matcher.get_error().partition("\n   1 | ")[0].strip()  # after it the grammar is shown
+    _, found, fault = text.partition("\nerror: ")
+    line = f"pattern: {fault}" if found else text.split("\n")[0]
+    return "nothing satisfies it" if line.startswith("NoExtension") else line[:MAX_REASON]

@@ -25,22 +25,24 @@ JSON_OPTIONS: dict[str, Any] = {
     "coerce_one_of": False,
     "lenient": False,
 }
-_HEADER = '%llguidance {"no_forcing": true}\n'
-"""An id is allowed wherever its text is; otherwise it would have to be the one that our tokenizer would choose."""
+_OPTIONS = '\n%llguidance {"no_forcing": true}'
+"""An id is allowed wherever its text is; else it had to be the one that our tokenizer would choose."""
 _WORDS = re.compile(r'"(?:\\.|[^"\\\n])*"|//[^\n]*|#[^\n]*|/(?:\\.|[^/\\\n])+/')
 """What may hold any character in a Lark grammar: strings, comments, patterns."""
 
 
 def source_of(constraint: Constraint) -> str:
     """The grammar's text; a UserError says what is wrong with the constraint."""
-    return _HEADER + _rules(constraint)
+    return _rules(constraint) + _OPTIONS
 
 
 def _rules(constraint: Constraint) -> str:
     try:
         (constraint.value + (constraint.copy_from or "")).encode()
     except UnicodeEncodeError:
-        raise UserError(f"{constraint.kind}: holds a lone surrogate, which is not text; take it out") from None
+        raise UserError(
+            f"{constraint.kind}: holds a lone surrogate, which is not text; take it out"
+        ) from None
     kind, value = constraint.kind, constraint.value
     if constraint.copy_from is not None or kind == "copy":
         return _copied(constraint)
@@ -56,12 +58,14 @@ def _rules(constraint: Constraint) -> str:
 
 
 def _copied(constraint: Constraint) -> str:
-    """A copy alone, a schema whose free strings are copies, or a Lark grammar that says COPY where one stands."""
+    """A copy alone, a schema whose free strings are copies, or a grammar that says COPY where one is."""
     kind, text = constraint.kind, constraint.copy_from
     if text is None:
         raise UserError("copy: copy_from is missing; give the text that the answer is a part of")
     if kind in ("regex", "choice"):
-        raise UserError(f"{kind}: copy_from goes with copy, json_schema, json_object and grammar; leave it out")
+        raise UserError(
+            f"{kind}: copy_from goes with copy, json_schema, json_object and grammar; leave it out"
+        )
     copies = Copies(text, words=constraint.copy_words, quoted=kind in ("json_schema", "json_object"))
     if kind in ("json_schema", "json_object"):
         schema = limits.read_schema(constraint.value) if kind == "json_schema" else {"type": "object"}
@@ -101,7 +105,9 @@ def _choice(value: str) -> str:
     if not isinstance(choices, list) or not choices or not all(isinstance(c, str) and c for c in choices):
         raise UserError('choice: expected a JSON list of texts that are not empty, such as ["yes","no"]')
     if len(choices) > limits.MAX_CHOICES:
-        raise UserError(f"choice: {len(choices)} choices, at most {limits.MAX_CHOICES} are allowed; shorten it")
+        raise UserError(
+            f"choice: {len(choices)} choices, at most {limits.MAX_CHOICES} are allowed; shorten it"
+        )
     # One terminal: rules would try the choices one by one, a terminal is an automaton.
     return "start: CHOICE\nCHOICE: " + " | ".join(json.dumps(c, ensure_ascii=False) for c in choices)
 
@@ -109,13 +115,14 @@ def _choice(value: str) -> str:
 def _grammar(text: str) -> str:
     """Lark, or GBNF turned into it; the control tokens of the vocabulary cannot be asked for."""
     limits.check_size("grammar", text, limits.MAX_CHARS)
-    limits.check_depth("grammar", text)
     if "::=" in text:
         try:
             text = any_to_lark(text)
-        except Exception as e:  # the converter raises IndexError and its own kind
+        except Exception as e:  # the converter raises IndexError, RecursionError and its own kind
             reason = str(e).strip().split("\n")[0]
             raise UserError(f"grammar: not GBNF ({reason}); write it as Lark, or correct it") from None
     if "<" in _WORDS.sub("", text):
-        raise UserError("grammar: <…> asks for a control token, which no answer may hold; write text in quotes")
+        raise UserError(
+            "grammar: <…> asks for a control token, which no answer may hold; write text in quotes"
+        )
     return text

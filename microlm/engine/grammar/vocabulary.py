@@ -30,4 +30,6 @@ class _Words:
 
 def vocabulary(tokenizer: Tokenizer) -> llguidance.LLTokenizer:
     """The words of a tokenizer, with the EOS that may follow a finished answer."""
-    return llguidance.LLTokenizer(llguidance.TokenizerWrapper(_Words(tokenizer)), eos_token=tokenizer.eos_id)
+    words = llguidance.TokenizerWrapper(_Words(tokenizer))
+    slices = llguidance.LLTokenizer.json_slices()  # masks of JSON strings are cut from these
+    return llguidance.LLTokenizer(words, eos_token=tokenizer.eos_id, slices=slices)
