@@ -21,7 +21,9 @@ TEXTS = [
 WINDOW = 128
 
 
-def write_model(folder: Path, kind: ModelType, vocab_size: int = 320, seed: int = 0, window: int = WINDOW) -> Path:
+def write_model(
+    folder: Path, kind: ModelType, vocab_size: int = 320, seed: int = 0, window: int = WINDOW
+) -> Path:
     """An HF directory with random weights, far from the identity, and a tokenizer trained on four lines."""
     inner = HFTokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

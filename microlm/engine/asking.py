@@ -21,7 +21,7 @@ from microlm.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True, slots=True)
 class Asking:
-    """Makes the requests of one engine; `window` and `draft` are in tokens."""
+    """Makes the requests of one engine; `window` and `draft` (0: none) are in tokens."""
 
     tokenizer: Tokenizer
     config: ModelConfig
@@ -29,6 +29,7 @@ class Asking:
     adapters: Adapters
     window: int
     draft: int
+    draft_price: float
 
     def one(self, prompt: Prompt, sampling: Sampling, live: bool, adapter: str | None) -> Request:
         """One request, whatever `sampling.n`; `live`: each step's text is wanted."""
@@ -72,7 +73,7 @@ class Asking:
             adapter=found,
             index=index,
             prompt_logprobs=[] if sampling.prompt_logprobs is None else [None],
-            lookup=Lookup(ids, self.draft) if self.draft else None,
+            lookup=Lookup(ids, self.draft, self.draft_price) if self.draft else None,
             chain=Chain(found.key if found else ""),
         )
 

@@ -71,8 +71,9 @@ class Engine:
         ends = {self.tokenizer.eos_id, self.tokenizer.pad_id, self.config.eos_token_id}
         self._postprocess = Postprocess(self.tokenizer, {i for i in ends if i is not None})
         self._asking = Asking(
-            self.tokenizer, self.config, self._grammars, self._runner.adapters, self.max_seq_len, speculate
-        )
+            self.tokenizer, self.config, self._grammars, self._runner.adapters, self.max_seq_len, speculate,
+            self._runner.draft_price,
+        )  # fmt: skip
         self._lock = threading.Lock()  # adapters come and go between steps
         self.on_step: Callable[[Sequence[Work]], None] | None = None
         """Hears before each step what it runs."""
@@ -112,6 +113,10 @@ class Engine:
         """The LoRA adapters that requests may name."""
         return self._runner.adapters.names
 
+    def warm(self, tell: Callable[[str], None]) -> None:
+        """Compile what the first step would compile; `tell` hears of it."""
+        self._runner.warm(tell)
+
     def generate(
         self,
         prompts: Sequence[Prompt],
@@ -119,7 +124,7 @@ class Engine:
         progress: Callable[[int], None] | None = None,
         adapter: str | None = None,
     ) -> list[Completion]:
-        """Answer all prompts, in their order, `n` answers each. `progress` hears how many more are finished."""
+        """Answer all prompts, in their order, `n` times each. `progress` hears how many more are finished."""
         each = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
         if len(each) != len(prompts):
             raise UserError(
@@ -255,7 +260,7 @@ class Engine:
             return deltas
 
     def _run(self, work: Sequence[Work]) -> Tensor:
-        """Scores of the rows that are wanted, part by part: the last of each that draws, all that are scored."""
+        """Scores of the wanted rows, part by part: the last of each that draws, all that are scored."""
         if self._scheduler.fresh:
             self._runner.store.clear(self._scheduler.fresh)
             self._scheduler.fresh = []
@@ -279,7 +284,7 @@ class Engine:
         """Rows of a prompt's piece: each gives the prompt's next token its probability."""
         request = work.request
         known = max(len(request.prompt_logprobs) - 1, 0)  # a preempted request has some already
-        stop = min(work.start + work.count, len(request.prompt) - 1)
+        stop = min(work.start + work.size, len(request.prompt) - 1)
         if stop > max(known, work.start):
             own = logits[known - work.start : stop - work.start]
             of_prompt(request, request.prompt[known + 1 : stop + 1], own, self.tokenizer.vocab_size)
@@ -329,5 +334,5 @@ def _wanted(work: Work) -> int:
     """How many of a part's last rows are scored: all of a prompt's whose log-probabilities are asked for."""
     request = work.request
     if request.sampling.prompt_logprobs is not None and work.start < len(request.prompt) - 1:
-        return work.count + len(work.draft)
+        return work.size + len(work.draft)
     return 1 + len(work.draft) if work.last else 0

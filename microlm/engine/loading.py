@@ -1,4 +1,4 @@
-"""A directory → what an engine runs on: decoder, tokenizer, pages. Enters: an HF directory and the options."""
+"""A directory → what an engine runs on: decoder, tokenizer, pages. Enters: an HF directory, options."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
 
 
 def load_decoder(path: Path, decoder: Decoder | None, options: Options) -> Decoder:
-    """The directory's weights in the precision asked for, quantized where asked; a given decoder stays as it is."""
+    """The directory's weights as they were asked for, quantized or not; a given decoder stays as it is."""
     if decoder is None:
         precision = runtime.torch_dtype(options.dtype)
         decoder = hf_directory.load(path, precision).to(device=runtime.device(), dtype=precision).eval()

@@ -33,8 +33,8 @@ class Request:
     """A prompt on its way through the engine. `limit` is how many new tokens it may have, window included.
 
     `text` is None when nobody reads along and no stop string is looked for: decoded once, at the end.
-    `index` says which of n answers it is. The last block is the scheduler's: `pages` hold keys and values of the
-    first `computed` tokens, `table` has their numbers, `full` of them are known by their digest.
+    `index` says which of n answers it is. The last block is the scheduler's: `pages` hold keys and values of
+    the first `computed` tokens, `table` has their numbers, `full` of them are known by their digest.
     """
 
     prompt: list[int]

@@ -1,8 +1,8 @@
 """Who computes what in the next step: continuous batching over a bounded pool of pages.
 
-Every step gives each decoding request its token; what is left of the step's tokens goes to prompts, in pieces,
-so that a long prompt never stalls who is writing. When no page is left, the latest arrived request gives its
-pages back and is computed again later.
+Every step gives each decoding request its token; what is left of the step's tokens goes to prompts, in
+pieces, so that a long prompt never stalls who is writing. When no page is left, the latest arrived request
+gives its pages back and is computed again later.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from microlm.engine.request import Request
 
 
 class Work(NamedTuple):
-    """A request's part of a step: tokens start … start+count-1 of what it has, then a draft of what may come.
+    """A request's part of a step: tokens start … start+size-1 of what it has, then a draft of what may come.
 
     `last`: it reaches the request's last token, so that a new one is drawn.
     """
 
     request: Request
     start: int
-    count: int
+    size: int
     last: bool
     draft: tuple[int, ...] = ()
 
@@ -76,17 +76,17 @@ class Scheduler:
                 return work
             if request.length - request.computed > 1:
                 work.append(self._piece(request, left))
-                left -= work[-1].count
+                left -= work[-1].size
         if self.waiting and self.preemptions == before:
             self._admit(work, left)
         return work
 
     def advance(self, work: list[Work]) -> None:
         """After the step: what was computed counts, full pages may be found, finished requests leave."""
-        for request, start, count, last, _ in work:
+        for request, start, size, last, _ in work:
             if not request.running:
                 continue
-            request.computed = max(start + count, request.length - 1) if last else start + count
+            request.computed = max(start + size, request.length - 1) if last else start + size
             if request.finish_reason:
                 self.release(request)
             elif self._caching and request.computed >= (request.full + 1) * PAGE:
@@ -142,10 +142,10 @@ class Scheduler:
 
     def _piece(self, request: Request, left: int) -> Work:
         rest = request.length - request.computed
-        count = min(rest, left)
+        size = min(rest, left)
         if request.sampling.prompt_logprobs is not None:
-            count = min(count, self.limits.scored)
-        return Work(request, request.computed, count, count == rest)
+            size = min(size, self.limits.scored)
+        return Work(request, request.computed, size, size == rest)
 
     def _admit(self, work: list[Work], left: int) -> None:
         """Let waiting requests in, in their order, while there are tokens, places and pages.
@@ -165,7 +165,7 @@ class Scheduler:
                 break
             self.waiting.popleft()
             work.append(self._piece(request, left))
-            left -= work[-1].count
+            left -= work[-1].size
         self.waiting.extendleft(reversed(skipped))
 
     def _found(self, request: Request) -> list[int]:
@@ -236,7 +236,7 @@ class Scheduler:
 
 def tokens_of(work: Work) -> list[int]:
     """The ids that a part of a step computes."""
-    request, start, count, last, draft = work
-    if count == 1 and last and request.output:
+    request, start, size, last, draft = work
+    if size == 1 and last and request.output:
         return [request.output[-1], *draft]
-    return [*slice_of(request.prompt, request.output, start, start + count), *draft]
+    return [*slice_of(request.prompt, request.output, start, start + size), *draft]

@@ -202,7 +202,7 @@ def made_for(path: Path) -> str | None:
     return read_config(path).get(_DIGEST)
 
 
-def matrices(decoder: Decoder) -> dict[str, nn.Module]:
+def matrices(decoder: Decoder) -> dict[str, Any]:
     """Every linear layer inside the blocks by HF's name, a quantized one too."""
     return {
         f"model.layers.{name}": m

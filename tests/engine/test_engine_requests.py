@@ -95,7 +95,7 @@ def test_memory_is_bounded_and_known_before(make_engine: Callable[..., Engine]) 
     engine = make_engine(kv_memory=4 * page + 7)
     assert (engine.cache_bytes, engine.max_seq_len) == (4 * page, 3 * 32)
     assert make_engine(kv_memory=100 * page, max_seqs=2).cache_bytes == (2 * 4 + 1) * page
-    with pytest.raises(UserError, match="kv_memory: .* GiB are free"):
+    with pytest.raises(UserError, match=r"kv_memory: .* GiB are free"):
         make_engine(kv_memory=10**18)
     with pytest.raises(UserError, match="kv_memory: one sequence of 128 tokens needs"):
         make_engine(kv_memory=4 * page, max_seq_len=128)

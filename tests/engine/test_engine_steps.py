@@ -1,4 +1,4 @@
-"""What a step runs: newcomers join, long prompts stall nobody, requests share pages, and everything is given back."""
+"""What a step runs: newcomers join, long prompts stall nobody, pages are shared and given back."""
 
 from __future__ import annotations
 
@@ -28,9 +28,11 @@ def long_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("long"), "llama", seed=1, window=WINDOW)
 
 
-@pytest.fixture
-def make_long(long_model: Path) -> Callable[..., Engine]:
-    return lambda **options: Engine(long_model, **({"max_seqs": 8} | options))
+@pytest.fixture(params=["native", "torch"])
+def make_long(request: pytest.FixtureRequest, long_model: Path) -> Callable[..., Engine]:
+    """Engines over it, by the native kernel and by torch alone."""
+    native = request.param == "native"
+    return lambda **options: Engine(long_model, **({"max_seqs": 8, "native": native} | options))
 
 
 def ids(count: int, seed: int = 0) -> list[int]:
@@ -52,7 +54,7 @@ def traced(engine: Engine) -> list[list[tuple[Request, int, int]]]:
     steps: list[list[tuple[Request, int, int]]] = []
 
     def note(work: list[Work]) -> None:
-        steps.append([(w.request, w.start, w.count) for w in work])
+        steps.append([(w.request, w.start, w.size) for w in work])
 
     engine.on_step = note  # type: ignore[assignment]
     return steps
@@ -127,7 +129,8 @@ def test_the_latest_arrived_is_preempted_and_the_first_ends_first(make_long: Cal
 
 def test_prefix_cached_equals_not_cached(make_long: Callable[..., Engine]) -> None:
     system = ids(200)
-    prompts = [[*system, *ids(20 + n, n)] for n in range(6)] + [system, system[:192], system[:193], system[:70]]
+    prompts = [[*system, *ids(20 + n, n)] for n in range(6)]
+    prompts += [system, system[:192], system[:193], system[:70]]
     cached, plain = make_long(), make_long(prefix_caching=False)
     for sampling in (GREEDY, DRAWN):
         for prompt in prompts:
@@ -147,7 +150,7 @@ def test_an_answer_is_found_by_the_next_turn(make_long: Callable[..., Engine]) -
     assert engine.generate([turn], GREEDY)[0].cached_tokens == (50 + 60 - 1) // PAGE * PAGE
 
 
-def test_requests_that_arrive_together_compute_a_shared_beginning_once(make_long: Callable[..., Engine]) -> None:
+def test_a_shared_beginning_is_computed_once(make_long: Callable[..., Engine]) -> None:
     system = ids(150)
     engine = make_long(max_prefill_tokens=64)
     steps = traced(engine)
@@ -224,8 +227,8 @@ def test_an_abort_in_the_middle_of_a_prompt_leaves_nothing(make_long: Callable[.
     assert engine.used_pages == 0
 
 
-def test_thousand_cancellations_leave_no_page_and_flat_memory(make_long: Callable[..., Engine]) -> None:
-    engine, rng = make_long(max_prefill_tokens=64, kv_memory=2**20), random.Random(5)
+def test_thousand_cancellations_leave_no_page_and_flat_memory(long_model: Path) -> None:
+    engine, rng = Engine(long_model, max_seqs=8, max_prefill_tokens=64, kv_memory=2**20), random.Random(5)
     expected = answers(engine, [ids(70)], GREEDY)
 
     def life(times: int) -> None:
@@ -269,5 +272,6 @@ def test_one_request_may_fill_the_whole_pool(make_long: Callable[..., Engine]) -
     assert engine.max_seq_len == 4 * PAGE
     got = answers(engine, [ids(20, n) for n in range(3)], replace(GREEDY, max_tokens=500))
     assert [len(c.token_ids) for c in got] == [4 * PAGE - 20] * 3
-    plain = answers(make_long(max_seq_len=128), [ids(20, n) for n in range(3)], replace(GREEDY, max_tokens=500))
+    roomy = make_long(max_seq_len=128)
+    plain = answers(roomy, [ids(20, n) for n in range(3)], replace(GREEDY, max_tokens=500))
     assert got == plain

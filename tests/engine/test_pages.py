@@ -1,4 +1,4 @@
-"""Pages of the KV cache: every page is free or held, what is found is what was written, codes stay near values."""
+"""Pages of the KV cache: each is free or held, what is found is what was written, codes are near values."""
 
 from __future__ import annotations
 

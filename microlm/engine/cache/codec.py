@@ -11,7 +11,7 @@ LARGEST_INT8, LARGEST_INT4 = 127, 15
 def encode(values: Tensor, shifted: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     """Heads [...,d] → codes, bf16 scales [...] and, for int4 (`shifted`), bf16 zeros [...].
 
-    Codes are round-half-even of float32 value / scale, or (value - zero) / scale, by the scale as it is stored.
+    Codes are value / scale, or (value - zero) / scale, in float32, rounded half to even, by the stored scale.
     """
     x = values.float()
     if not shifted:

@@ -39,11 +39,13 @@ def choose_size(
     window, page = config.max_position_embeddings, page_bytes(config, dtype, precision)
     if max_seq_len is not None and not 2 <= max_seq_len <= window:
         raise UserError(
-            f"max_seq_len: {max_seq_len} is not between 2 and the model's window of {window}; choose one that is"
+            f"max_seq_len: {max_seq_len} is not between 2 and the model's window of {window}; "
+            "choose one that is"
         )
     if kv_memory is not None and kv_memory > free:
         raise UserError(
-            f"kv_memory: {kv_memory / 2**30:.1f} GiB were asked for, {free / 2**30:.1f} GiB are free; ask for less"
+            f"kv_memory: {kv_memory / 2**30:.1f} GiB were asked for, {free / 2**30:.1f} GiB are free; "
+            "ask for less"
         )
     longest = pages_for(max_seq_len or window)
     held = free * _SHARE if kv_memory is None else kv_memory
@@ -52,8 +54,8 @@ def choose_size(
     if pages < least + 1:
         need, word = (least + 1) * page / 2**30, "kv_memory" if kv_memory is not None else "max_seq_len"
         raise UserError(
-            f"{word}: one sequence of {min(least * PAGE, max_seq_len or window)} tokens needs {need:.3g} GiB of "
-            f"KV cache, {held / 2**30:.3g} GiB may be taken; lower max_seq_len or raise kv_memory"
+            f"{word}: one sequence of {min(least * PAGE, max_seq_len or window)} tokens needs {need:.3g} GiB "
+            f"of KV cache, {held / 2**30:.3g} GiB may be taken; lower max_seq_len or raise kv_memory"
         )
     return Size(pages, min(max_seq_len or window, (pages - 1) * PAGE))
 

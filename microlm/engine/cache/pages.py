@@ -68,7 +68,7 @@ class PagePool:
             self._digest_of[page] = digest
 
     def give_back(self, pages: Sequence[int]) -> None:
-        """One holder less for each; of the free ones the last is taken again first, so that beginnings stay."""
+        """One holder less for each; the last of them is taken again first, so that beginnings stay."""
         for page in reversed(pages):
             self._holders[page] -= 1
             if self._holders[page]:
@@ -103,7 +103,7 @@ class PagePool:
 
 
 class Chain:
-    """Digests of the full pages of one growing sequence; each covers all tokens before it, and the adapter."""
+    """Digests of one growing sequence's full pages; each covers all tokens before it, and the adapter."""
 
     def __init__(self, adapter: str = "") -> None:
         self._last = hashlib.blake2b(adapter.encode(), digest_size=16).digest()

@@ -23,8 +23,8 @@ KVDtype = Literal["auto", "int8", "int4"]
 class KVStore:
     """Keys and values `k`, `v` [N,P,K,PAGE,w] of every page. Page 0 belongs to nobody: padding goes there.
 
-    int8: value = scale · code. int4: value = scale · code + zero; w is d / 2 bytes, the low half of a byte is of
-    the head's first half. Scales and zeros [N,P,K,PAGE] are bf16 as uint16; int8 has no zeros.
+    int8: value = scale · code. int4: value = scale · code + zero; w is d / 2 bytes, the low half of a byte is
+    of the head's first half. Scales and zeros [N,P,K,PAGE] are bf16 as uint16; int8 has no zeros.
     """
 
     def __init__(

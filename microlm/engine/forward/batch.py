@@ -19,7 +19,7 @@ IntArray = NDArray[np.int64]
 
 
 class Span(NamedTuple):
-    """Tokens of one sequence at positions start, start + 1, …; scores are wanted of the last `wanted` of them."""
+    """Tokens of one sequence at positions start, start + 1, …; of the last `wanted` scores are asked for."""
 
     tokens: Sequence[int]
     start: int
@@ -32,7 +32,7 @@ class Span(NamedTuple):
 class StepBatch:
     """Spans in the order of computing: single rows by length, then spans with a past, then fresh ones.
 
-    `tokens`, `positions` [T]; `tables` [S,m] in int32; `wanted` [W], in the order in which the spans were given.
+    `tokens`, `positions` [T]; `tables` [S,m]; `wanted` [W], in the order in which the spans were given.
     """
 
     spans: list[Span]
@@ -65,7 +65,8 @@ def batch_of(spans: Sequence[Span]) -> StepBatch:
         return _of_one(spans[0])
     order = sorted(range(len(spans)), key=lambda i: _kind(spans[i]))
     ordered = [spans[i] for i in order]
-    firsts, tokens = [], []
+    firsts: list[int] = []
+    tokens: list[int] = []
     for span in ordered:
         firsts.append(len(tokens))
         tokens += span.tokens

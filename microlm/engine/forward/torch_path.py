@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -80,14 +81,15 @@ class TorchPath:
         return self.decoder.logits(hidden)
 
     def run(self, tokens: Tensor, positions: Tensor, plan: Plan) -> Tensor:
-        """Hidden states [T,D] of `tokens` [T] at `positions` [T]; their keys and values are in the store after."""
+        """Hidden states [T,D] of `tokens` [T] at `positions` [T]; the store then holds their keys and values."""
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             self.store.write(layer, plan.places, k[0].transpose(0, 1), v[0].transpose(0, 1))
             parts = [self._attend_rows(layer, q, rows) for rows in plan.rows]
             parts += [self._attend_piece(layer, q, k, v, piece) for piece in plan.pieces]
             if plan.borders is not None:
-                parts.append(varlen_attention(*(t[:, :, plan.fresh :] for t in (q, k, v)), plan.borders))
+                fresh = slice(plan.fresh, None)
+                parts.append(varlen_attention(q[:, :, fresh], k[:, :, fresh], v[:, :, fresh], plan.borders))
             return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
         return self.decoder.hidden(tokens[None], positions, attend)[0]
@@ -100,7 +102,7 @@ class TorchPath:
         return Plan(self._places(positions, tables), [rows])
 
     def _attend_rows(self, layer: int, q: Tensor, rows: Rows) -> Tensor:
-        """One token each: the heads that share a key-value head stand as its query rows, nothing is repeated."""
+        """One token each. Heads that share a key-value head stand as its query rows: nothing is repeated."""
         n, (H, d) = rows.stop - rows.first, (q.shape[1], q.shape[3])
         keys, values = self.store.gather(layer, rows.heads, n)
         if rows.mask is None:
@@ -110,7 +112,7 @@ class TorchPath:
         return y.reshape(1, n, H, d).transpose(1, 2)
 
     def _attend_piece(self, layer: int, q: Tensor, k: Tensor, v: Tensor, piece: Piece) -> Tensor:
-        """Some tokens of one sequence, over what the store holds of it. Codes are read back: what later rows see."""
+        """Some tokens of one sequence. Codes are read back, so that these rows see what later rows will."""
         own = slice(piece.first, piece.stop)
         if piece.heads is None:
             return masked_attention(q[:, :, own], k[:, :, own], v[:, :, own], None)
@@ -180,5 +182,5 @@ class TorchPath:
         mask = torch.zeros(beyond.shape, dtype=self.store.precision, device=self.device)
         return mask.masked_fill_(beyond, float("-inf"))[:, None, None]
 
-    def _put(self, array: NDArray) -> Tensor:
+    def _put(self, array: NDArray[Any]) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
