@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from microlm.cli.answers.engine_options import EngineOptions
+from microlm.cli.answers.engine_options import EngineOptions, warm
 from microlm.cli.answers.options import AsJson, grouped
 
 if TYPE_CHECKING:
@@ -72,6 +72,7 @@ def serve(
     model_dir = resolve_model_dir(directory, base=base)
     name = name or Path(directory).resolve().name
     engine = Engine(model_dir, **arguments)
+    warm(engine)
     app = create_app(
         engine, name, api_key, Limits(max_queue=max_queue, loopback_hosts_only=is_loopback(host))
     )

@@ -26,7 +26,6 @@ Step = list[tuple[Request, Delta]]
 Allowed = NDArray[np.bool_]
 
 NOT_FINITE = "the model's scores are not finite numbers; its weights are damaged"
-NO_TOKEN = "the grammar allowed no token"
 _INSIDE = {
     "json_schema": "JSON",
     "json_object": "JSON",
@@ -110,7 +109,7 @@ class Postprocess:
             return -1
         if allowed is not None:
             if not allowed.any():
-                request.error = NO_TOKEN
+                request.error = _no_token(request)
                 return -1
             own = np.where(allowed, own, np.float32(-np.inf))
         if request.penalties is not None:
@@ -146,7 +145,7 @@ class Postprocess:
         matcher = request.matcher
         if matcher is not None:
             if not matcher.consume(token):
-                request.error = NO_TOKEN
+                request.error = _no_token(request)
                 return "error"
             if matcher.stopped:
                 return "stop"
@@ -202,7 +201,7 @@ class Postprocess:
                 requests[i].error, tokens[i] = NOT_FINITE, -1
         for i in bound:
             if tokens[i] >= 0 and not allowed[requests[i]].any():
-                requests[i].error, tokens[i] = NO_TOKEN, -1
+                requests[i].error, tokens[i] = _no_token(requests[i]), -1
         self._note_logprobs(requests, tokens, scores)
         for request, token in zip(requests, tokens, strict=True):
             self._accept(request, gains[request], token)
@@ -214,6 +213,12 @@ class Postprocess:
             found = logprob_rows(scores[asked], [tokens[i] for i in asked], counts, self._size)
             for i, known in zip(asked, found, strict=True):
                 requests[i].logprobs.append(known)
+
+
+def _no_token(request: Request) -> str:
+    """The sentence for an answer that its grammar lets go nowhere."""
+    reason = request.matcher.error if request.matcher is not None else ""
+    return reason or "the grammar allowed no token"
 
 
 def _cut_short(request: Request) -> str:

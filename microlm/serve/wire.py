@@ -177,15 +177,13 @@ class Request(Wire):
 
     def constraint(self) -> Constraint | None:
         """What the answer must be; None when it is free."""
-        outputs = self.structured_outputs or StructuredOutputs()
+        given = self.structured_outputs.model_dump(exclude_none=True) if self.structured_outputs else {}
         bound = self.response_format.constraint if self.response_format else None
-        given = outputs.model_dump(exclude={"json_"}, exclude_none=True)
+        if given and bound is not None:
+            raise ValueError("response_format and structured_outputs both bound the answer; give one")
         if bound is not None:
-            if given or outputs.json_ is not None:
-                raise ValueError("response_format and structured_outputs both bound the answer; give one")
             given[bound.kind] = bound.value if bound.kind == "json_schema" else True
-        elif outputs.json_ is not None:
-            schema = outputs.json_
+        if (schema := given.pop("json_", None)) is not None:
             given["json_schema"] = schema if isinstance(schema, str) else _json_text(schema)
         try:
             return constraint_of(**given, copy_from=self.copy_from, copy_words=bool(self.copy_words))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -212,22 +212,49 @@ def test_a_mask_without_any_token_is_an_error(kit: Kit) -> None:
     assert step[0][1].finish_reason == "error" and "grammar allowed no token" in request.error
 
 
+def step_all(kit: Kit, requests: list[Request], way: Callable[[list[Scored], Tensor, Any], object]) -> None:
+    """A step of all that still run, every second one with a draft."""
+    left = [r for r in requests if r.finish_reason is None]
+    draft = (1, 2)
+    rows = [Scored(r, 3 * i, draft if i % 2 else ()) for i, r in enumerate(left)]
+    parts = [scores_after([*r.output, *draft[:j]], r.sampling.top_k) for r in left for j in range(3)]
+    bound = [r.matcher for r in left if r.matcher is not None]
+    way(rows, torch.stack(parts), kit.grammars.begin(bound) if bound else None)
+
+
+def require_equal(host: list[Request], device: list[Request]) -> None:
+    for a, b in zip(host, device, strict=True):
+        assert (a.output, a.finish_reason, a.error) == (b.output, b.finish_reason, b.error)
+        assert a.output and "".join(a.pieces) == "".join(b.pieces)
+        assert np.allclose(*([k.logprob for k in r.logprobs] for r in (a, b)), atol=1e-6)
+        assert [[i for i, _ in k.top] for k in a.logprobs] == [[i for i, _ in k.top] for k in b.logprobs]
+
+
+def test_the_way_of_a_gpu_gives_the_same_on_the_cpu(kit: Kit) -> None:
+    """Without a GPU its way is taken by hand: rows drawn at once, the rest row by row."""
+
+    def as_on_device(rows: list[Scored], logits: Tensor, masks: Any) -> None:
+        allowed = kit.postprocess._first_masks(rows, masks)
+        gains, rest, scores = kit.postprocess._on_device(rows, logits, allowed)
+        for row in rest:
+            gains[row.request] = kit.postprocess._draw_all(row, scores.numpy(), allowed.get(row.request))
+        for request, gain in gains.items():
+            kit.postprocess._delta(request, gain)
+
+    host, device = ([request_of(kit, s) for s in (*SETTINGS, SETTINGS[1])] for _ in range(2))
+    for _ in range(8):
+        step_all(kit, host, kit.postprocess.apply)
+        step_all(kit, device, as_on_device)
+    require_equal(host, device)
+
+
 @pytest.mark.gpu
 def test_rows_on_a_gpu_give_what_rows_on_the_cpu_give(kit: Kit) -> None:
-    each = SETTINGS[:6]
-    host, device = ([request_of(kit, s) for s in each] for _ in range(2))
+    def on_gpu(rows: list[Scored], logits: Tensor, masks: Any) -> None:
+        kit.postprocess.apply(rows, logits.cuda(), masks)
+
+    host, device = ([request_of(kit, s) for s in (*SETTINGS, SETTINGS[1])] for _ in range(2))
     for _ in range(8):
-        for requests, place in ((host, "cpu"), (device, "cuda")):
-            open_ones = [r for r in requests if r.finish_reason is None]
-            draft = (1, 2)
-            rows = [Scored(r, 3 * i, draft if i % 2 else ()) for i, r in enumerate(open_ones)]
-            parts = [
-                scores_after([*r.output, *draft[:j]], r.sampling.top_k) for r in open_ones for j in range(3)
-            ]
-            bound = [r.matcher for r in open_ones if r.matcher is not None]
-            masks = kit.grammars.begin(bound) if bound else None
-            kit.postprocess.apply(rows, torch.stack(parts).to(place), masks)
-    for a, b in zip(host, device, strict=True):
-        assert (a.output, a.finish_reason, a.pieces) == (b.output, b.finish_reason, b.pieces)
-        known = [np.array([k.logprob for k in r.logprobs]) for r in (a, b)]
-        assert np.allclose(*known, atol=1e-6)
+        step_all(kit, host, kit.postprocess.apply)
+        step_all(kit, device, on_gpu)
+    require_equal(host, device)

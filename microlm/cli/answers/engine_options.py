@@ -6,6 +6,7 @@ Only what the user gave is passed on: the engine's own defaults stay its own.
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -24,6 +25,7 @@ Adapters = Annotated[
     Option("--adapter", metavar="[NAME=]DIR", help="a LoRA adapter; with NAME=, for lines that name it"),
 ]
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
+PATIENCE_S = 2.0
 _POLICIES = {8: "int8", 4: "int4"}
 
 
@@ -102,6 +104,25 @@ def size(text: str) -> int:
     if found is None or found[2] not in _UNITS:
         raise UserError(f"--kv-memory: '{text}' is no size; write bytes, or such as 512MiB or 2GB")
     return int(float(found[1].replace("_", "")) * _UNITS[found[2]])
+
+
+def warm(engine: Engine) -> None:
+    """Have the engine compile what it needs; where that takes long, stderr says so."""
+    lines: list[str] = []
+    is_late = threading.Event()
+
+    def tell_late() -> None:
+        is_late.set()
+        typer.echo(lines[-1] if lines else "loading", err=True)
+
+    timer = threading.Timer(PATIENCE_S, tell_late)
+    timer.start()
+    try:
+        engine.warm(lines.append)
+    finally:
+        timer.cancel()
+    if is_late.is_set() and lines:
+        typer.echo(lines[-1], err=True)
 
 
 def load_adapters(engine: Engine, words: Sequence[str]) -> tuple[dict[str, Path], str | None]:

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from microlm.cli.answers.engine_options import warm
 from microlm.cli.answers.prompts import Line, read_prompts
 from microlm.core import storage
 from microlm.core.errors import UserError
@@ -79,6 +80,7 @@ def answer_file(
         total = _check(source, question, engine.tokenizer.vocab_size, part)
         if not part.path.exists():
             storage.write_atomic(part.path, head)
+        warm(engine)
         done, started = len(part.places), time.monotonic()
         with Progress("generate", total, "prompts", start=done) as bar, _unbroken_steps() as between:
             for row, completions in _answers(engine, source, question, part, between):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from microlm.cli.answers.engine_options import Adapters, EngineOptions, load_adapters
+from microlm.cli.answers.engine_options import Adapters, EngineOptions, load_adapters, warm
 from microlm.cli.answers.options import AsJson, Base, ConstraintOptions, SamplingOptions
 from microlm.cli.answers.texts import printable
 from microlm.core.errors import CheckFailed, UserError
@@ -90,7 +90,9 @@ def _answer_one(
 ) -> None:
     """Print the answers: as they come, several one after the other, or as JSON (`told`: the prompt)."""
     if told is None and sampling.n == 1 and sampling.logprobs is None:
-        for delta in engine.stream(asked, sampling, adapter=adapter):
+        deltas = engine.stream(asked, sampling, adapter=adapter)
+        warm(engine)
+        for delta in deltas:
             typer.echo(printable(delta.text), nl=False)
             if delta.finish_reason:
                 typer.echo()

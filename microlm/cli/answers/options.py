@@ -27,7 +27,10 @@ Base = Annotated[bool, Option("--base", help="of a run, take the pretrained mode
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
     """A command for typer; an argument whose type is a dataclass is made of its fields, as options."""
     signature = inspect.signature(command, eval_str=True)
-    groups = {name: p.annotation for name, p in signature.parameters.items() if is_dataclass(p.annotation)}
+    groups: dict[str, Any] = {}
+    for name, parameter in signature.parameters.items():
+        if is_dataclass(parameter.annotation):
+            groups[name] = parameter.annotation
 
     def run(**given: Any) -> None:
         for name, group in groups.items():

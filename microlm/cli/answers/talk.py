@@ -6,7 +6,7 @@ from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from microlm.cli.answers.engine_options import EngineOptions, load_adapters
+from microlm.cli.answers.engine_options import EngineOptions, load_adapters, warm
 from microlm.core.errors import UserError
 from microlm.core.records import Message, Sampling
 
@@ -122,4 +122,5 @@ def open_local(
     _, adapter = load_adapters(engine, adapters)
     if adapters and adapter is None:
         raise UserError("--adapter: a NAME= is for prompts files; give the directory alone")
+    warm(engine)
     return LocalTalker(engine, sampling, adapter)
