@@ -19,8 +19,8 @@ from microlm.engine.grammar.source import source_of
 from microlm.engine.grammar.vocabulary import vocabulary
 from microlm.text.tokenizer import Tokenizer
 
-KEPT = 256
-"""Compiled grammars that are kept, the last used ones."""
+KEPT_CHARS = 1 << 18
+"""Of the constraints whose grammars are kept, the last used ones; one costs at most some 600 bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +49,7 @@ class Grammars:
         self._brace = tokenizer.encode("{")[0]
         self._worker = Worker(tokenizer.vocab_size)
         self._entries: OrderedDict[Constraint, _Entry] = OrderedDict()
+        self._chars = 0
         self._lock = threading.Lock()
         self._stats = Stats()
 
@@ -60,18 +61,14 @@ class Grammars:
     def matcher(self, constraint: Constraint) -> Matcher:
         """A matcher at the beginning of an answer; a UserError says what is wrong with the constraint."""
         with self._lock:
-            entry = self._entries.setdefault(constraint, _Entry())
-            self._entries.move_to_end(constraint)
-            if len(self._entries) > KEPT:
-                self._entries.popitem(last=False)
+            entry = self._entry(constraint)
         with entry.lock:
             if entry.matcher is None:
                 started = time.perf_counter()
                 try:
                     entry.matcher = self._compile(constraint)
                 except UserError:
-                    with self._lock:
-                        self._entries.pop(constraint, None)
+                    self._forget(constraint)
                     raise
                 self._count(1, 0, time.perf_counter() - started)
             else:
@@ -81,6 +78,21 @@ class Grammars:
     def begin(self, matchers: Sequence[Matcher]) -> Masks:
         """Start to compute which ids may come next; `wait` of what comes back gives them."""
         return self._worker.begin(matchers)
+
+    def _entry(self, constraint: Constraint) -> _Entry:
+        """The entry of a constraint; the least recently used ones give way to a new one."""
+        if constraint not in self._entries:
+            self._entries[constraint] = _Entry()
+            self._chars += _size(constraint)
+            while self._chars > KEPT_CHARS and len(self._entries) > 1:
+                self._chars -= _size(self._entries.popitem(last=False)[0])
+        self._entries.move_to_end(constraint)
+        return self._entries[constraint]
+
+    def _forget(self, constraint: Constraint) -> None:
+        with self._lock:
+            if self._entries.pop(constraint, None):
+                self._chars -= _size(constraint)
 
     def _count(self, compiled: int, hits: int, seconds: float) -> None:
         with self._lock:
@@ -105,3 +117,7 @@ class Grammars:
         if constraint.kind != "grammar":  # line and column are of a grammar that the user did not write
             reason = re.sub(r"^(at )?\d+\(\d+\): (failed to compile JSON schema: )?", "", reason)
         raise UserError(f"{constraint.kind}: cannot be used to constrain the output: {reason}; simplify it")
+
+
+def _size(constraint: Constraint) -> int:
+    return len(constraint.value) + len(constraint.copy_from or "")
