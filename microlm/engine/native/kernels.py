@@ -22,7 +22,7 @@ from microlm.engine.native.lanes import (
 )
 from microlm.text.compiled import njit_float, overload, types
 
-_TILE8, _TILE4, _TILE2, _TILE1 = tile_of(8, 2), tile_of(4, 4), tile_of(2, 4), tile_of(1, 4)
+_TILE4, _TILE2, _TILE1 = tile_of(4), tile_of(2), tile_of(1)
 _MIX4, _MIX2, _MIX1 = mix_of(4, 4), mix_of(2, 4), mix_of(1, 4)
 _MIX4_PAIR, _MIX2_PAIR, _MIX1_PAIR = mix_of(4, 2), mix_of(2, 2), mix_of(1, 2)
 _MIX4_REST, _MIX2_REST, _MIX1_REST = mix_of(4, 1), mix_of(2, 1), mix_of(1, 1)
@@ -43,11 +43,7 @@ def products(kind: Any, matrix: Any, x: int, rows: int, out: Any, span: Any) -> 
         while r < rows:
             given = x + r * matrix[2] * 4
             target = (out[0] + r * out[1] * 4, out[1])
-            if rows - r >= 8:
-                _TILE8(kind, matrix, at, given, target)
-                _TILE8(kind, matrix, at + 2, given, target)
-                r += 8
-            elif rows - r >= 4:
+            if rows - r >= 4:
                 _TILE4(kind, matrix, at, given, target)
                 r += 4
             elif rows - r >= 2:

@@ -8,7 +8,8 @@ on nothing else. The kind of what is stored is the dtype of an empty array: floa
 from __future__ import annotations
 
 import sys
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from microlm.text.compiled import cgutils, intrinsic, ir, types
 
@@ -16,40 +17,45 @@ LANES = 16
 GROUP = 64
 """Inputs that share a scale in an int4 matrix: 32 bytes, the low half of a byte is of the group's first half."""
 
-_BIT, _BYTE, _HALF, _WORD, _LONG = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
+_BYTE, _WORD, _LONG = (ir.IntType(bits) for bits in (8, 32, 64))
 _FLOAT = ir.FloatType()
 _VECTOR = ir.VectorType(_FLOAT, LANES)
 _WORDS = ir.VectorType(_WORD, LANES)
 _ZERO = ir.Constant(_VECTOR, [0.0] * LANES)
+_OUTS = 4  # rows of a matrix in a tile
+_ROWS_ALONE = {types.float32: 4, types.uint16: 2}
+"""Up to so many rows of activations, a tile takes its stored rows one after the other: memory is the limit then,
+and the processor's prefetcher follows one stream best. Else side by side, so that activations are read once."""
+_AHEAD = 1024  # bytes, beyond the next tile
 
 
-def tile_of(rows: int, outs: int) -> Any:
-    """`tile(kind, matrix, at, x, out)`: `outs` rows of a matrix from `at` on, times `rows` rows of activations.
+def tile_of(rows: int) -> Any:
+    """`tile(kind, matrix, at, x, out)`: four rows of a matrix from `at` on, times `rows` rows of activations.
 
     A matrix is (address, bytes of a row, columns, address of scales, bytes of a row's scales); a page of the
-    cache the first three of these, and its codes come unscaled. `out` is (address, floats of a row).
+    cache is the first three of these, and its codes come unscaled. `out` is (address, floats of a row).
     """
 
     @intrinsic
     def tile(typing: Any, kind: Any, matrix: Any, at: Any, x: Any, out: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             parts, (y, stride) = _unpacked(builder, args[1]), _unpacked(builder, args[4])
-            index = args[2]
-            places = [builder.add(index, _LONG(i)) for i in range(outs)]
-            sums = [[cgutils.alloca_once_value(builder, _ZERO) for _ in range(outs)] for _ in range(rows)]
-            weights = [_at(builder, parts[0], place, parts[1]) for place in places]
-            scales = [_at(builder, parts[3], place, parts[4]) for place in places] if len(parts) > 3 else None
-            for o in range(outs):  # one after the other: side by side they would defeat the prefetcher
-                column = [row[o] for row in sums]
+            sums = [[cgutils.alloca_once_value(builder, _ZERO) for _ in range(_OUTS)] for _ in range(rows)]
+            places = [builder.add(args[2], _LONG(i)) for i in range(_OUTS)]
+            stored = [_at(builder, parts[0], place, parts[1]) for place in places]
+            scales = [_at(builder, parts[3], place, parts[4]) for place in places] if len(parts) > 3 else []
+            alone = rows <= _ROWS_ALONE.get(kind.dtype, 0)
+            for some in [slice(o, o + 1) for o in range(_OUTS)] if alone else [slice(0, _OUTS)]:
+                columns = _Columns(kind.dtype, stored[some], parts[1], parts[2], args[3])
                 if kind.dtype == types.uint8 and scales:
-                    _add_groups(builder, (weights[o], scales[o]), parts[2], args[3], column)
+                    columns.add_groups(builder, scales[some], [row[some] for row in sums])
                 else:
-                    _add_columns(builder, kind.dtype, (weights[o], parts[2]), args[3], column)
+                    columns.add(builder, [row[some] for row in sums])
             for r, row in enumerate(sums):
-                found = _sums(builder, [builder.load(place) for place in row])
+                found = _sums(builder, [builder.load(total) for total in row])
                 if kind.dtype == types.int8 and scales:
                     found = builder.fmul(found, _load(builder, scales[0], found.type))
-                _store(builder, found, _at(builder, _at(builder, y, index, 4), stride, 4 * r))
+                _store(builder, found, _at(builder, _at(builder, y, args[2], 4), stride, 4 * r))
             return context.get_dummy_value()
 
         return types.void(kind, matrix, types.int64, types.int64, out), codegen
@@ -102,47 +108,71 @@ def mix_of(rows: int, width: int) -> Any:
     return mix
 
 
-def _add_columns(builder: Any, kind: Any, row: tuple[Any, Any], x: Any, sums: list[Any]) -> None:
-    """Add the products of a stored row (address, columns); int4, of the cache, by its first and second half."""
-    weights, columns = row
-    packed = kind == types.uint8
-    width = builder.lshr(columns, _LONG(1)) if packed else columns
-    size = 1 if packed else kind.bitwidth // 8
+class _Columns(NamedTuple):
+    """Stored rows (addresses, bytes of each) of one kind and width, and the activations beside them."""
 
-    def block(index: Any, rest: Any) -> None:
-        start = builder.mul(index, _LONG(LANES))
-        values = _block(builder, kind, _at(builder, weights, start, size), 1, rest)
-        for r, total in enumerate(sums):
-            base = _at(builder, _at(builder, x, columns, 4 * r), start, 4)
-            for i, value in enumerate(values):
-                given = _load_some(builder, _at(builder, base, width, 4 * i), _VECTOR, rest)
-                builder.store(_fma(builder, value, given, builder.load(total)), total)
+    kind: Any
+    stored: list[Any]
+    row_bytes: Any
+    columns: Any
+    x: Any
 
-    blocks = builder.lshr(width, _LONG(4))
-    with cgutils.for_range(builder, blocks) as loop:
-        block(loop.index, None)
-    rest = builder.and_(width, _LONG(LANES - 1))
-    with builder.if_then(builder.icmp_signed("!=", rest, _LONG(0)), likely=False):
-        block(blocks, rest)
+    def add(self, builder: Any, sums: list[list[Any]]) -> None:
+        """Add the products, 16 columns at a time; int4, of the cache, by its first and second half."""
+        packed = self.kind == types.uint8
+        width = builder.lshr(self.columns, _LONG(1)) if packed else self.columns
+        size = 1 if packed else self.kind.bitwidth // 8
 
+        def block(index: Any, rest: Any) -> None:
+            start = builder.mul(index, _LONG(LANES))
+            values = [_block(builder, self.kind, _at(builder, s, start, size), 1, rest) for s in self.stored]
+            self._add_block(builder, values, [start, builder.add(start, width)][: 1 + packed], rest, sums)
 
-def _add_groups(builder: Any, row: tuple[Any, Any], columns: Any, x: Any, sums: list[Any]) -> None:
-    """Add the products of a row of int4 groups (addresses): scale · (codes · x) + zero · (sum of x)."""
-    weights, scales = row
-    with cgutils.for_range(builder, builder.lshr(columns, _LONG(6))) as loop:
-        codes = _block(builder, types.uint8, _at(builder, weights, loop.index, GROUP // 2), 2, None)
-        word = _load(builder, _at(builder, scales, loop.index, 4), _WORD)
-        scale = _splat(builder, builder.bitcast(builder.shl(word, _WORD(16)), _FLOAT))
-        zero = _splat(builder, builder.bitcast(builder.and_(word, _WORD(0xFFFF0000)), _FLOAT))
-        for r, total in enumerate(sums):
-            base = _at(builder, _at(builder, x, columns, 4 * r), builder.mul(loop.index, _LONG(GROUP)), 4)
-            parts = [_load(builder, builder.add(base, _LONG(4 * LANES * j)), _VECTOR) for j in range(4)]
-            pairs = builder.fadd(parts[0], parts[1]), builder.fadd(parts[2], parts[3])
-            inner = builder.fmul(codes[0], parts[0])
-            for code, part in zip(codes[1:], parts[1:], strict=True):
-                inner = _fma(builder, code, part, inner)
-            added = _fma(builder, scale, inner, builder.load(total))
-            builder.store(_fma(builder, zero, builder.fadd(*pairs), added), total)
+        blocks = builder.lshr(width, _LONG(4))
+        with cgutils.for_range(builder, blocks) as loop:
+            self._fetch(builder, loop.index, LANES * size)
+            block(loop.index, None)
+        rest = builder.and_(width, _LONG(LANES - 1))
+        with builder.if_then(builder.icmp_signed("!=", rest, _LONG(0)), likely=False):
+            block(blocks, rest)
+
+    def add_groups(self, builder: Any, scales: list[Any], sums: list[list[Any]]) -> None:
+        """Add the products of int4 groups, each with its scale and zero."""
+        with cgutils.for_range(builder, builder.lshr(self.columns, _LONG(6))) as loop:
+            self._fetch(builder, loop.index, GROUP // 2)
+            values = []
+            for stored, place in zip(self.stored, scales, strict=True):
+                codes = _block(builder, self.kind, _at(builder, stored, loop.index, GROUP // 2), 2, None)
+                pair = _at(builder, place, loop.index, 8)
+                scale = _splat(builder, _load(builder, pair, _FLOAT))
+                zero = _splat(builder, _load(builder, builder.add(pair, _LONG(4)), _FLOAT))
+                values.append([_fma(builder, code, scale, zero) for code in codes])
+            start = builder.mul(loop.index, _LONG(GROUP))
+            starts = [builder.add(start, _LONG(LANES * j)) for j in range(GROUP // LANES)]
+            self._add_block(builder, values, starts, None, sums)
+
+    def _add_block(
+        self, builder: Any, values: list[list[Any]], starts: list[Any], rest: Any, sums: list[list[Any]]
+    ) -> None:
+        """Add the products of some vectors of each stored row with the activations from `starts` on."""
+        for r, totals in enumerate(sums):
+            base = _at(builder, self.x, self.columns, 4 * r)
+            for i, start in enumerate(starts):
+                given = _load_some(builder, _at(builder, base, start, 4), _VECTOR, rest)
+                for value, total in zip(values, totals, strict=True):
+                    builder.store(_fma(builder, value[i], given, builder.load(total)), total)
+
+    def _fetch(self, builder: Any, index: Any, size: int) -> None:
+        """Ask for what the next tile reads, in the order of memory: rows side by side lose the prefetcher."""
+        if len(self.stored) == 1:
+            return
+        pointer, size = _BYTE.as_pointer(), size * len(self.stored)
+        kind = ir.FunctionType(ir.VoidType(), [pointer, _WORD, _WORD, _WORD])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        ahead = _at(builder, _LONG(_AHEAD), self.row_bytes, len(self.stored))
+        for line in range(0, size, 64):
+            place = builder.add(_at(builder, self.stored[0], index, size), builder.add(ahead, _LONG(line)))
+            builder.call(function, [builder.inttoptr(place, pointer), _WORD(0), _WORD(3), _WORD(1)])
 
 
 def _block(builder: Any, kind: Any, address: Any, width: int, rest: Any) -> list[Any]:
@@ -165,7 +195,7 @@ def _block(builder: Any, kind: Any, address: Any, width: int, rest: Any) -> list
 
 
 def _sums(builder: Any, vectors: list[Any]) -> Any:
-    """The lanes of 2 or 4 vectors, each added up, side by side: halves, halves again, then (0+2) + (1+3)."""
+    """The lanes of four vectors, each added up, side by side: halves, halves again, then (0+2) + (1+3)."""
     quarters = []
     for vector in vectors:
         for size in (8, 4):
@@ -176,16 +206,16 @@ def _sums(builder: Any, vectors: list[Any]) -> Any:
     for a, b in zip(quarters[::2], quarters[1::2], strict=True):
         halves = _shuffled(builder, a, b, (0, 4, 1, 5)), _shuffled(builder, a, b, (2, 6, 3, 7))
         pairs.append(builder.fadd(*halves))
-    if len(pairs) == 1:
-        (pair,) = pairs
-        return builder.fadd(_shuffled(builder, pair, pair, (0, 1)), _shuffled(builder, pair, pair, (2, 3)))
-    left = _shuffled(builder, *pairs, (0, 1, 4, 5))
-    return builder.fadd(left, _shuffled(builder, *pairs, (2, 3, 6, 7)))
+    left = builder.shuffle_vector(*pairs, _lanes((0, 1, 4, 5)))
+    return builder.fadd(left, builder.shuffle_vector(*pairs, _lanes((2, 3, 6, 7))))
 
 
-def _shuffled(builder: Any, a: Any, b: Any, lanes: Any) -> Any:
-    chosen = list(lanes)
-    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_WORD, len(chosen)), chosen))
+def _lanes(chosen: Sequence[int]) -> Any:
+    return ir.Constant(ir.VectorType(_WORD, len(chosen)), list(chosen))
+
+
+def _shuffled(builder: Any, a: Any, b: Any, lanes: Sequence[int]) -> Any:
+    return builder.shuffle_vector(a, b, _lanes(lanes))
 
 
 def _splat(builder: Any, value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Matrices as int8 or int4 codes. Enters: a decoder; leaves: the same decoder with a quarter or less of the bytes.
+"""Matrices as int8 or int4 codes. Enters: a decoder; leaves: the same, in a quarter of the bytes or less.
 
 Shapes: O outputs, I inputs, S groups of 64 inputs.
 """
@@ -22,10 +22,10 @@ _ROWS = 4096  # quantised at once, so that the head's floats are never copied wh
 
 
 class QuantizedLinear(nn.Module):
-    """`codes` of a matrix: int8 [O,I] with float32 `scales` [O], or int4 as uint8 [O,S,32] with bf16 [O,S,2].
+    """A matrix as `codes` and float32 `scales`: int8 [O,I] and [O], or int4, two a byte, [O,S,32] and [O,S,2].
 
-    int8: weight = scale · code. int4: weight = scale · code + zero; the low half of a byte is of the group's first
-    half. Groups are filled up with zeros.
+    int8: weight = scale · code. int4: weight = scale · code + zero; the low half of a byte is of the group's
+    first half. The last group is filled up with zeros.
     """
 
     codes: Tensor
@@ -46,8 +46,8 @@ class QuantizedLinear(nn.Module):
         """The matrix as floats [O,I]."""
         if self.kind == "int8":
             return self.codes.float() * self.scales[:, None]
-        both = torch.cat((self.codes & 15, self.codes >> 4), dim=-1).float()
-        scale, zero = self.scales.float().unbind(-1)
+        both = torch.cat((self.codes & 15, self.codes >> 4), dim=-1)
+        scale, zero = self.scales.unbind(-1)
         return (both * scale[..., None] + zero[..., None]).flatten(1)[:, : self.in_features]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -83,11 +83,11 @@ def _encode_int8(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _encode_int4(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """int4 codes, two a byte [O,S,32], and bf16 (scale, zero) [O,S,2]: least and largest weight of each group."""
+    """int4 codes, two a byte [O,S,32], and scale and zero [O,S,2], from least to largest of each group."""
     groups = F.pad(rows, (0, -rows.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
-    zero = groups.amin(-1).to(torch.bfloat16)
-    scale = ((groups.amax(-1) - zero.float()) / _LARGEST_INT4).clamp(min=0.0).to(torch.bfloat16)
-    divisor = torch.where(scale == 0, 1.0, scale.float())[..., None]
-    codes = torch.round((groups - zero.float()[..., None]) / divisor).clamp_(0, _LARGEST_INT4)
+    zero = groups.amin(-1)
+    scale = (groups.amax(-1) - zero) / _LARGEST_INT4
+    divisor = torch.where(scale == 0, 1.0, scale)[..., None]
+    codes = torch.round((groups - zero[..., None]) / divisor)
     low, high = codes.to(torch.uint8).chunk(2, dim=-1)
     return low | (high << 4), torch.stack((scale, zero), dim=-1)
