@@ -202,6 +202,15 @@ def test_the_end_of_sequence_ends_unless_it_is_ignored(kit: Kit) -> None:
     assert ended.output == ignored.output == [kit.tokenizer.eos_id] and step[0][1].text == ""
 
 
+def test_a_token_that_was_said_is_penalised_at_the_next_step(kit: Kit) -> None:
+    scores = torch.zeros(1, HEAD)
+    scores[0, 50:60] = torch.arange(10) + 1.0
+    request = request_of(kit, Sampling(max_tokens=5, frequency_penalty=1.5))
+    while request.finish_reason is None:
+        kit.postprocess.apply([Scored(request, 0)], scores)
+    assert request.output == [59, 58, 59, 57, 58]
+
+
 def test_a_mask_without_any_token_is_an_error(kit: Kit) -> None:
     class Nothing:
         def wait(self) -> Tensor:
