@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from random_model import write_model
 
 from microlm.core.records import Constraint, Message, Sampling
 from microlm.engine import Engine
@@ -47,6 +49,21 @@ def test_cached_logits_equal_full_logits(any_model: Path, monkeypatch: pytest.Mo
             whole = decoder(torch.tensor([[*prompt, *answer.token_ids]]))[0, len(prompt) - 1 : -1]
         cached = torch.stack([step[row] for step in seen])
         assert (cached - whole).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("options", [{}, {"native": False}, {"speculate": 7}, {"max_prefill_tokens": 16}])
+def test_512_cached_tokens_equal_the_full_forward(tmp_path: Path, options: dict[str, Any]) -> None:
+    folder = write_model(tmp_path / "model", "qwen3", seed=3, window=640)
+    engine, decoder = Engine(folder, max_seqs=20, **options), directory.load(folder)
+    prompts = [engine.tokenizer.encode((PROMPTS[i % 6] + "x" * i) * (i % 3 + 1)) for i in range(20)]
+    got = engine.generate(prompts, Sampling(max_tokens=512, ignore_eos=True, logprobs=0))
+    for prompt, completion in zip(prompts, got, strict=True):
+        with torch.no_grad():
+            scores = decoder(torch.tensor([[*prompt, *completion.token_ids]]))[0, len(prompt) - 1 : -1]
+        assert scores[:, : engine.tokenizer.vocab_size].argmax(-1).tolist() == list(completion.token_ids)
+        known = [t.logprob for t in completion.logprobs or ()]
+        best = scores.log_softmax(-1).amax(-1)
+        assert len(known) == 512 and (best - torch.tensor(known)).abs().max() <= 1e-4
 
 
 def test_equals_transformers_generate(any_model: Path) -> None:

@@ -209,6 +209,28 @@ def test_the_service_bounds_its_queue_and_frees_what_is_closed(make_engine: Call
     assert engine.free_slots == 2 and not engine.busy
 
 
+def test_many_answers_are_submitted_together_or_not_at_all(make_engine: Callable[..., Engine]) -> None:
+    engine = make_engine(max_seqs=2)
+    sampling = Sampling(max_tokens=12, temperature=1.0, seed=4, n=3)
+    expected = [c.text for c in engine.generate(["hello"], sampling)]
+
+    async def scenario() -> None:
+        service = EngineService(engine, max_queue=1)
+        streams = await service.submit_many("hello", sampling)
+        with pytest.raises(Busy):
+            await service.submit_many("hello", replace(sampling, n=2))
+        texts = ["".join([d.text async for d in stream]) for stream in streams]
+        assert texts == expected and service.open_requests == 0
+        with pytest.raises(UserError, match="n: 0"):
+            await service.submit_many("hello", replace(sampling, n=0))
+        with pytest.raises(UserError, match="'a' is not loaded"):
+            await service.submit("hello", sampling, adapter="a")
+        assert service.open_requests == 0
+        await asyncio.to_thread(service.close)
+
+    asyncio.run(scenario())
+
+
 def test_a_failing_step_is_told_to_everyone_and_the_service_lives(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

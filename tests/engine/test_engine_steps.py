@@ -242,10 +242,8 @@ def test_thousand_cancellations_leave_no_page_and_flat_memory(long_model: Path) 
         for request in open_requests:
             engine.cancel(request)
 
-    life(200)
-    gc.collect()
     tracemalloc.start()
-    life(50)
+    life(300)  # until numpy's and torch's own lists of free blocks are full
     gc.collect()
     before = tracemalloc.get_traced_memory()[0]
     life(1000)
@@ -253,7 +251,7 @@ def test_thousand_cancellations_leave_no_page_and_flat_memory(long_model: Path) 
     grown = tracemalloc.get_traced_memory()[0] - before
     tracemalloc.stop()
     assert (engine.used_pages, engine.free_slots, engine.busy) == (0, engine.max_seqs, False)
-    assert grown < 100_000
+    assert grown < 64_000
     assert answers(engine, [ids(70)], GREEDY) == expected
 
 

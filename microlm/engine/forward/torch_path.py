@@ -81,7 +81,7 @@ class TorchPath:
         return self.decoder.logits(hidden)
 
     def run(self, tokens: Tensor, positions: Tensor, plan: Plan) -> Tensor:
-        """Hidden states [T,D] of `tokens` [T] at `positions` [T]; the store then holds their keys and values."""
+        """Hidden states [T,D] of `tokens` [T] at `positions` [T]; keys and values are stored."""
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             self.store.write(layer, plan.places, k[0].transpose(0, 1), v[0].transpose(0, 1))
