@@ -151,6 +151,18 @@ def test_a_schema_is_as_wide_as_the_training_answers(
     assert fits == [True, True, False]
 
 
+def test_copied_extraction_is_bound_to_the_text(
+    predict_recipe: predict.PredictRecipe, wide: Artifact
+) -> None:
+    records = list(read_records(wide.file("extraction/test.jsonl"), Extraction))
+    recipe = predict_recipe.model_copy(update={"copied": True})
+    items = predict.items_of(recipe, wide, "extraction_constrained")
+    assert [i.sampling.constraint.copy_from for i in items] == [r.text for r in records]
+    plain = predict.items_of(predict_recipe, wide, "extraction_constrained")
+    assert {i.sampling.constraint.copy_from for i in plain} == {None}
+    assert [i.prompt for i in plain] == [i.prompt for i in items]
+
+
 def test_answers_that_no_schema_admits_are_counted(wide: Artifact, tmp_path: Path) -> None:
     names = [f"x-mixed-{i}" for i in range(3)]
     made = [Prediction(n, "extraction_constrained", "", "{}", "stop") for n in names]
