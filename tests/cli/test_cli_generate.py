@@ -19,6 +19,7 @@ from random_model import write_model
 
 from microlm.cli import main
 from microlm.cli.answers.engine_options import EngineOptions, size
+from microlm.cli.answers.prompts import read_prompts
 from microlm.core.errors import UserError
 from microlm.core.records import Constraint, Message, Sampling
 from microlm.engine import Engine
@@ -377,3 +378,14 @@ def test_a_process_that_is_stopped_twice_loses_no_finished_answer(
     assert json.loads(capsys.readouterr().out)["resumed_at"] == kept
     assert call(*words, "--out", tmp_path / "whole") == 0
     assert out.read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+def test_the_lines_in_the_documentation_are_read(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs/engine.md").read_text(encoding="utf-8")
+    (tmp_path / "p.jsonl").write_text(page.split("```json\n")[1].split("```")[0], encoding="utf-8")
+    lines = [line for _, _, line in read_prompts(tmp_path / "p.jsonl")]
+    drawn = [line.sampling(Sampling(seed=1), i) for i, line in enumerate(lines)]
+    assert [line.id for line in lines] == [1, 2, 3, 4, 5]
+    assert [s.seed for s in drawn] == [1, 7, 3, 4, 5] and drawn[1].stop == ("\n\n",)
+    kinds = [s.constraint.kind if s.constraint else None for s in drawn]
+    assert kinds == [None, None, None, "choice", "json_schema"]
