@@ -1,11 +1,12 @@
 """Loops compiled with numba; without it the same functions run as plain Python: slower, equal results.
 
-The only place that imports numba. `cgutils`, `intrinsic`, `ir`, `overload` and `types` are for code that has no
-plain form (engine/native); they are None where numba is not there.
+The only place that imports numba. `cgutils`, `intrinsic`, `ir`, `overload` and `types` are for code that has
+no plain form (engine/native); they are None where numba is not there.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
 from collections.abc import Callable
@@ -15,20 +16,20 @@ import numpy as np
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-_njit: Any
-cgutils: Any
-intrinsic: Any
-ir: Any
-overload: Any
-types: Any
-try:
-    from llvmlite import ir
-    from numba import njit as _njit
-    from numba import types
-    from numba.core import cgutils
-    from numba.extending import intrinsic, overload
-except ImportError:
-    _njit = cgutils = intrinsic = ir = overload = types = None
+_njit: Any = None
+cgutils: Any = None
+intrinsic: Any = None
+ir: Any = None
+overload: Any = None
+types: Any = None
+with contextlib.suppress(ImportError):
+    import llvmlite.ir
+    import numba
+    import numba.core.cgutils
+    import numba.extending
+
+    _njit, types, ir, cgutils = numba.njit, numba.types, llvmlite.ir, numba.core.cgutils
+    intrinsic, overload = numba.extending.intrinsic, numba.extending.overload
 
 IS_COMPILED = _njit is not None
 """Whether numba is there."""

@@ -1,6 +1,6 @@
-"""Compiled pieces of a token step: products with matrices and pages, norms, rotation, SwiGLU, codes of the cache.
+"""Compiled pieces of a token step: products with matrices and pages, norms, rotation, SwiGLU, codes.
 
-Shapes: T rows, G query heads of a key-value head, d head size. Addresses are of float32 unless said otherwise.
+Addresses are of float32 unless said otherwise. Shapes: d head size.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def products(kind: Any, matrix: Any, x: int, rows: int, out: Any, span: Any) -> 
 
 @njit_float
 def mix_page(kind: Any, page: Any, shares: Any, rows: int, y: int) -> None:
-    """y[r] += Σ shares[r, p] · row p of the page; page is (address, bytes of a row, columns, rows to take)."""
+    """y[r] += Σ shares[r, p] · row p of the page; page: (address, bytes of a row, columns, rows to take)."""
     first, row_bytes, columns, count = page
     width, size = _stored(kind, columns)
     block = 0
@@ -142,7 +142,7 @@ def _is_shifted(kind: Any) -> Any:
     return lambda kind: found
 
 
-def widen(value: Any) -> float:
+def widen(value: Any) -> Any:
     """A stored element of float32 or bf16 as float32."""
     raise NotImplementedError
 
@@ -155,7 +155,7 @@ def _widen(value: Any) -> Any:
 
 
 @njit_float
-def to_bf16(value: float) -> int:
+def to_bf16(value: Any) -> Any:
     """The bits of the nearest bf16, halves to even."""
     bits = bits_of(value)
     if value != value:
@@ -194,7 +194,7 @@ def _put_int8(row: Any, values: Any, scale: Any, zero: Any, place: int) -> None:
     for c in range(len(values)):
         largest = max(largest, abs(values[c]))
     scale[place] = to_bf16(largest / _MOST_INT8)
-    rounded = float_of(np.uint32(scale[place]) << np.uint32(16))
+    rounded = widen(scale[place])
     divisor = _ONE if rounded == _ZERO else rounded
     for c in range(len(values)):
         row[c] = np.int8(_code(values[c], divisor, -_MOST_INT8, _MOST_INT8))
@@ -206,9 +206,9 @@ def _put_int4(row: Any, values: Any, scale: Any, zero: Any, place: int) -> None:
     for c in range(len(values)):
         low, high = min(low, values[c]), max(high, values[c])
     zero[place] = to_bf16(low)
-    base = float_of(np.uint32(zero[place]) << np.uint32(16))
+    base = widen(zero[place])
     scale[place] = to_bf16(max((high - base) / _MOST_INT4, _ZERO))
-    rounded = float_of(np.uint32(scale[place]) << np.uint32(16))
+    rounded = widen(scale[place])
     divisor = _ONE if rounded == _ZERO else rounded
     half = len(row)
     for c in range(half):
@@ -218,7 +218,7 @@ def _put_int4(row: Any, values: Any, scale: Any, zero: Any, place: int) -> None:
 
 
 @njit_float
-def _code(value: float, divisor: float, low: float, high: float) -> float:
+def _code(value: Any, divisor: Any, low: Any, high: Any) -> Any:
     """The nearest code, 0 where the quotient is no finite number."""
     code = nearest(value / divisor)
     if not np.isfinite(code):
@@ -227,7 +227,7 @@ def _code(value: float, divisor: float, low: float, high: float) -> float:
 
 
 @njit_float
-def exponential(x: float) -> float:
+def exponential(x: Any) -> Any:
     """e^x of a float32, to 2 units of the last place; below e^-87 it stays there."""
     x = min(max(x, _LOWEST), _HIGHEST)
     n = nearest(x * _LOG2E)
@@ -238,7 +238,7 @@ def exponential(x: float) -> float:
 
 
 @njit_float
-def norm(x: Any, weight: Any, eps: float, out: Any) -> None:
+def norm(x: Any, weight: Any, eps: Any, out: Any) -> None:
     """RMSNorm of a vector; `out` may be `x`."""
     total = _ZERO
     for c in range(len(x)):
@@ -249,7 +249,7 @@ def norm(x: Any, weight: Any, eps: float, out: Any) -> None:
 
 
 @njit_float
-def rotate(head: Any, cos: Any, sin: Any, scale: float) -> None:
+def rotate(head: Any, cos: Any, sin: Any, scale: Any) -> None:
     """Turn the halves of a head [d] by the angles [d/2] of its position, and scale it."""
     half = len(cos)
     left, right = head[:half], head[half:]
@@ -268,7 +268,7 @@ def swiglu(gate: Any, up: Any) -> None:
 
 
 @njit_float
-def soften(scores: Any) -> float:
+def soften(scores: Any) -> Any:
     """Scores become e^(score - largest); their sum."""
     largest = scores[0]
     for p in range(len(scores)):

@@ -1,8 +1,8 @@
 """Vector loops in LLVM's own words: products of stored rows with activations, 16 lanes at a time.
 
-Enters: addresses and strides. Each sum is taken in one order, whatever rows are beside it, so a result depends
-on nothing else. The kind of what is stored is the dtype of an empty array: float32, uint16 (bf16), int8, uint8
-(int4). Needs numba.
+Enters: addresses and strides. Each sum is taken in one order, whatever rows are beside it, so a result
+depends on nothing else. The kind of what is stored is the dtype of an empty array: float32, uint16 (bf16),
+int8, uint8 (int4). Needs numba.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from microlm.text.compiled import cgutils, intrinsic, ir, types
 
 LANES = 16
 GROUP = 64
-"""Inputs that share a scale in an int4 matrix: 32 bytes, the low half of a byte is of the group's first half."""
+"""Inputs that share a scale in an int4 matrix: 32 bytes, low halves are of the group's first half."""
 
 _BYTE, _WORD, _LONG = (ir.IntType(bits) for bits in (8, 32, 64))
 _FLOAT = ir.FloatType()
@@ -24,13 +24,13 @@ _WORDS = ir.VectorType(_WORD, LANES)
 _ZERO = ir.Constant(_VECTOR, [0.0] * LANES)
 _OUTS = 4  # rows of a matrix in a tile
 _ROWS_ALONE = {types.float32: 4, types.uint16: 2}
-"""Up to so many rows of activations, a tile takes its stored rows one after the other: memory is the limit then,
-and the processor's prefetcher follows one stream best. Else side by side, so that activations are read once."""
+"""Up to so many rows of activations, a tile takes its stored rows one after the other: memory is the limit,
+and the processor's prefetcher follows one stream best. Else side by side: activations are read once."""
 _AHEAD = 1024  # bytes, beyond the next tile
 
 
 def tile_of(rows: int) -> Any:
-    """`tile(kind, matrix, at, x, out)`: four rows of a matrix from `at` on, times `rows` rows of activations.
+    """`tile(kind, matrix, at, x, out)`: four rows of a matrix from `at` on, times `rows` of activations.
 
     A matrix is (address, bytes of a row, columns, address of scales, bytes of a row's scales); a page of the
     cache is the first three of these, and its codes come unscaled. `out` is (address, floats of a row).
@@ -66,9 +66,9 @@ def tile_of(rows: int) -> Any:
 def mix_of(rows: int, width: int) -> Any:
     """`mix(kind, page, shares, y)`: y += shares times the rows of a page, in `width` blocks of 16 columns.
 
-    `page` is (address of the first block, bytes of a row, columns, rows to take, columns of the block: 16, fewer
-    at the end); `shares` (address, floats of a row); y the address of the block's first column, its rows as wide
-    as the page. A block of int4 is 16 bytes: 16 columns of the first half, and as many of the second.
+    `page` is (address of the first block, bytes of a row, columns, rows to take, columns of the block: 16,
+    fewer at the end); `shares` (address, floats of a row); y the address of the block's first column, its
+    rows as wide as the page. A block of int4 is 16 bytes: 16 columns of either half.
     """
 
     @intrinsic
@@ -176,7 +176,7 @@ class _Columns(NamedTuple):
 
 
 def _block(builder: Any, kind: Any, address: Any, width: int, rest: Any) -> list[Any]:
-    """`width` vectors of what is stored there, as floats; of int4 twice as many: first halves, then second."""
+    """`width` vectors of what is stored there, as floats; of int4 twice as many: low halves, then high."""
     size = 1 if kind == types.uint8 else kind.bitwidth // 8
     places = [builder.add(address, _LONG(LANES * size * j)) for j in range(width)]
     if kind == types.float32:

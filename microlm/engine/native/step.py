@@ -1,4 +1,4 @@
-"""The compiled token step of one decoder over one cache. Enters: ids, positions, page tables; leaves: logits."""
+"""The compiled token step of one decoder over one cache. Enters: ids, positions, pages; leaves: logits."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from microlm.text.compiled import IS_COMPILED
 IntArray = npt.NDArray[np.integer]
 Array = npt.NDArray[Any]
 _KINDS = {torch.float32: np.float32, torch.bfloat16: np.uint16, torch.int8: np.int8, torch.uint8: np.uint8}
+_LINE = 64  # bytes of a cache line
 _CAPACITY = 64  # rows that buffers have room for
 
 
@@ -107,6 +108,7 @@ class NativeStep:
         self._step = token_step
         self._decoder, self._store = decoder, store  # whose memory the addresses are of
         self._team = Team(threads)
+        _lay_together([_stored(m) for m in _matrices(decoder)])
         config = decoder.config
         self._work = _buffers(config, store, threads)
         self._cache = Cache(*(_view(t) for t in (store.k, store.v)), *_scales(store))
@@ -116,7 +118,7 @@ class NativeStep:
         self._model = _model(decoder, store, self._work, self._cache)
 
     def run(self, tokens: IntArray, positions: IntArray, tables: IntArray, wanted: IntArray) -> Tensor:
-        """Logits [w,V], float32, of the rows `wanted` [w] of T tokens at `positions` [T] with page `tables` [T,M].
+        """Float32 logits [w,V] of the rows `wanted` [w] of T tokens at `positions` [T], page `tables` [T,M].
 
         Keys and values of all T are written first; then each sees its own table up to its own position.
         """
@@ -133,7 +135,7 @@ class NativeStep:
 
     def warm(self, tell: Callable[[str], None]) -> None:
         """Compile, or load what was compiled on this machine before; says so before and after."""
-        if self._step.signatures:
+        if getattr(self._step, "signatures", ()):
             return
         tell("compiling the token step (once on this machine)")
         started = time.perf_counter()
@@ -158,7 +160,8 @@ class NativeStep:
 def _matrices(decoder: Decoder) -> list[Any]:
     """The matrices in the order of the step: seven of each layer, then the head."""
     found: list[Any] = []
-    for block in decoder.model.layers:
+    blocks: list[Any] = list(decoder.model.layers)
+    for block in blocks:
         attention, mlp = block.self_attn, block.mlp
         found += [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
         found += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
@@ -169,14 +172,24 @@ def _stored(matrix: Any) -> Tensor:
     return matrix.codes if isinstance(matrix, QuantizedLinear) else matrix.weight
 
 
+def _lay_together(tensors: list[Tensor]) -> None:
+    """Move tensors into one array; numpy asks for large pages, and reading goes a fifth faster on them."""
+    unique = {t.data_ptr(): t for t in tensors}.values()
+    room = np.empty(sum(t.nbytes + _LINE for t in unique) + _LINE, dtype=np.uint8)
+    start = -room.ctypes.data % _LINE
+    for tensor in unique:
+        kept = torch.from_numpy(room[start : start + tensor.nbytes]).view(tensor.dtype).view(tensor.shape)
+        tensor.data = kept.copy_(tensor.detach())
+        start += -(-tensor.nbytes // _LINE) * _LINE
+
+
 def _row(matrix: Any) -> list[int]:
     """A row of `Model.matrices`: address, bytes of a row, columns, address and bytes of scales, outputs."""
     stored = _stored(matrix)
     assert stored.is_contiguous()
     scales = matrix.scales if isinstance(matrix, QuantizedLinear) else None
-    place = (0, 0) if scales is None else (scales.data_ptr(), scales[0].numel() * scales.element_size())
-    row_bytes = stored[0].numel() * stored.element_size()
-    return [stored.data_ptr(), row_bytes, matrix.in_features, *place, matrix.out_features]
+    place = (0, 0) if scales is None else (scales.data_ptr(), scales.nbytes // len(scales))
+    return [stored.data_ptr(), stored.nbytes // len(stored), matrix.in_features, *place, matrix.out_features]
 
 
 def _model(decoder: Decoder, store: KVStore, work: Work, cache: Cache) -> Model:

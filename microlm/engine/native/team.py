@@ -1,4 +1,4 @@
-"""Threads that take part in compiled calls. Enters: a function of the thread's number; leaves: when it is done."""
+"""Threads that take part in compiled calls. Enters: a function of the thread's number."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-
 Work = Callable[[int, int, int], Any]
 """`(thread, calls before this one, address of (arrivals, given up))`."""
+_PATIENCE_S = 2.0
 
 
 class _Helpers:
@@ -22,12 +22,15 @@ class _Helpers:
     def __init__(self, count: int) -> None:
         self.sync = np.zeros(2, dtype=np.int64)
         self.gates = [threading.Lock() for _ in range(count)]
+        self.threads: list[threading.Thread] = []
         self.work: Work | None = None
         self.calls = 0
         self.pid = os.getpid()
         for i, gate in enumerate(self.gates):
             gate.acquire()
-            threading.Thread(target=self._help, args=(i + 1,), name=f"microlm-{i + 1}", daemon=True).start()
+            helper = threading.Thread(target=self._help, args=(i + 1,), name=f"microlm-{i + 1}", daemon=True)
+            self.threads.append(helper)
+            helper.start()
 
     def call(self, work: Work) -> None:
         """Thread 0's part, while the others do theirs."""
@@ -38,12 +41,16 @@ class _Helpers:
         work(0, calls, self.sync.ctypes.data)
 
     def end(self) -> None:
-        """Who waits in compiled code gives up; who sleeps ends."""
+        """Who waits in compiled code gives up; who sleeps ends. In a fork nobody is there."""
+        if self.pid != os.getpid():
+            return
         self.work = None
         self.sync[1] = 1
         for gate in self.gates:
             with contextlib.suppress(RuntimeError):  # it is awake
                 gate.release()
+        for helper in self.threads:  # one that ran on while the interpreter ends would bring it down
+            helper.join(_PATIENCE_S)
 
     def _help(self, thread: int) -> None:
         calls = 0

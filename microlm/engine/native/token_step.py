@@ -13,7 +13,6 @@ import numpy as np
 from microlm.engine.cache.store import PAGE
 from microlm.engine.native.kernels import (
     add,
-    float_of,
     is_scaled,
     is_shifted,
     meet,
@@ -185,8 +184,8 @@ def _attend(kind: Any, model: Any, cache: Any, work: Any, unit: Any) -> None:
         scores[g, room - 1] = total
     for i in range((length + PAGE - 1) // PAGE):
         slot = (layer * shape[PAGES] + tables[t, i]) * shape[KV_HEADS] + h
-        page = (at[VALUES] + slot * PAGE * row_bytes, row_bytes, d, min(PAGE, length - i * PAGE))
-        mix_page(kind, page, (stripe + i * PAGE * 4, room), group, at[MIXED] + start * 4)
+        block = (at[VALUES] + slot * PAGE * row_bytes, row_bytes, d, min(PAGE, length - i * PAGE))
+        mix_page(kind, block, (stripe + i * PAGE * 4, room), group, at[MIXED] + start * 4)
     for g in range(group):
         total = scores[g, room - 1]
         for c in range(g * d, (g + 1) * d):
@@ -205,13 +204,13 @@ def _rescale(kind: Any, cache: Any, q: Any, scores: Any, place: Any) -> None:
             for c in range(d):
                 base += head[c]
         for p in range(PAGE):
-            scores[g, first + p] *= float_of(np.uint32(scales[p]) << np.uint32(16))
+            scores[g, first + p] *= widen(scales[p])
             if is_shifted(kind):
-                scores[g, first + p] += base * float_of(np.uint32(zeros[p]) << np.uint32(16))
+                scores[g, first + p] += base * widen(zeros[p])
 
 
 @njit_float
-def _weigh(kind: Any, cache: Any, shares: Any, table: Any, place: Any) -> float:
+def _weigh(kind: Any, cache: Any, shares: Any, table: Any, place: Any) -> Any:
     """Shares of values become shares of codes; what the zeros add to each column."""
     layer, h = place
     base = _ZERO
@@ -219,6 +218,6 @@ def _weigh(kind: Any, cache: Any, shares: Any, table: Any, place: Any) -> float:
         scales, zeros = cache.v_scale[layer, table[i], h], cache.v_zero[layer, table[i], h]
         for p in range(i * PAGE, min(i * PAGE + PAGE, len(shares))):
             if is_shifted(kind):
-                base += shares[p] * float_of(np.uint32(zeros[p - i * PAGE]) << np.uint32(16))
-            shares[p] *= float_of(np.uint32(scales[p - i * PAGE]) << np.uint32(16))
+                base += shares[p] * widen(zeros[p - i * PAGE])
+            shares[p] *= widen(scales[p - i * PAGE])
     return base

@@ -22,7 +22,7 @@ _ROWS = 4096  # quantised at once, so that the head's floats are never copied wh
 
 
 class QuantizedLinear(nn.Module):
-    """A matrix as `codes` and float32 `scales`: int8 [O,I] and [O], or int4, two a byte, [O,S,32] and [O,S,2].
+    """A matrix as `codes` and float32 `scales`: int8 [O,I] and [O]; int4 [O,S,32], two a byte, and [O,S,2].
 
     int8: weight = scale · code. int4: weight = scale · code + zero; the low half of a byte is of the group's
     first half. The last group is filled up with zeros.

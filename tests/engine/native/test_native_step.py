@@ -37,7 +37,7 @@ KINDS += [pytest.param("int8", marks=pytest.mark.slow), "int4"]  # each is compi
 
 
 class Setup:
-    """A random decoder whose matrices are of a kind, the same one for torch, and a step over pages in disorder."""
+    """A random decoder with matrices of a kind, the same one for torch, a step over pages in disorder."""
 
     def __init__(self, shape: str = "llama-4-of-2", kind: str = "float32", threads: int = 1) -> None:
         model_type, fields = SHAPES[shape]
@@ -66,7 +66,7 @@ class Setup:
         return self.step.run(self.ids[rows].numpy(), np.array(rows), tables, asked)
 
     def expected(self) -> tuple[Tensor, float]:
-        """Logits of torch over the keys and values that lie in the store, and how far those are from its own."""
+        """Logits of torch over the keys and values in the store, and how far those are from its own."""
         heads = self.store.heads
         pages = torch.from_numpy(self.table[0, : -(-ROWS // PAGE)].astype(np.int64))
         places = (torch.arange(heads)[:, None] + pages * heads).flatten()

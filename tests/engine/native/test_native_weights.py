@@ -55,7 +55,7 @@ def test_a_matrix_of_zeros_stays_one() -> None:
 
 def test_every_matrix_is_replaced_and_a_tied_embedding_stays() -> None:
     decoder = random_decoder(
-        tiny_config("qwen2", hidden_size=64, intermediate_size=128, tie_word_embeddings=True)
+        tiny_config("qwen2", hidden_size=64, head_dim=16, intermediate_size=128, tie_word_embeddings=True)
     )
     embedding, before = decoder.model.embed_tokens.weight.clone(), weight_bytes(decoder)
     quantize(decoder, "int4")
