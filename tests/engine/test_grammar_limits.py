@@ -14,7 +14,7 @@ from grammar_words import small_vocabulary
 
 from microlm.core.errors import UserError
 from microlm.core.records import Constraint
-from microlm.engine.grammar import Grammars, Matcher, compile, masks
+from microlm.engine.grammar import Grammars, compile, masks
 from microlm.engine.grammar.limits import MAX_CHOICES, MAX_COPY_CHARS, MAX_DEPTH, nesting
 from microlm.text.tokenizer import Tokenizer
 
@@ -242,12 +242,23 @@ def test_masks_come_in_the_order_of_the_matchers(grammars: Grammars) -> None:
     assert grammars.begin([]).wait().shape[0] == 0
 
 
-def test_masks_are_computed_before_anyone_waits(grammars: Grammars) -> None:
-    begun = grammars.begin([grammars.matcher(Constraint("json_object"))])
+def test_masks_that_take_long_are_computed_before_anyone_waits(grammars: Grammars) -> None:
+    matchers = [grammars.matcher(Constraint("json_object")) for _ in range(64)]
+    for _ in range(50):
+        grammars.begin(matchers).wait()
+    begun = grammars.begin(matchers)
     deadline = time.monotonic() + 20
     while begun._flags is None:
         assert time.monotonic() < deadline
         time.sleep(0.001)
+    assert begun.wait().any(-1).all()
+
+
+def test_quick_masks_are_left_to_who_waits(grammars: Grammars) -> None:
+    """Waking a thread takes longer."""
+    begun = grammars.begin([grammars.matcher(Constraint("choice", '["a"]'))])
+    time.sleep(0.05)
+    assert begun._flags is None
     assert begun.wait().any()
 
 
@@ -266,7 +277,8 @@ def test_who_waits_computes_what_no_thread_came_to(
         return flags(*arguments)
 
     monkeypatch.setattr(masks, "_flags", slow)
-    matchers: list[Matcher] = [grammars.matcher(Constraint("regex", c)) for c in "ab"]
+    monkeypatch.setattr(masks, "HAND_OVER_S", -1.0)
+    matchers = [grammars.matcher(Constraint("regex", c)) for c in "ab"]
     stuck = grammars.begin(matchers[:1])
     assert hold.wait(20)
     assert grammars.begin(matchers[1:]).wait().any()
@@ -275,14 +287,17 @@ def test_who_waits_computes_what_no_thread_came_to(
         stuck.wait()
 
 
-def test_the_thread_ends_with_its_grammars(tokenizer: Tokenizer) -> None:
+def test_the_thread_ends_with_its_grammars(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     def running() -> int:
         return sum(t.name == "masks" for t in threading.enumerate())
 
     before = running()
     several = [Grammars(tokenizer) for _ in range(5)]
+    monkeypatch.setattr(masks, "HAND_OVER_S", -1.0)
+    for one in several:
+        one.begin([one.matcher(Constraint("choice", '["a"]'))]).wait()
     assert running() == before + 5
-    del several
+    del several, one
     deadline = time.monotonic() + 20
     while running() > before:
         assert time.monotonic() < deadline

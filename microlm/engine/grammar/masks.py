@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 import weakref
 from collections.abc import Sequence
 from queue import SimpleQueue
@@ -14,6 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Flags = NDArray[np.bool_]
+HAND_OVER_S = 100e-6
+"""From so much work on the thread does it: waking it, and the core that it takes, cost as much."""
 MAX_REASON = 300  # characters of a message of llguidance
 
 
@@ -57,10 +60,9 @@ class Matcher:
 class Masks:
     """Which ids may come next for several answers: in the making from the start, whole after `wait`."""
 
-    def __init__(self, matchers: Sequence[Matcher], vocab_size: int, executor: llguidance.LLExecutor) -> None:
+    def __init__(self, matchers: Sequence[Matcher], worker: Worker) -> None:
         self._inner = [m.inner for m in matchers]
-        self._vocab_size = vocab_size
-        self._executor = executor
+        self._worker = worker
         self._taken, self._done = threading.Lock(), threading.Lock()
         self._done.acquire()
         self._flags: Flags | None = None
@@ -70,10 +72,12 @@ class Masks:
         """Compute, unless another thread does so."""
         if not self._taken.acquire(blocking=False):
             return
+        started = time.thread_time()
         try:
-            self._flags = _flags(self._inner, self._vocab_size, self._executor)
+            self._flags = _flags(self._inner, self._worker.vocab_size)
         except BaseException as e:  # it belongs to the thread that waits
             self._fault = e
+        self._worker.learn(len(self._inner), time.thread_time() - started)
         self._done.release()
 
     def wait(self) -> Tensor:
@@ -89,41 +93,41 @@ class Worker:
     """A thread that computes masks in the background; it ends when nobody holds this any more."""
 
     def __init__(self, vocab_size: int) -> None:
-        self._vocab_size = vocab_size
-        self._executor = llguidance.LLExecutor(1)  # the model needs the other cores
+        self.vocab_size = vocab_size
+        self._mask_s = 0.0  # of one mask, lately
         self._queue: SimpleQueue[Masks | None] = SimpleQueue()
         threading.Thread(target=_work, args=(self._queue,), name="masks", daemon=True).start()
         weakref.finalize(self, self._queue.put, None)
 
     def begin(self, matchers: Sequence[Matcher]) -> Masks:
-        """Have the masks of matchers computed."""
-        masks = Masks(matchers, self._vocab_size, self._executor)
-        self._queue.put(masks)
+        """Have the masks of matchers computed; a few quick ones are left to who waits for them."""
+        masks = Masks(matchers, self)
+        if self._mask_s * len(matchers) > HAND_OVER_S:
+            self._queue.put(masks)
         return masks
+
+    def learn(self, count: int, seconds: float) -> None:
+        """What masks took: half of the memory is as old as eight steps."""
+        if count:
+            self._mask_s += (seconds / count - self._mask_s) / 12
 
 
 def _work(queue: SimpleQueue[Masks | None]) -> None:
     while (masks := queue.get()) is not None:
         masks.compute()
+        del masks  # it holds the Worker, whose end is this thread's
 
 
-def _flags(
-    matchers: Sequence[llguidance.LLMatcher], vocab_size: int, executor: llguidance.LLExecutor | None = None
-) -> Flags:
-    """[n,V], by the executor if there are several; the interpreter's lock is free meanwhile."""
+def _flags(matchers: Sequence[llguidance.LLMatcher], vocab_size: int) -> Flags:
+    """[n,V]; the interpreter's lock is free while one is computed."""
     words = (vocab_size + 31) // 32
     bits = np.zeros((len(matchers), words), dtype=np.int32)
-    if executor is not None and len(matchers) > 1:
-        pairs = [(matcher, row) for row, matcher in enumerate(matchers)]
-        executor.unsafe_compute_mask_ptr(pairs, bits.ctypes.data, words * 4, len(matchers))
-    else:
-        for row, matcher in enumerate(matchers):
-            matcher.unsafe_compute_mask_ptr(bits[row].ctypes.data, words * 4)
-    for row, matcher in enumerate(matchers):
+    for row, matcher in zip(bits, matchers, strict=True):
+        matcher.unsafe_compute_mask_ptr(row.ctypes.data, words * 4)
         if (
             matcher.is_error()
         ):  # llguidance then allows the EOS, which would pass off a broken answer as whole
-            bits[row] = 0
+            row[:] = 0
     flags = np.unpackbits(bits.view(np.uint8), axis=1, bitorder="little", count=vocab_size)
     return flags.view(np.bool_)
 
