@@ -154,7 +154,7 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """Natural-log probability of a token, before temperature and penalties; `top`: likeliest ids with theirs."""
+    """Natural-log probability of a token, before temperature and penalties; `top`: likeliest ids and theirs."""
 
     token_id: int
     logprob: float
