@@ -154,7 +154,7 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """Natural-log probability of a token, before temperature and penalties; `top`: likeliest ids and theirs."""
+    """A token's natural-log probability before temperature and penalties; `top`: likeliest (id, theirs)."""
 
     token_id: int
     logprob: float
