@@ -21,7 +21,9 @@ TEXTS = [
 WINDOW = 128
 
 
-def write_model(folder: Path, kind: ModelType, vocab_size: int = 320, seed: int = 0) -> Path:
+def write_model(
+    folder: Path, kind: ModelType, vocab_size: int = 320, seed: int = 0, window: int = WINDOW
+) -> Path:
     """An HF directory with random weights, far from the identity, and a tokenizer trained on four lines."""
     inner = HFTokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -31,7 +33,7 @@ def write_model(folder: Path, kind: ModelType, vocab_size: int = 320, seed: int 
         vocab_size=vocab_size, special_tokens=list(SPECIAL), initial_alphabet=alphabet, show_progress=False
     )
     inner.train_from_iterator(TEXTS * 3, trainer)
-    config = tiny_config(kind, inner.get_vocab_size(), max_position_embeddings=WINDOW)
+    config = tiny_config(kind, inner.get_vocab_size(), max_position_embeddings=window)
     save(random_decoder(config, seed), folder)
     inner.save(str(folder / "tokenizer.json"))
     return folder

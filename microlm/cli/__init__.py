@@ -13,7 +13,8 @@ import typer
 import typer.core
 
 from microlm import __version__
-from microlm.cli import chat, compare, data, inspect, run, serve, tokenizer
+from microlm.cli import compare, data, inspect, run, serve, tokenizer
+from microlm.cli.answers import chat
 from microlm.cli.training import commands as training
 from microlm.core.errors import CheckFailed, UserError
 

@@ -10,18 +10,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from microlm.cli.answers.engine_options import EngineOptions, warm
+from microlm.cli.answers.options import AsJson, grouped
+
 if TYPE_CHECKING:
     from microlm.eval.verify.verdict import Line
 
 KeyFile = Annotated[
     Path | None, typer.Option("--api-key-file", help="file with the API key (else MICROLM_API_KEY is read)")
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout")]
+MAX_SEQS = 16  # requests that run at once
 
 
 def register(app: typer.Typer) -> None:
     """Add this file's commands."""
-    app.command("serve")(serve)
+    app.command("serve")(grouped(serve))
     app.command("verify")(verify)
 
 
@@ -34,10 +37,11 @@ def serve(
     api_key_file: KeyFile = None,
     name: Annotated[str, typer.Option(help="the served model's name; default: the directory's")] = "",
     base: Annotated[bool, typer.Option("--base", help="of a run, serve the pretrained model")] = False,
-    max_seqs: Annotated[int, typer.Option(min=1, max=1024, help="requests that run at once")] = 16,
     max_queue: Annotated[int, typer.Option(min=0, help="requests that may wait; more get HTTP 429")] = 64,
     as_json: AsJson = False,
     die_with_parent: Annotated[bool, typer.Option("--die-with-parent", hidden=True)] = False,
+    *,
+    runs: EngineOptions,
 ) -> None:
     """Serve a model over HTTP, as OpenAI does.
 
@@ -54,6 +58,7 @@ def serve(
 
     if die_with_parent:
         runtime.die_with_parent()
+    arguments = runs.arguments(max_seqs=MAX_SEQS)
     api_key = read_key(api_key_file)
     listen.check_exposure(host, api_key)
     listener = listen.bind(host, port)
@@ -66,7 +71,8 @@ def serve(
 
     model_dir = resolve_model_dir(directory, base=base)
     name = name or Path(directory).resolve().name
-    engine = Engine(model_dir, max_seqs=max_seqs)
+    engine = Engine(model_dir, **arguments)
+    warm(engine)
     app = create_app(
         engine, name, api_key, Limits(max_queue=max_queue, loopback_hosts_only=is_loopback(host))
     )

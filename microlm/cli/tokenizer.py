@@ -248,7 +248,7 @@ def _text_or_file(word: str) -> str:
         is_file = False
     if not is_file:
         return _text(word)
-    from microlm.cli.generate import read_text
+    from microlm.cli.answers.texts import read_text
 
     return read_text(path)
 

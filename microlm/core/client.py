@@ -156,7 +156,7 @@ class Client:
         body = {
             "model": model or self.default_model(),
             "prompt": prompt,
-            **wire(sampling or Sampling()),
+            **payload.wire(sampling or Sampling()),
             **extra,
         }
         return self._reply("/v1/completions", self.call("POST", "/v1/completions", body))
@@ -166,7 +166,7 @@ class Client:
     ) -> dict[str, Any]:
         """The request body of a chat."""
         turns = payload.chat_turns(messages)
-        return {"model": model or self.default_model(), "messages": turns, **wire(sampling)}
+        return {"model": model or self.default_model(), "messages": turns, **payload.wire(sampling)}
 
     def request(self, method: str, path: str, content: bytes | None = None) -> httpx.Response:
         """One exchange, whatever its status; only an unreachable or silent endpoint is an error."""
@@ -298,25 +298,6 @@ class _Timed(httpx.SyncByteStream):
 
     def close(self) -> None:
         self._inner.close()
-
-
-def wire(sampling: Sampling) -> dict[str, Any]:
-    """`Sampling` as fields of an OpenAI request; what stands at its neutral value is not sent."""
-    body: dict[str, Any] = {"max_tokens": sampling.max_tokens, "temperature": sampling.temperature}
-    if sampling.top_p != 1.0:
-        body["top_p"] = sampling.top_p
-    if sampling.top_k:
-        body["top_k"] = sampling.top_k
-    if sampling.seed is not None:
-        body["seed"] = sampling.seed
-    if sampling.stop:
-        body["stop"] = list(sampling.stop)
-    if sampling.ignore_eos:
-        body["ignore_eos"] = True
-    if sampling.json_schema is not None:
-        schema = {"name": "answer", "schema": json.loads(sampling.json_schema), "strict": True}
-        body["response_format"] = {"type": "json_schema", "json_schema": schema}
-    return body
 
 
 def _usage(data: dict[str, Any]) -> Usage | None:

@@ -9,10 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from microlm.core.errors import UserError
-from microlm.core.records import Message
+from microlm.core.records import Constraint, Message, Sampling
 
 COUNTS = ("prompt_tokens", "completion_tokens", "total_tokens")
 MAX_COUNT = 2**63
+_NEUTRAL = {
+    "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+}  # fmt: skip
 MAX_EVENT_BYTES = 8 << 20  # an endpoint that never ends an event is not worth our memory
 
 
@@ -53,6 +57,76 @@ def chat_turns(messages: Sequence[Message]) -> list[dict[str, Any]]:
 def tool_fields(tools: Sequence[str]) -> dict[str, Any]:
     """The fields of a request that shows tools; calls in the answer are to stay text."""
     return {"tools": [json.loads(tool) for tool in tools], "tool_choice": "none"} if tools else {}
+
+
+def wire(sampling: Sampling) -> dict[str, Any]:
+    """`Sampling` as fields of an OpenAI request; what stands at its neutral value is not sent."""
+    body: dict[str, Any] = {"max_tokens": sampling.max_tokens, "temperature": sampling.temperature}
+    for name, neutral in _NEUTRAL.items():
+        if (value := getattr(sampling, name)) != neutral:
+            body[name] = value
+    if sampling.logit_bias:
+        body["logit_bias"] = {str(token): bias for token, bias in sampling.logit_bias}
+    if sampling.seed is not None:
+        body["seed"] = sampling.seed
+    if sampling.stop:
+        body["stop"] = list(sampling.stop)
+    if sampling.ignore_eos:
+        body["ignore_eos"] = True
+    if sampling.constraint is not None:
+        body |= _constraint(sampling.constraint)
+    return body
+
+
+def _constraint(constraint: Constraint) -> dict[str, Any]:
+    """A constraint as OpenAI's `response_format`, or as vLLM's `structured_outputs`; `copy_from` is ours."""
+    kind, value = constraint.kind, constraint.value
+    body: dict[str, Any] = {}
+    if kind == "json_schema":
+        schema = {"name": "answer", "schema": json.loads(value), "strict": True}
+        body["response_format"] = {"type": kind, "json_schema": schema}
+    elif kind == "json_object":
+        body["response_format"] = {"type": kind}
+    elif kind != "copy":
+        body["structured_outputs"] = {kind: json.loads(value) if kind == "choice" else value}
+    if constraint.copy_from is not None:
+        body["copy_from"] = constraint.copy_from
+    if constraint.copy_words:
+        body["copy_words"] = True
+    return body
+
+
+def constraint_of(
+    *,
+    json_schema: str | None = None,
+    json_object: bool = False,
+    regex: str | None = None,
+    choice: list[str] | None = None,
+    grammar: str | None = None,
+    copy_from: str | None = None,
+    copy_words: bool = False,
+) -> Constraint | None:
+    """The one constraint that is given, None where there is none; two are an error."""
+    given = {
+        "json_schema": json_schema,
+        "json_object": "" if json_object else None,
+        "regex": regex,
+        "choice": json.dumps(choice, ensure_ascii=False) if choice else None,
+        "grammar": grammar,
+    }
+    found: list[Constraint] = [
+        Constraint(kind, value, copy_from, copy_words)  # type: ignore[arg-type]
+        for kind, value in given.items()
+        if value is not None
+    ]
+    if len(found) > 1:
+        names = ", ".join(c.kind for c in found)
+        raise UserError(f"constraint: {names} are given; only one of them can bound an answer")
+    if copy_words and copy_from is None:
+        raise UserError("copy_words: says how to copy, and copy_from is not there; give both")
+    if not found and copy_from is not None:
+        return Constraint("copy", copy_from=copy_from, copy_words=copy_words)
+    return found[0] if found else None
 
 
 def member(holder: dict[str, Any], name: str) -> dict[str, Any]:

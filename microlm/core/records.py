@@ -108,10 +108,30 @@ class Question:
 
 
 @dataclass(frozen=True, slots=True)
+class Constraint:
+    """What an output must be, as a grammar. `value` by kind:
+
+    json_schema: the JSON text of a schema; json_object, copy: empty; regex: a pattern that the whole output
+    matches; choice: the JSON text of a list of strings; grammar: EBNF in the Lark form, or GBNF.
+    `copy_from`: a text whose substrings are the only strings that an output holds: the output itself (copy),
+    every string of a schema that no enum, const, pattern or format bounds, or a grammar's terminal COPY.
+    `copy_words`: a copy begins and ends where words of the text do.
+    """
+
+    kind: Literal["json_schema", "json_object", "regex", "choice", "grammar", "copy"]
+    value: str = ""
+    copy_from: str | None = None
+    copy_words: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Sampling:
     """How tokens are drawn. `temperature` 0 is greedy; `max_tokens` counts new tokens.
 
-    `json_schema` (a JSON text) constrains the output; `seed` makes a request repeatable.
+    `seed` makes a request repeatable; `n` answers are drawn, answer i with seed + i. Penalties are vLLM's:
+    repetition over prompt and answer, presence and frequency over the answer. `logit_bias`: (id, its addend).
+    `logprobs`: of each new token, and of so many likeliest ones beside it (None: none are computed);
+    `prompt_logprobs`: the same of the prompt's tokens.
     """
 
     max_tokens: int = 128
@@ -120,19 +140,44 @@ class Sampling:
     top_k: int = 0
     seed: int | None = None
     stop: tuple[str, ...] = ()
-    json_schema: str | None = None
+    constraint: Constraint | None = None
     ignore_eos: bool = False
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    n: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token's natural-log probability before temperature and penalties; `top`: likeliest (id, theirs)."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What the engine answered: text without the EOS, its ids (EOS included when drawn), and why it ended."""
+    """What the engine answered: text without the EOS, its ids (EOS included when drawn), and why it ended.
+
+    `cached_tokens`: how many of the prompt's were in the cache already. `index`: which of `n` answers it is.
+    `prompt_logprobs` has None for the first token, which nothing predicts.
+    """
 
     text: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
     prompt_tokens: int
     error: str = ""
+    index: int = 0
+    cached_tokens: int = 0
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

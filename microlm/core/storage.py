@@ -11,7 +11,7 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -144,13 +144,13 @@ def fetch(url: str) -> Path:
     return folder
 
 
-def write_atomic(path: Path, data: bytes) -> None:
+def write_atomic(path: Path, data: bytes | Iterable[bytes]) -> None:
     """Write a file so that a reader sees all of it or nothing: temporary name, fsync, rename."""
     temporary = path.with_name(path.name + ".part")
     with explain_write(path):
         try:
             with temporary.open("wb") as f:
-                f.write(data)
+                f.writelines([data] if isinstance(data, bytes) else data)
                 f.flush()
                 os.fsync(f.fileno())
             temporary.replace(path)

@@ -2,34 +2,40 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from microlm.core import runtime
+from microlm.core import manifest, runtime
 from microlm.core.errors import UserError
-from microlm.core.records import Completion, FinishReason, Sampling
-from microlm.engine.cache import KVCache, choose_length
+from microlm.core.records import Completion, Sampling
+from microlm.engine import loading
+from microlm.engine.asking import Asking
+from microlm.engine.cache.store import KVDtype
+from microlm.engine.forward import whole
+from microlm.engine.forward.batch import Span, batch_of
+from microlm.engine.forward.cached import cached_logprobs
 from microlm.engine.grammar import Grammars
-from microlm.engine.output import TextStream
-from microlm.engine.prompts import Prompt, check_window, encode_prompt
+from microlm.engine.postprocess import Postprocess, Scored, Step
+from microlm.engine.prompts import Prompt, encode_prompt
 from microlm.engine.request import Delta, Request
-from microlm.engine.runner import Runner
-from microlm.engine.sampling import RandomStream, check_sampling, draw
-from microlm.engine.scheduler import Scheduler
-from microlm.model import directory as hf_directory
+from microlm.engine.sampling import of_prompt
+from microlm.engine.scheduler import Work, tokens_of
+from microlm.model import lora
 from microlm.model.transformer import Decoder
-from microlm.text.tokenizer import Tokenizer
-
-Step = list[tuple[Request, Delta]]
 
 
 class Engine:
-    """A loaded model with a fixed number of slots. Not for many threads: `EngineService` is.
+    """A loaded model with a fixed pool of KV pages. Not for many threads: `EngineService` is.
 
     Weights that are in memory already come as `decoder`; the directory then gives the tokenizer only.
+    `kv_memory` is in bytes; `max_prefill_tokens` bounds a step; `speculate` is the longest draft, 0 for none;
+    `batch_invariant`: an answer is bit for bit the same alone and in any company.
     """
 
     def __init__(
@@ -40,68 +46,93 @@ class Engine:
         dtype: runtime.Dtype = "float32",
         max_seqs: int = 64,
         max_seq_len: int | None = None,
-        max_prefill_tokens: int = 4096,
+        max_prefill_tokens: int | None = None,
+        kv_memory: int | None = None,
+        kv_dtype: KVDtype = "auto",
+        quantize: loading.Quantize = "none",
+        prefix_caching: bool = True,
+        speculate: int = 0,
+        batch_invariant: bool = False,
+        native: bool = True,
+        threads: int | None = None,
     ) -> None:
-        if max_seqs < 1:
-            raise UserError(f"max_seqs: {max_seqs} is below 1; the engine needs a slot")
-        path = Path(directory)
-        if decoder is None:
-            device, precision = runtime.device(), runtime.torch_dtype(dtype)
-            decoder = hf_directory.load(path, precision).to(device=device, dtype=precision).eval()
-        else:
-            device, precision = decoder.cos.device, decoder.compute_dtype
-        self.directory = path
-        self.config = decoder.config
-        self.tokenizer = Tokenizer.load(path)
-        if self.tokenizer.vocab_size > self.config.vocab_size:
-            found, expected = self.tokenizer.vocab_size, self.config.vocab_size
-            raise UserError(
-                f"{path}: the tokenizer has {found} tokens, the model {expected}; they do not belong together"
-            )
-        self.max_seq_len = choose_length(self.config, max_seqs, max_seq_len, precision, device)
-        cache = KVCache(self.config, max_seqs, self.max_seq_len, precision, device)
-        self._runner = Runner(decoder, cache)
-        self._scheduler = Scheduler(max_seqs, max_prefill_tokens)
+        options = loading.Options(
+            dtype, max_seqs, max_seq_len, max_prefill_tokens, kv_memory, kv_dtype, quantize, prefix_caching,
+            speculate, batch_invariant, native, threads,
+        )  # fmt: skip
+        options.check()
+        self.directory = Path(directory)
+        self._decoder = loading.load_decoder(self.directory, decoder, options)
+        self.config = self._decoder.config
+        self.tokenizer = loading.load_tokenizer(self.directory, self.config.vocab_size)
+        self._runner, self._scheduler, self.max_seq_len = loading.build(self._decoder, options)
+        self._options = options
         self._grammars = Grammars(self.tokenizer)
-        self._ends = {self.tokenizer.eos_id, self.tokenizer.pad_id}
-        if self.config.eos_token_id is not None:
-            self._ends.add(self.config.eos_token_id)
+        ends = {self.tokenizer.eos_id, self.tokenizer.pad_id, self.config.eos_token_id}
+        self._postprocess = Postprocess(self.tokenizer, {i for i in ends if i is not None})
+        self._asking = Asking(
+            self.tokenizer, self.config, self._grammars, self._runner.adapters, self.max_seq_len, speculate,
+            self._runner.draft_price,
+        )  # fmt: skip
+        self._lock = threading.Lock()  # adapters come and go between steps
+        self.on_step: Callable[[Sequence[Work]], None] | None = None
+        """Hears before each step what it runs."""
 
     @property
     def cache_bytes(self) -> int:
-        """Memory of the KV cache when every slot is full; it never grows beyond."""
-        return self._runner.cache.nbytes
+        """Memory of the KV cache when every page is used; it never grows beyond."""
+        return self._runner.store.nbytes
 
     @property
     def max_seqs(self) -> int:
         """How many requests run at once."""
-        return self._scheduler.max_seqs
+        return self._options.max_seqs
 
     @property
     def free_slots(self) -> int:
-        """Slots that no request holds."""
-        return self._scheduler.max_seqs - len(self._scheduler.running)
+        """How many more requests could run at once, if there are pages for them."""
+        return self.max_seqs - len(self._scheduler.running)
+
+    @property
+    def used_pages(self) -> int:
+        """Pages that requests hold now."""
+        return self._scheduler.pool.pages - self._scheduler.pool.free
+
+    @property
+    def preemptions(self) -> int:
+        """How often a request had to give its pages back and begin again."""
+        return self._scheduler.preemptions
 
     @property
     def busy(self) -> bool:
         """Whether a step would do anything."""
         return bool(self._scheduler.running or self._scheduler.waiting)
 
+    @property
+    def adapters(self) -> list[str]:
+        """The LoRA adapters that requests may name."""
+        return self._runner.adapters.names
+
+    def warm(self, tell: Callable[[str], None]) -> None:
+        """Compile what the first step would compile; `tell` hears of it."""
+        self._runner.warm(tell)
+
     def generate(
         self,
         prompts: Sequence[Prompt],
         sampling: Sampling | Sequence[Sampling],
         progress: Callable[[int], None] | None = None,
+        adapter: str | None = None,
     ) -> list[Completion]:
-        """Answer all prompts, in their order. `progress` hears how many more are finished after each step."""
+        """Answer all prompts, in their order, `n` times each. `progress` hears how many more are finished."""
         each = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
         if len(each) != len(prompts):
             raise UserError(
                 f"sampling: {len(each)} settings for {len(prompts)} prompts; give one, or one for each"
             )
-        requests = self._prepare_all(prompts, each)
-        # Neighbours of like length waste less padding; who shares a batch changes no answer.
-        self._scheduler.waiting.extend(sorted(requests, key=lambda r: -len(r.prompt)))
+        requests = self._asking.all(prompts, each, adapter)
+        for request in requests:
+            self.enqueue(request)
         mine, open_count = set(map(id, requests)), len(requests)
         try:
             while open_count:
@@ -115,9 +146,13 @@ class Engine:
                     self.cancel(request)
         return [self.completion(r) for r in requests]
 
-    def stream(self, prompt: Prompt, sampling: Sampling) -> Iterator[Delta]:
-        """Answer one prompt piece by piece; closing the generator cancels it and frees its slot."""
-        return self._follow(self.prepare(prompt, sampling))
+    def stream(self, prompt: Prompt, sampling: Sampling, adapter: str | None = None) -> Iterator[Delta]:
+        """Answer one prompt piece by piece; closing the generator cancels it and frees its pages."""
+        if sampling.n > 1:
+            raise UserError(
+                f"n: {sampling.n} answers cannot come as one stream; ask for one, or use generate"
+            )
+        return self._follow(self.prepare(prompt, sampling, adapter=adapter))
 
     def completion(self, request: Request) -> Completion:
         """The whole answer of a finished request."""
@@ -126,82 +161,139 @@ class Engine:
         )
 
     def logprobs(self, ids: Sequence[Sequence[int]]) -> list[list[float]]:
-        """Natural-log probability of every id but the first, given those before it; nothing is generated."""
-        window = self.config.max_position_embeddings
-        for i, sequence in enumerate(ids):
-            if not 1 <= len(sequence) <= window:
-                raise UserError(
-                    f"sequence {i}: {len(sequence)} tokens, expected 1 to {window}; cut it into pieces"
-                )
-            encode_prompt(self.tokenizer, sequence, self.config.vocab_size)
+        """Natural-log probability of every id but the first, given those before it; nothing is generated.
+
+        Over a quantized KV cache, or batch-invariant, it is what decoding would see: through the cache.
+        """
+        self._check_ids(ids)
         results: list[list[float]] = [[] for _ in ids]
+        cached = self._options.kv_dtype != "auto" or self._options.batch_invariant
         with torch.inference_mode():
-            for group in _groups([len(s) for s in ids], self._scheduler.max_prefill_tokens):
-                for i, values in zip(group, self._runner.logprobs([ids[i] for i in group]), strict=True):
-                    results[i] = values
+            if cached:
+                room = min(self._scheduler.limits.tokens, self._scheduler.limits.scored)
+                return [cached_logprobs(self._runner, self._scheduler.pool, s, room) for s in ids]
+            for group in whole.groups([len(s) for s in ids], self._group_tokens):
+                values = whole.logprobs(self._decoder, [ids[i] for i in group])
+                for i, own in zip(group, values, strict=True):
+                    results[i] = own
         return results
 
-    def prepare(self, prompt: Prompt, sampling: Sampling, *, live: bool = True) -> Request:
-        """A checked request that is not queued yet; touches nothing shared, so any thread may call it."""
-        return self._request(encode_prompt(self.tokenizer, prompt, self.config.vocab_size), sampling, live)
+    def embed(
+        self, texts: Sequence[str | Sequence[int]], pooling: whole.Pooling = "mean", normalize: bool = True
+    ) -> NDArray[np.float32]:
+        """One vector [D] for each text (or its ids), pooled from the last hidden states."""
+        if pooling not in ("mean", "last"):
+            raise UserError(f"pooling: {pooling!r} is not known; choose mean or last")
+        ids = [self.tokenizer.encode(t) if isinstance(t, str) else t for t in texts]
+        self._check_ids(ids)
+        vectors = np.zeros((len(ids), self.config.hidden_size), dtype=np.float32)
+        with torch.inference_mode():
+            for group in whole.groups([len(s) for s in ids], self._group_tokens):
+                found = whole.embeddings(self._decoder, [ids[i] for i in group], pooling, normalize)
+                vectors[group] = found.cpu().numpy()
+        return vectors
 
-    def add(self, prompt: Prompt, sampling: Sampling) -> Request:
-        """Queue a request; it joins at the next step with a free slot."""
-        return self.enqueue(self.prepare(prompt, sampling))
+    def load_adapter(self, name: str, directory: str | Path) -> None:
+        """Load a LoRA adapter that requests may name from now on; its base must be this model."""
+        path = Path(directory)
+        base = manifest.find(str(self.directory)) if lora.made_for(path) else None
+        with self._lock:
+            self._runner.adapters.load(name, path, base.digest if base else None)
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter; requests that run with it go on with it."""
+        with self._lock:
+            self._runner.adapters.unload(name)
+
+    def prepare(
+        self, prompt: Prompt, sampling: Sampling, *, live: bool = True, adapter: str | None = None
+    ) -> Request:
+        """A checked request that is not queued yet; touches nothing shared, so any thread may call it.
+
+        One answer, whatever `sampling.n`. `live`: someone reads along, so that each step's text is wanted.
+        """
+        return self._asking.one(prompt, sampling, live, adapter)
+
+    def prepare_many(
+        self, prompt: Prompt, sampling: Sampling, *, live: bool = True, adapter: str | None = None
+    ) -> list[Request]:
+        """`sampling.n` such requests, answer i with seed + i; they share the prompt's full pages."""
+        return self._asking.many(prompt, sampling, live, adapter)
+
+    def add(self, prompt: Prompt, sampling: Sampling, adapter: str | None = None) -> Request:
+        """Queue a request; it joins at the next step that has room."""
+        return self.enqueue(self.prepare(prompt, sampling, adapter=adapter))
 
     def enqueue(self, request: Request) -> Request:
         """Queue a prepared request."""
-        self._scheduler.waiting.append(request)
+        self._scheduler.add(request)
         return request
 
     def cancel(self, request: Request) -> None:
-        """End a request wherever it is; its slot is free at once. A finished one stays as it is."""
-        if request.slot is not None:  # a finished one holds it still when its last step failed half-way
-            self._release([request])
-        elif request.finish_reason is None and request in self._scheduler.waiting:
-            self._scheduler.waiting.remove(request)
+        """End a request wherever it is; its pages are free at once. A finished one stays as it is."""
         request.finish_reason = request.finish_reason or "cancelled"
+        if request.running:  # a finished one runs still when its last step failed half-way
+            self._scheduler.release(request)
+        elif request in self._scheduler.waiting:
+            self._scheduler.waiting.remove(request)
 
     @torch.inference_mode()
     def step(self) -> Step:
-        """One token for every running request; newcomers are prefilled and join. Returns who got what.
+        """A token for every writing request, and a piece of the newcomers' prompts. Returns who got what.
 
         A request that nobody reads along with (`live=False`) has one delta, its last.
         """
-        before = list(self._scheduler.running)
-        admitted = self._scheduler.admit()
-        requests = before + admitted
-        if not requests:
-            return []
-        parts: list[Tensor] = []
-        if before:
-            parts.append(self._runner.decode([r.output[-1] for r in before], [r.position for r in before]))
-        if admitted:
-            parts.append(self._runner.prefill([r.prompt for r in admitted], len(before)))
-        tokens = self._choose(requests, self._runner.logits(torch.cat(parts)))
-        return self._postprocess(requests, tokens)
+        with self._lock:
+            work = self._scheduler.plan()
+            if not work:
+                return []
+            if self.on_step is not None:
+                self.on_step(work)
+            drawn = [w for w in work if w.last]
+            matchers = [w.request.matcher for w in drawn if w.request.matcher is not None]
+            masks = self._grammars.begin(matchers) if matchers else None
+            logits = self._run(work)
+            scored = self._scored(work, logits)
+            deltas = self._postprocess.apply(scored, logits, masks) if scored else []
+            self._learn(drawn)
+            self._scheduler.advance(work)
+            return deltas
 
-    def _prepare_all(self, prompts: Sequence[Prompt], samplings: Sequence[Sampling]) -> list[Request]:
-        requests = []
-        for i, (prompt, sampling) in enumerate(zip(prompts, samplings, strict=True)):
-            try:
-                requests.append(self.prepare(prompt, sampling, live=bool(sampling.stop)))
-            except UserError as e:
-                raise UserError(f"prompt {i + 1} of {len(prompts)}: {e}") from None
-        return requests
+    def _run(self, work: Sequence[Work]) -> Tensor:
+        """Scores of the wanted rows, part by part: the last of each that draws, all that are scored."""
+        if self._scheduler.fresh:
+            self._runner.store.clear(self._scheduler.fresh)
+            self._scheduler.fresh = []
+        spans = [Span(tokens_of(w), w.start, w.request.table, _wanted(w), w.request.adapter) for w in work]
+        return self._runner.forward(batch_of(spans))
 
-    def _request(self, ids: list[int], sampling: Sampling, live: bool) -> Request:
-        check_sampling(sampling)
-        check_window(len(ids), self.max_seq_len)
-        limit = min(sampling.max_tokens, self.max_seq_len - len(ids))
-        return Request(
-            prompt=ids,
-            sampling=sampling,
-            limit=limit,
-            random=RandomStream(sampling.seed) if sampling.temperature > 0 else None,
-            matcher=self._grammars.matcher(sampling.json_schema) if sampling.json_schema else None,
-            text=TextStream(self.tokenizer, sampling.stop) if live else None,
-        )
+    def _scored(self, work: Sequence[Work], logits: Tensor) -> list[Scored]:
+        """Where each drawing request's rows lie; scores of a prompt's tokens go to their request."""
+        scored, first = [], 0
+        for w in work:
+            stop = first + _wanted(w)
+            drawing = 1 + len(w.draft) if w.last else 0
+            if w.request.sampling.prompt_logprobs is not None:
+                self._score_prompt(w, logits[first:stop])
+            if drawing:
+                scored.append(Scored(w.request, stop - drawing, w.draft))
+            first = stop
+        return scored
+
+    def _score_prompt(self, work: Work, logits: Tensor) -> None:
+        """Rows of a prompt's piece: each gives the prompt's next token its probability."""
+        request = work.request
+        known = max(len(request.prompt_logprobs) - 1, 0)  # a preempted request has some already
+        stop = min(work.start + work.size, len(request.prompt) - 1)
+        if stop > max(known, work.start):
+            own = logits[known - work.start : stop - work.start]
+            of_prompt(request, request.prompt[known + 1 : stop + 1], own, self.tokenizer.vocab_size)
+
+    def _learn(self, drawn: Sequence[Work]) -> None:
+        """Tell each request's lookup how much of its draft came true."""
+        for request, start, _, _, draft in drawn:
+            if draft and request.lookup is not None:
+                request.lookup.learn(len(draft), max(request.length - start - 2, 0))
 
     def _follow(self, request: Request) -> Iterator[Delta]:
         self.enqueue(request)  # here, not before: a generator that is never started cannot clean up
@@ -223,79 +315,24 @@ class Engine:
             request.backlog.append(delta)
         return deltas
 
-    def _choose(self, requests: Sequence[Request], scores: Tensor) -> list[int]:
-        """The next id of every request; -1 for one that failed, which then carries its error."""
-        scores = scores[:, : self.tokenizer.vocab_size]  # a padded embedding has rows that mean nothing
-        finite = torch.isfinite(scores.sum(-1))
-        if not bool(finite.all()):
-            for row in (~finite).nonzero().flatten().tolist():
-                requests[row].error = "the model's scores are not finite numbers; its weights are damaged"
-            scores = torch.where(finite[:, None], scores, 0.0)
-        scores = self._constrain(requests, scores)
-        ids = draw(scores, [r.sampling for r in requests], [r.random for r in requests])
-        return [-1 if r.error else i for r, i in zip(requests, ids, strict=True)]
+    def _check_ids(self, ids: Sequence[Sequence[int]]) -> None:
+        window = self.config.max_position_embeddings
+        for i, sequence in enumerate(ids):
+            if not 1 <= len(sequence) <= window:
+                raise UserError(
+                    f"sequence {i}: {len(sequence)} tokens, expected 1 to {window}; cut it into pieces"
+                )
+            encode_prompt(self.tokenizer, sequence, self.config.vocab_size)
 
-    def _constrain(self, requests: Sequence[Request], scores: Tensor) -> Tensor:
-        """Scores with -inf where a request's grammar forbids the id."""
-        constrained = [(i, r.matcher) for i, r in enumerate(requests) if r.matcher is not None]
-        if not constrained:
-            return scores
-        rows = [i for i, _ in constrained]
-        allowed = torch.ones(scores.shape, dtype=torch.bool)
-        allowed[rows] = self._grammars.allowed([m for _, m in constrained])
-        return scores.masked_fill(~allowed.to(scores.device), float("-inf"))
-
-    def _postprocess(self, requests: Sequence[Request], tokens: Sequence[int]) -> Step:
-        deltas: Step = []
-        finished: list[Request] = []
-        for request, token in zip(requests, tokens, strict=True):
-            reason, text = self._accept(request, token)
-            if reason:
-                request.finish_reason = reason
-                finished.append(request)
-                if request.text:
-                    text += request.text.finish()
-            if request.text:
-                request.pieces.append(text)
-            elif not reason:
-                continue
-            deltas.append((request, Delta(text, (token,) if token >= 0 else (), reason, request.error)))
-        self._release(finished)
-        return deltas
-
-    def _accept(self, request: Request, token: int) -> tuple[FinishReason | None, str]:
-        """Add a drawn token; why the request ends with it (if it does), and the text that became certain."""
-        if token < 0:
-            return "error", ""
-        request.output.append(token)
-        if token in self._ends and not request.sampling.ignore_eos:
-            return "stop", ""
-        text = request.text.push(token) if request.text else ""
-        if request.text and request.text.stopped:
-            return "stop", text
-        if request.matcher is not None:
-            if not request.matcher.consume_token(token):
-                request.error = "the grammar allowed no token"
-                return "error", text
-            if request.matcher.is_stopped():
-                return "stop", text
-        return ("length" if len(request.output) >= request.limit else None), text
-
-    def _release(self, finished: Sequence[Request]) -> None:
-        for request in finished:
-            if request.error and request.slot is not None:
-                self._runner.cache.clear(request.slot)
-        for request, source, target in self._scheduler.release(finished):
-            self._runner.cache.move(source, target, request.position)
+    @property
+    def _group_tokens(self) -> int:
+        """Padded tokens of whole sequences that are computed at once."""
+        return max(4096, self._scheduler.limits.tokens)
 
 
-def _groups(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Indices of sequences of like length, in groups of at most `budget` padded tokens (one always fits)."""
-    group: list[int] = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if group and lengths[group[0]] * (len(group) + 1) > budget:
-            yield group
-            group = []
-        group.append(i)
-    if group:
-        yield group
+def _wanted(work: Work) -> int:
+    """How many of a part's last rows are scored: all of a prompt's whose log-probabilities are asked for."""
+    request = work.request
+    if request.sampling.prompt_logprobs is not None and work.start < len(request.prompt) - 1:
+        return work.size + len(work.draft)
+    return 1 + len(work.draft) if work.last else 0

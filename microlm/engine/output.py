@@ -8,7 +8,10 @@ from microlm.text.tokenizer import Tokenizer
 
 
 class TextStream:
-    """Decodes ids one by one and looks for stop strings, which may lie across any number of tokens."""
+    """Decodes ids one by one and looks for stop strings, which may lie across any number of tokens.
+
+    The stop string that ends first counts, of several the longest: where tokens end changes nothing.
+    """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
         self._decoder = tokenizer.stream()
@@ -19,29 +22,21 @@ class TextStream:
     def push(self, token_id: int) -> str:
         """The text that is certain now; a beginning of a stop string is held back until it is decided."""
         new = self._decoder.push(token_id)
-        if not self._stop:
+        if not self._stop or not new:
             return new
-        return self._release(new) if new else ""
-
-    def finish(self) -> str:
-        """What was held back, when the answer ended otherwise."""
-        if self.stopped:
-            return ""
-        rest = self._release(self._decoder.finish())
-        if self.stopped:
-            return rest
-        rest, self._held = rest + self._held, ""
-        return rest
-
-    def _release(self, new: str) -> str:
         text = self._held + new
-        found = [at for at in (text.find(s) for s in self._stop) if at >= 0]
-        if found:
+        ends = [(at + len(s), at) for s in self._stop if (at := text.find(s)) >= 0]
+        if ends:
             self.stopped, self._held = True, ""
-            return text[: min(found)]
-        keep = max((_overlap(text, s) for s in self._stop), default=0)
+            return text[: min(ends)[1]]
+        keep = max(_overlap(text, s) for s in self._stop)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
+
+    def finish(self) -> str:
+        """What was held back, when the answer ended otherwise; an incomplete last character is dropped."""
+        rest, self._held = self._held + self._decoder.finish(), ""
+        return rest
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -13,6 +13,7 @@ import traceback
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 
 from microlm.core.records import FinishReason, Sampling
 from microlm.engine.engine import Engine
@@ -95,21 +96,37 @@ class EngineService:
         """Why the engine answers nobody any more; None while it works."""
         return self._failure
 
-    async def submit(self, prompt: Prompt, sampling: Sampling) -> DeltaStream:
-        """Queue a request; raises Busy when slots and queue are full, UserError when it can never run,
-        Stopped when nothing runs any more.
+    async def submit(self, prompt: Prompt, sampling: Sampling, adapter: str | None = None) -> DeltaStream:
+        """Queue a request for one answer; raises Busy when slots and queue are full, UserError when it can
+        never run, Stopped when nothing runs any more.
 
         Usage: `async for delta in await service.submit(prompt, sampling)`.
         """
-        self._reserve()
+        (stream,) = await self._submit(1, lambda: [self.engine.prepare(prompt, sampling, adapter=adapter)])
+        return stream
+
+    async def submit_many(
+        self, prompt: Prompt, sampling: Sampling, adapter: str | None = None
+    ) -> list[DeltaStream]:
+        """Queue `sampling.n` requests that share the prompt's pages, all or none; raises as `submit`."""
+        return await self._submit(
+            max(sampling.n, 1), lambda: self.engine.prepare_many(prompt, sampling, adapter=adapter)
+        )
+
+    async def _submit(self, count: int, prepare: Callable[[], list[Request]]) -> list[DeltaStream]:
+        self._reserve(count)
         try:
-            request = await asyncio.to_thread(self.engine.prepare, prompt, sampling)
-            box = _Mailbox(asyncio.get_running_loop())
-            self._post(request, box)
+            requests = await asyncio.to_thread(prepare)
+            loop = asyncio.get_running_loop()
+            boxes = [_Mailbox(loop) for _ in requests]
+            self._post(zip(requests, boxes, strict=True))
         except BaseException:
-            self._free()
+            self._free(count)
             raise
-        return DeltaStream(box.deltas, lambda: self._post_drop(request), len(request.prompt))
+        return [
+            DeltaStream(box.deltas, partial(self._post_drop, request), len(request.prompt))
+            for request, box in zip(requests, boxes, strict=True)
+        ]
 
     def close(self) -> None:
         """Stop the thread; open requests end as cancelled."""
@@ -118,25 +135,25 @@ class EngineService:
             self._wake.notify()
         self._thread.join()
 
-    def _reserve(self) -> None:
+    def _reserve(self, count: int) -> None:
         with self._wake:
             self._require_open()
-            if self._open >= self.engine.max_seqs + self.max_queue:
+            if self._open + count > self.engine.max_seqs + self.max_queue:
                 raise Busy(f"{self._open} requests are open already; try again in a moment")
-            self._open += 1
+            self._open += count
 
-    def _free(self) -> None:
+    def _free(self, count: int = 1) -> None:
         with self._wake:
-            self._open -= 1
+            self._open -= count
 
     def _require_open(self) -> None:
         if self._closed:
             raise Stopped(self._failure or f"{SHUTTING_DOWN}; ask another")
 
-    def _post(self, request: Request, box: _Mailbox) -> None:
+    def _post(self, letters: Iterable[tuple[Request, _Mailbox]]) -> None:
         with self._wake:
             self._require_open()
-            self._inbox.append((request, box))
+            self._inbox.extend(letters)
             self._wake.notify()
 
     def _post_drop(self, request: Request) -> None:

@@ -10,6 +10,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Literal, TypeVar, get_args
 
 from pydantic import Field
@@ -20,6 +21,7 @@ from microlm.core.metrics import Progress
 from microlm.core.recipe import Recipe, StageRecipe, artifact_input
 from microlm.core.records import (
     Completion,
+    Constraint,
     Conversation,
     Document,
     Extraction,
@@ -70,6 +72,10 @@ class PredictRecipe(StageRecipe):
     chat_top_p: float = Field(default=0.9, gt=0, le=1, description="nucleus of chats")
     batch_rows: int = Field(default=64, ge=1, le=1024, description="sequences answered at once")
     dtype: runtime.Dtype = Field(default="float32", description="precision of the engine")
+    copied: bool = Field(
+        default=False,
+        description="in constrained extraction, heads and tails must be found in the text, letter by letter",
+    )
 
 
 @stage("predict", kind="predictions", version=4)
@@ -102,8 +108,11 @@ def items_of(recipe: PredictRecipe, data: Artifact, task: Task) -> list[Item]:
         ]
     records = read_records(data.file("extraction/test.jsonl"), Extraction)
     picked = _pick(named(records).items(), limits.extraction, recipe.seed, _group)
-    bounds = answer_bounds(data) if task == "extraction_constrained" else None
-    return [_extraction_item(name, r, task, caps.extraction, bounds) for name, r in picked]
+    items = [_extraction_item(name, r, task, caps.extraction) for name, r in picked]
+    if task != "extraction_constrained":
+        return items
+    bounds = answer_bounds(data)
+    return [_bound(item, r, bounds, recipe.copied) for item, (_, r) in zip(items, picked, strict=True)]
 
 
 def answer_bounds(data: Artifact) -> extraction.Bounds:
@@ -134,15 +143,16 @@ def _chat_sampling(recipe: PredictRecipe, number: int) -> Sampling:
     )
 
 
-def _extraction_item(
-    name: str, record: Extraction, task: Task, max_tokens: int, bounds: extraction.Bounds | None
-) -> Item:
-    """Constrained when there are bounds."""
-    schema = (
-        json.dumps(extraction.json_schema(record.allowed, bounds), ensure_ascii=False) if bounds else None
-    )
+def _extraction_item(name: str, record: Extraction, task: Task, max_tokens: int) -> Item:
     message = Message("user", extraction.prompt(record.text, record.allowed, record.lang))
-    return Item(name, task, (message,), Sampling(max_tokens=max_tokens, json_schema=schema))
+    return Item(name, task, (message,), Sampling(max_tokens=max_tokens))
+
+
+def _bound(item: Item, record: Extraction, bounds: extraction.Bounds, copied: bool) -> Item:
+    """The item with an answer of the schema, all its heads and tails out of the text if `copied`."""
+    schema = json.dumps(extraction.json_schema(record.allowed, bounds, copied), ensure_ascii=False)
+    constraint = Constraint("json_schema", schema, record.text if copied else None)
+    return replace(item, sampling=replace(item.sampling, constraint=constraint))
 
 
 def _pick(records: Iterable[T], limit: int | None, seed: int, group: Callable[[T], object]) -> list[T]:

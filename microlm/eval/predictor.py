@@ -17,8 +17,8 @@ from microlm.core.errors import UserError
 from microlm.core.payload import tool_fields
 from microlm.core.records import Completion, Conversation, FinishReason, Message, Sampling
 from microlm.core.runtime import Dtype
-from microlm.engine.engine import Engine
-from microlm.text.chat import chat_ids
+from microlm.engine import Engine
+from microlm.engine.batch import Ask, finished
 
 Told = Callable[[int], None]
 """Hears how many more items are done."""
@@ -67,11 +67,12 @@ class EnginePredictor:
 
     def predict(self, items: Sequence[Item], progress: Told | None = None) -> list[Completion]:
         """Answers; a prompt that leaves no room in the window is an error of that item only."""
-        asked = [self._encode(item) for item in items]
-        fits = [i for i, ids in enumerate(asked) if len(ids) < self.engine.max_seq_len]
-        done = self.engine.generate([asked[i] for i in fits], [items[i].sampling for i in fits], progress)
-        answered = dict(zip(fits, done, strict=True))
-        return [answered.get(i) or self._too_long(ids) for i, ids in enumerate(asked)]
+        completions: dict[int, Completion] = {}
+        for number, (first, *_) in finished(self.engine, (Ask(_prompt(i), i.sampling) for i in items)):
+            completions[number] = first
+            if progress:
+                progress(1)
+        return [completions[number] for number in range(len(items))]
 
     def bits(self, texts: Sequence[str], progress: Told | None = None) -> list[DocumentBits]:
         """Each token given what came before it in a window of at most `engine.max_seq_len` tokens."""
@@ -96,15 +97,9 @@ class EnginePredictor:
             nats[i] -= math.fsum(values[len(values) - new :])
         return nats
 
-    def _too_long(self, ids: Sequence[int]) -> Completion:
-        window = self.engine.max_seq_len
-        return Completion("", (), "error", len(ids), f"prompt of {len(ids)} tokens in a window of {window}")
 
-    def _encode(self, item: Item) -> list[int]:
-        if isinstance(item.prompt, str):
-            return self.engine.tokenizer.encode(item.prompt)
-        chat = Conversation(item.prompt, tools=item.tools)
-        return chat_ids(self.engine.tokenizer, chat, generation_prompt=True)
+def _prompt(item: Item) -> str | Conversation:
+    return item.prompt if isinstance(item.prompt, str) else Conversation(item.prompt, tools=item.tools)
 
 
 def cut(length: int, window: int) -> Iterator[tuple[int, int, int]]:

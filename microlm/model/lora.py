@@ -72,13 +72,9 @@ def apply(decoder: Decoder, config: LoraConfig, generator: torch.Generator | Non
 
     B is zero, so the start is exactly the base; A is kaiming-uniform, drawn on the CPU from `generator`.
     """
-    if config.rank < 1:
-        raise UserError(f"lora: rank is {config.rank}; set it to 1 or more")
-    if adapted(decoder):
-        raise UserError("lora: the model carries an adapter already; merge it first")
+    _require_bare(decoder)
     linears = _linears(decoder)
-    if missing := sorted(set(config.modules) - {name for _, name, _ in linears}):
-        raise UserError(f"lora: the model has no matrix '{missing[0]}'; choose from {', '.join(ALL_LINEAR)}")
+    _require_fit(config, (name for _, name, _ in linears))
     decoder.requires_grad_(False)
     for parent, name, child in linears:
         if name in config.modules:
@@ -161,30 +157,70 @@ def _peft_config(config: LoraConfig, base_name: str, digest: str) -> dict[str, A
 
 def load_adapter(decoder: Decoder, path: Path, base_digest: str | None = None) -> None:
     """Put a saved adapter on a decoder; when `base_digest` is given, one not made for it is refused."""
-    config = read_config(path)
-    made_for = config.get(_DIGEST)
+    _require_bare(decoder)
+    config, pairs = read_pairs(decoder, path, base_digest)
+    apply(decoder, config, None)
+    with torch.no_grad():
+        for name, m in adapted(decoder).items():
+            for weight, stored in zip((m.lora_A, m.lora_B), pairs[name], strict=True):
+                weight.copy_(stored)
+
+
+def read_pairs(
+    decoder: Decoder, path: Path, base_digest: str | None = None
+) -> tuple[LoraConfig, dict[str, tuple[Tensor, Tensor]]]:
+    """A saved adapter's configuration and its (A, B) by module, checked against a decoder without one."""
+    data = read_config(path)
+    made_for = data.get(_DIGEST)
     if base_digest is not None and made_for != base_digest:
         raise UserError(
             f"{path}: the adapter was made for model {str(made_for)[:12]}…, this one is {base_digest[:12]}…; "
             "give the model that it was trained on"
         )
     tensors = _read_tensors(path)
-    apply(decoder, LoraConfig(config["r"], config["lora_alpha"], tuple(config["target_modules"])), None)
+    config = LoraConfig(data["r"], data["lora_alpha"], tuple(data["target_modules"]))
+    linears = {n: m for n, m in matrices(decoder).items() if n.rpartition(".")[2] in config.modules}
+    _require_fit(config, linears)
     wanted = {
-        stored_name(f"{name}.lora_{side}"): weight
-        for name, m in adapted(decoder).items()
-        for side, weight in (("A", m.lora_A), ("B", m.lora_B))
+        stored_name(f"{name}.lora_{side}"): shape
+        for name, m in linears.items()
+        for side, shape in (("A", (config.rank, m.in_features)), ("B", (m.out_features, config.rank)))
     }
     if odd := sorted(set(wanted) ^ set(tensors)):
         raise UserError(
             f"{path}: '{odd[0]}' is not in both adapter and model; give the model it was trained on"
         )
-    with torch.no_grad():
-        for name, weight in wanted.items():
-            if tensors[name].shape != weight.shape:
-                found, expected = tuple(tensors[name].shape), tuple(weight.shape)
-                raise UserError(f"{path}: '{name}' has shape {found}, the model needs {expected}")
-            weight.copy_(tensors[name])
+    for name, shape in wanted.items():
+        if (found := tuple(tensors[name].shape)) != shape:
+            raise UserError(f"{path}: '{name}' has shape {found}, the model needs {shape}")
+    pairs = {n: (tensors[stored_name(f"{n}.lora_A")], tensors[stored_name(f"{n}.lora_B")]) for n in linears}
+    return config, pairs
+
+
+def made_for(path: Path) -> str | None:
+    """The digest of the base that an adapter's configuration states, if it does."""
+    return read_config(path).get(_DIGEST)
+
+
+def matrices(decoder: Decoder) -> dict[str, Any]:
+    """Every linear layer inside the blocks by HF's name, a quantized one too."""
+    return {
+        f"model.layers.{name}": m
+        for name, m in decoder.model.layers.named_modules()
+        if hasattr(m, "in_features")
+    }
+
+
+def _require_bare(decoder: Decoder) -> None:
+    if adapted(decoder):
+        raise UserError("lora: the model carries an adapter already; merge it first")
+
+
+def _require_fit(config: LoraConfig, names: Iterable[str]) -> None:
+    if config.rank < 1:
+        raise UserError(f"lora: rank is {config.rank}; set it to 1 or more")
+    if missing := sorted(set(config.modules) - {name.rpartition(".")[2] for name in names}):
+        raise UserError(f"lora: the model has no matrix '{missing[0]}'; choose from {', '.join(ALL_LINEAR)}")
 
 
 def read_config(path: Path) -> dict[str, Any]:

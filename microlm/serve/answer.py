@@ -16,10 +16,10 @@ from fastapi.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
 from microlm.core.errors import UserError
-from microlm.core.records import Sampling
+from microlm.core.records import Sampling, TokenLogprob
 from microlm.engine import Busy, Delta, EngineService, Stopped
 from microlm.engine.service import DeltaStream
-from microlm.serve import shapes
+from microlm.serve import logprobs, shapes
 from microlm.serve.errors import ApiError, busy, unavailable
 from microlm.serve.gate import ClientGone
 
@@ -39,7 +39,9 @@ class Choice:
     """What has come of one choice so far."""
 
     parts: list[str] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
     tokens: int = 0
+    offset: int = 0
     finish_reason: str = "stop"
 
 
@@ -71,7 +73,11 @@ class Answer(Response):
     ) -> None:
         async for index, delta in deltas:
             self._choices[index].parts.append(delta.text)
-        done = [("".join(c.parts), c.finish_reason) for c in self._choices]
+            self._choices[index].logprobs += delta.logprobs
+        done = [
+            ("".join(c.parts), c.finish_reason, self._logprobs(i, c.logprobs))
+            for i, c in enumerate(self._choices)
+        ]
         await JSONResponse(self._envelope.whole(done, self._usage()))(scope, receive, send)
 
     async def _send_events(self, deltas: AsyncIterator[tuple[int, Delta]], send: Send) -> None:
@@ -93,10 +99,22 @@ class Answer(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _send_delta(self, send: Send, index: int, delta: Delta) -> None:
-        if delta.text:
-            await _write(send, shapes.event(self._envelope.piece(index, delta.text)))
+        if delta.text or delta.logprobs:
+            known = self._logprobs(index, delta.logprobs)
+            await _write(send, shapes.event(self._envelope.piece(index, delta.text, known)))
         if delta.finish_reason:
             await _write(send, shapes.event(self._envelope.closing(index, delta.finish_reason)))
+
+    def _logprobs(self, index: int, known: Sequence[TokenLogprob]) -> shapes.Logprobs:
+        """The next log-probabilities of a choice, None where they are not asked for."""
+        if self._jobs[index].sampling.logprobs is None:
+            return None
+        tokenizer, choice = self._service.engine.tokenizer, self._choices[index]
+        if self._envelope.chat:
+            return logprobs.of_chat(tokenizer, known)
+        told = logprobs.of_completion(tokenizer, known, choice.offset)
+        choice.offset += sum(map(len, told["tokens"]))
+        return told
 
     async def _deltas(self) -> AsyncGenerator[tuple[int, Delta], None]:
         """The deltas of all choices as they come; every choice is in the queue, or none."""

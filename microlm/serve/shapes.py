@@ -8,6 +8,8 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+Logprobs = dict[str, Any] | None
+
 
 def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
     """The token counts of one request."""
@@ -33,11 +35,11 @@ class Envelope:
     id: str = field(default_factory=lambda: secrets.token_hex(12))
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def whole(self, choices: list[tuple[str, str]], counts: dict[str, int]) -> dict[str, Any]:
-        """The answer in one piece from (text, finish_reason) of every choice."""
+    def whole(self, choices: list[tuple[str, str, Logprobs]], counts: dict[str, int]) -> dict[str, Any]:
+        """The answer in one piece from (text, finish_reason, logprobs) of every choice."""
         kind = "chat.completion" if self.chat else "text_completion"
         return self._head(kind) | {
-            "choices": [self._choice(i, text, reason) for i, (text, reason) in enumerate(choices)],
+            "choices": [self._choice(i, *choice) for i, choice in enumerate(choices)],
             "usage": counts,
         }
 
@@ -45,11 +47,11 @@ class Envelope:
         """A chat stream's first chunk of a choice: the role."""
         return self._chunk([self._delta(index, {"role": "assistant", "content": ""}, None)])
 
-    def piece(self, index: int, text: str) -> dict[str, Any]:
-        """A chunk with some text."""
+    def piece(self, index: int, text: str, logprobs: Logprobs = None) -> dict[str, Any]:
+        """A chunk with some text, and the log-probabilities of the tokens that came."""
         if self.chat:
-            return self._chunk([self._delta(index, {"content": text}, None)])
-        return self._chunk([self._choice(index, text, None)])
+            return self._chunk([self._delta(index, {"content": text}, None, logprobs)])
+        return self._chunk([self._choice(index, text, None, logprobs)])
 
     def closing(self, index: int, reason: str) -> dict[str, Any]:
         """The last chunk of a choice: why it ended."""
@@ -68,11 +70,13 @@ class Envelope:
         head = self._head(kind) | {"choices": choices}
         return head | {"usage": None} if self.include_usage else head
 
-    def _choice(self, index: int, text: str, reason: str | None) -> dict[str, Any]:
+    def _choice(self, index: int, text: str, reason: str | None, logprobs: Logprobs = None) -> dict[str, Any]:
         if self.chat:
             message = {"role": "assistant", "content": text, "refusal": None}
-            return {"index": index, "message": message, "logprobs": None, "finish_reason": reason}
-        return {"text": text, "index": index, "logprobs": None, "finish_reason": reason}
+            return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason}
+        return {"text": text, "index": index, "logprobs": logprobs, "finish_reason": reason}
 
-    def _delta(self, index: int, delta: dict[str, str], reason: str | None) -> dict[str, Any]:
-        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
+    def _delta(
+        self, index: int, delta: dict[str, str], reason: str | None, logprobs: Logprobs = None
+    ) -> dict[str, Any]:
+        return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}

@@ -1,31 +1,30 @@
 """OpenAI's request bodies. Enters: parsed JSON; leaves: a typed request with its `Sampling`, or an error.
 
-What this server does not do yet (logprobs, penalties …) is refused unless at its neutral value. Tools reach
+What this server does not do (sound, stored answers …) is refused unless at its neutral value. Tools reach
 the template with `tool_choice` "none": the calls of an answer are not read out of its text.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from microlm.core.records import Conversation, Message, Role, Sampling, ToolCall
+from microlm.core.errors import UserError
+from microlm.core.payload import constraint_of
+from microlm.core.records import Constraint, Conversation, Sampling
 from microlm.serve.errors import UNSUPPORTED, ApiError, printable, unsupported
+from microlm.serve.messages import ChatMessage, Flag, Real, Text, Whole, Wire, encodable
 from microlm.text.read import Fault
-from microlm.text.sources.marked import answered, tool_call, tool_text
+from microlm.text.sources.marked import tool_text
 
 MAX_CHOICES = 8
 MAX_STOPS = 16
 MAX_TOKENS = 1_000_000
+MAX_LOGPROBS = 20
+MAX_BIASES = 1024
 NEUTRAL: dict[str, Any] = {
-    "presence_penalty": 0,
-    "frequency_penalty": 0,
-    "logprobs": False,
-    "top_logprobs": None,
-    "logit_bias": {},
     "tools": [],
     "tool_choice": "none",
     "parallel_tool_calls": None,
@@ -46,89 +45,17 @@ NEUTRAL: dict[str, Any] = {
     "echo": False,
     "suffix": None,
 }
-MESSAGE_NEUTRAL = ("name", "refusal", "annotations", "audio", "function_call", "tool_call_id")
-MESSAGE_NAMES = ("name", "tool_call_id")  # accepted and not used
 
 
-def _encodable(text: str) -> str:
+Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
+
+
+def _json_text(schema: dict[str, Any]) -> str:
+    """A schema as text, or a ValueError."""
     try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError("holds a lone surrogate, which is not text") from None
-    return text
-
-
-def _number(value: Any) -> Any:
-    if isinstance(value, bool | str):
-        raise ValueError("expected a number")
-    return value
-
-
-Text = Annotated[str, AfterValidator(_encodable)]
-Real = Annotated[float, BeforeValidator(_number)]
-Whole = Annotated[int, BeforeValidator(_number)]
-Flag = Annotated[bool, Strict()]
-
-
-class Wire(BaseModel):
-    """Base of the request bodies: unknown fields are looked at, not dropped."""
-
-    model_config = ConfigDict(extra="allow", frozen=True)
-
-
-class CalledFunction(Wire):
-    """The function that an earlier answer called; `arguments` is a JSON text."""
-
-    name: Text
-    arguments: Text
-
-    @property
-    def record(self) -> ToolCall:
-        """Our record of it."""
-        try:
-            return tool_call(self.name, self.arguments)
-        except Fault as fault:
-            raise ApiError(400, fault.detail, "invalid_value", "messages") from None
-
-
-class CalledTool(Wire):
-    """A call of an earlier answer."""
-
-    type: Literal["function"] = "function"
-    function: CalledFunction
-
-
-class ChatMessage(Wire):
-    """One turn as OpenAI writes it; a list of text parts is joined."""
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text | list[dict[str, Any]] | None = None
-    reasoning_content: Text | None = Field(None, description="what an earlier answer thought, as in vLLM")
-    tool_calls: list[CalledTool] | None = None
-
-    @model_validator(mode="after")
-    def _check(self) -> ChatMessage:
-        for name, value in (self.model_extra or {}).items():
-            if name not in MESSAGE_NEUTRAL or (value not in (None, [], "") and name not in MESSAGE_NAMES):
-                raise unsupported(f"messages.{printable(name)}")
-        if self.role != "assistant" and (self.tool_calls or self.reasoning_content):
-            raise ValueError("only the assistant thinks and calls tools")
-        if self.content is None and not self.tool_calls:
-            raise ValueError("content is missing")
-        return self
-
-    @property
-    def record(self) -> Message:
-        """Our record of it."""
-        role: Role = "system" if self.role == "developer" else self.role
-        content = self.content if isinstance(self.content, str) else _join(self.content or [])
-        if role != "assistant":
-            return Message(role, content)
-        calls = tuple(call.function.record for call in self.tool_calls or [])
-        said = answered(content)  # thinking and calls that our own answers hold as text
-        return replace(
-            said, reasoning=self.reasoning_content or said.reasoning, tool_calls=said.tool_calls + calls
-        )
+        return encodable(json.dumps(schema, ensure_ascii=False, allow_nan=False))
+    except ValueError:
+        raise ValueError("the schema holds a number or text that is not JSON") from None
 
 
 class StreamOptions(BaseModel):
@@ -156,24 +83,30 @@ class ResponseFormat(BaseModel):
     json_schema: SchemaFormat | None = None
 
     @property
-    def constraint(self) -> str | None:
-        """The schema as a JSON text; None when the answer is free."""
+    def constraint(self) -> Constraint | None:
+        """What the answer must be; None when it is free."""
         if self.type == "text":
             return None
-        if self.type == "json_object":
-            return '{"type":"object"}'
-        assert self.json_schema is not None
-        return json.dumps(self.json_schema.schema_, ensure_ascii=False, allow_nan=False)
+        if self.json_schema is None:
+            return Constraint("json_object")
+        return Constraint("json_schema", _json_text(self.json_schema.schema_))
 
     @model_validator(mode="after")
     def _check(self) -> ResponseFormat:
         if (self.type == "json_schema") != (self.json_schema is not None):
             raise ValueError("json_schema must stand beside type 'json_schema', and only there")
-        try:
-            _encodable(self.constraint or "")
-        except ValueError:
-            raise ValueError("the schema holds a number or text that is not JSON") from None
         return self
+
+
+class StructuredOutputs(BaseModel):
+    """vLLM's name for what an answer must be; one of them."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+    json_: dict[str, Any] | Text | None = Field(None, alias="json")
+    json_object: Flag | None = None
+    regex: Text | None = None
+    choice: list[Text] | None = Field(None, min_length=1)
+    grammar: Text | None = None
 
 
 class Request(Wire):
@@ -182,7 +115,12 @@ class Request(Wire):
     model: Text
     temperature: Real | None = Field(None, ge=0, le=2, allow_inf_nan=False)
     top_p: Real | None = Field(None, gt=0, le=1, allow_inf_nan=False)
-    top_k: Whole | None = Field(None, ge=0, le=1_000_000, description="our extension, 0: off")
+    top_k: Whole | None = Field(None, ge=0, le=1_000_000, description="as in vLLM, 0: off")
+    min_p: Real | None = Field(None, ge=0, le=1, allow_inf_nan=False, description="as in vLLM")
+    presence_penalty: Real | None = Field(None, ge=-2, le=2, allow_inf_nan=False)
+    frequency_penalty: Real | None = Field(None, ge=-2, le=2, allow_inf_nan=False)
+    repetition_penalty: Real | None = Field(None, gt=0, le=100, allow_inf_nan=False, description="as in vLLM")
+    logit_bias: dict[int, Bias] | None = Field(None, max_length=MAX_BIASES)
     max_tokens: Whole | None = Field(None, ge=1, le=MAX_TOKENS)
     n: Whole | None = Field(None, ge=1, le=MAX_CHOICES)
     seed: Whole | None = Field(None, ge=-(2**63), lt=2**63)
@@ -190,7 +128,10 @@ class Request(Wire):
     stream: Flag | None = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
-    ignore_eos: Flag | None = Field(None, description="our extension, as in vLLM")
+    structured_outputs: StructuredOutputs | None = Field(None, description="as in vLLM")
+    copy_from: Text | None = Field(None, description="ours: free texts of the answer are parts of this one")
+    copy_words: Flag | None = Field(None, description="ours: a copy begins and ends where words do")
+    ignore_eos: Flag | None = Field(None, description="as in vLLM")
     user: Text | None = Field(None, description="accepted, not used and not logged")
 
     @model_validator(mode="after")
@@ -206,6 +147,7 @@ class Request(Wire):
             raise ValueError(f"stop: at most {MAX_STOPS} strings of 1 to 256 characters")
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options is only allowed when stream is true")
+        self.constraint()
         return self
 
     @property
@@ -228,17 +170,44 @@ class Request(Wire):
         """How many new tokens at most; None: the kind's default."""
         return self.max_tokens
 
+    @property
+    def listed_logprobs(self) -> int | None:
+        """How many likeliest tokens are listed beside each; None: no log-probabilities are wanted."""
+        return None
+
+    def constraint(self) -> Constraint | None:
+        """What the answer must be; None when it is free."""
+        given = self.structured_outputs.model_dump(exclude_none=True) if self.structured_outputs else {}
+        bound = self.response_format.constraint if self.response_format else None
+        if given and bound is not None:
+            raise ValueError("response_format and structured_outputs both bound the answer; give one")
+        if bound is not None:
+            given[bound.kind] = bound.value if bound.kind == "json_schema" else True
+        if (schema := given.pop("json_", None)) is not None:
+            given["json_schema"] = schema if isinstance(schema, str) else _json_text(schema)
+        try:
+            return constraint_of(**given, copy_from=self.copy_from, copy_words=bool(self.copy_words))
+        except UserError as e:
+            raise ValueError(str(e)) from None
+
     def sampling(self, default_tokens: int) -> list[Sampling]:
         """How each of the `n` answers is drawn; a given seed counts up from answer to answer."""
+        bias = self.logit_bias or {}
         return [
             Sampling(
                 max_tokens=self.token_limit or default_tokens,
                 temperature=1.0 if self.temperature is None else self.temperature,
                 top_p=1.0 if self.top_p is None else self.top_p,
                 top_k=self.top_k or 0,
+                min_p=self.min_p or 0.0,
+                presence_penalty=self.presence_penalty or 0.0,
+                frequency_penalty=self.frequency_penalty or 0.0,
+                repetition_penalty=self.repetition_penalty or 1.0,
+                logit_bias=tuple(bias.items()),
+                logprobs=self.listed_logprobs,
                 seed=None if self.seed is None else (self.seed + i) % 2**63,
                 stop=self.stops,
-                json_schema=self.response_format.constraint if self.response_format else None,
+                constraint=self.constraint(),
                 ignore_eos=bool(self.ignore_eos),
             )
             for i in range(self.choices)
@@ -252,6 +221,19 @@ class ChatRequest(Request):
     max_completion_tokens: Whole | None = Field(None, ge=1, le=MAX_TOKENS)
     tools: list[dict[str, Any]] | None = Field(None, max_length=128)
     tool_choice: Any = None
+    logprobs: Flag | None = None
+    top_logprobs: Whole | None = Field(None, ge=0, le=MAX_LOGPROBS)
+
+    @property
+    def listed_logprobs(self) -> int | None:
+        """None unless `logprobs` is true."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @model_validator(mode="after")
+    def _check_logprobs(self) -> ChatRequest:
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs is only allowed when logprobs is true")
+        return self
 
     @model_validator(mode="after")
     def _check_tools(self) -> ChatRequest:
@@ -276,7 +258,7 @@ class ChatRequest(Request):
     def conversation(self) -> Conversation:
         """The messages and tools as records."""
         try:
-            tools = tuple(_encodable(tool_text(tool)) for tool in self.tools or [])
+            tools = tuple(encodable(tool_text(tool)) for tool in self.tools or [])
         except (Fault, ValueError) as e:
             raise ApiError(400, f"'tools': {e}", "invalid_value", "tools") from None
         return Conversation(tuple(m.record for m in self.messages), tools=tools)
@@ -286,6 +268,12 @@ class CompletionRequest(Request):
     """`POST /v1/completions`: one prompt or several, each a text or token ids."""
 
     prompt: Text | list[Text] | list[Whole] | list[list[Whole]]
+    logprobs: Whole | None = Field(None, ge=0, le=MAX_LOGPROBS)
+
+    @property
+    def listed_logprobs(self) -> int | None:
+        """A number, here."""
+        return self.logprobs
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -295,14 +283,3 @@ class CompletionRequest(Request):
         if self.prompt and isinstance(self.prompt[0], int):
             return [self.prompt]  # type: ignore[list-item]
         return list(self.prompt)  # type: ignore[arg-type]
-
-
-def _join(parts: list[dict[str, Any]]) -> str:
-    """The text parts of one message; pictures and sound are refused."""
-    for part in parts:
-        if part.get("type") != "text" or not isinstance(part.get("text"), str):
-            raise ApiError(400, "content parts other than text are not supported", UNSUPPORTED, "messages")
-    try:
-        return _encodable("".join(part["text"] for part in parts))
-    except ValueError as e:
-        raise ApiError(400, f"'messages': {e}", "invalid_value", "messages") from None

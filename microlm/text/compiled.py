@@ -1,7 +1,12 @@
-"""Loops compiled with numba; without it the same functions run as plain Python: slower, equal results."""
+"""Loops compiled with numba; without it the same functions run as plain Python: slower, equal results.
+
+The only place that imports numba. `cgutils`, `intrinsic`, `ir`, `overload` and `types` are for code that has
+no plain form (engine/native); they are None where numba is not there.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
 from collections.abc import Callable
@@ -11,11 +16,20 @@ import numpy as np
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-_njit: Any
-try:
-    from numba import njit as _njit
-except ImportError:
-    _njit = None
+_njit: Any = None
+cgutils: Any = None
+intrinsic: Any = None
+ir: Any = None
+overload: Any = None
+types: Any = None
+with contextlib.suppress(ImportError):
+    import llvmlite.ir
+    import numba
+    import numba.core.cgutils
+    import numba.extending
+
+    _njit, types, ir, cgutils = numba.njit, numba.types, llvmlite.ir, numba.core.cgutils
+    intrinsic, overload = numba.extending.intrinsic, numba.extending.overload
 
 IS_COMPILED = _njit is not None
 """Whether numba is there."""
@@ -26,6 +40,15 @@ def njit(function: F) -> F:
     if _njit is None:
         return np.errstate(over="ignore")(function)  # hashes wrap around, as they do when compiled
     compiled: F = _njit(cache=True, nogil=True)(function)
+    return compiled
+
+
+def njit_float(function: F) -> F:
+    """As `njit`, for loops over floats: sums may be taken in lanes, a division by zero gives inf or nan."""
+    if _njit is None:
+        return function
+    flags = {"reassoc", "nsz", "contract"}
+    compiled: F = _njit(cache=True, nogil=True, error_model="numpy", fastmath=flags)(function)
     return compiled
 
 

@@ -80,14 +80,20 @@ LARGEST = Bounds(heads=32, tails=32, chars=256)
 """However long the answers of somebody's data are: a schema without bounds lets a model run to its cap."""
 
 
-def json_schema(allowed: Sequence[str], bounds: Bounds) -> dict[str, Any]:
-    """The schema of an answer: bounded heads, only the asked relations in their order, bounded strings."""
+def json_schema(allowed: Sequence[str], bounds: Bounds, copied: bool = False) -> dict[str, Any]:
+    """The schema of an answer: bounded heads, only the asked relations in their order, bounded strings.
+
+    `copied` writes the bound of the heads so that the copy grammar reads it; both admit the same answers.
+    """
     text = {"type": "string", "minLength": 1, "maxLength": bounds.chars}
     tails = {"anyOf": [text, {"type": "array", "items": text, "minItems": 2, "maxItems": bounds.tails}]}
     relations = {"type": "object", "properties": dict.fromkeys(allowed, tails), "additionalProperties": False}
-    return {
-        "type": "object",
-        "patternProperties": {rf"^[\s\S]{{1,{bounds.chars}}}$": relations},
-        "additionalProperties": False,
-        "maxProperties": bounds.heads,
-    }
+    if copied:
+        heads = {
+            "propertyNames": {"minLength": 1, "maxLength": bounds.chars},
+            "additionalProperties": relations,
+        }
+    else:
+        pattern = rf"^[\s\S]{{1,{bounds.chars}}}$"
+        heads = {"patternProperties": {pattern: relations}, "additionalProperties": False}
+    return {"type": "object", **heads, "maxProperties": bounds.heads}

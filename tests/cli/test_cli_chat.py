@@ -14,8 +14,8 @@ import torch
 from random_model import WINDOW, write_model
 
 from microlm.cli import main
-from microlm.cli.chat import Session
-from microlm.cli.talk import LocalTalker, RemoteTalker
+from microlm.cli.answers.chat import Session
+from microlm.cli.answers.talk import LocalTalker, RemoteTalker
 from microlm.core.errors import UserError
 from microlm.core.records import Message, Sampling
 from microlm.engine import Engine
@@ -49,7 +49,7 @@ def greedy(model: str | Path, prompt: object, new: int) -> str:
 
 
 def test_generate_prints_the_engines_text(model: str, capsys: pytest.CaptureFixture[str]) -> None:
-    from microlm.cli.generate import printable
+    from microlm.cli.answers.texts import printable
 
     assert call("generate", model, "李白", "--max-new-tokens", "20") == 0
     assert capsys.readouterr().out == printable(greedy(model, "李白", 20)) + "\n"
@@ -160,7 +160,7 @@ def test_an_interrupted_file_of_answers_equals_an_undisturbed_one(
             raise KeyboardInterrupt
         return real(engine)
 
-    monkeypatch.setattr("microlm.cli.generate.BATCH", 3)
+    monkeypatch.setattr("microlm.cli.answers.generate.BATCH", 3)
     monkeypatch.setattr(Engine, "step", step)
     assert call(*words) == 130
     part = tmp_path / "prompts.answers.jsonl.unfinished"
@@ -179,7 +179,7 @@ def test_answers_of_another_model_in_the_same_place_are_not_continued(
     words = ["--prompts", str(write_prompts(tmp_path)), "--max-new-tokens", "2", "--json"]
     write_model(place, "qwen3", seed=1)
     with monkeypatch.context() as patch:
-        patch.setattr("microlm.cli.generate.BATCH", 3)
+        patch.setattr("microlm.cli.answers.generate.BATCH", 3)
         steps, real = iter(range(8)), Engine.step
         patch.setattr(
             Engine, "step", lambda engine: real(engine) if next(steps, None) is not None else stop()

@@ -20,6 +20,7 @@ PAIRS = [
     ("docs/data.md", "docs/data.zh.md"),
     ("docs/tokenizer.md", "docs/tokenizer.zh.md"),
     ("docs/pretraining.md", "docs/pretraining.zh.md"),
+    ("docs/engine.md", "docs/engine.zh.md"),
 ]
 DOCUMENTS = [name for pair in PAIRS for name in pair] + ["CONTRIBUTING.md"]
 LINKED = [*DOCUMENTS, "SECURITY.md", "CHANGELOG.md", "docs/architecture.md"]

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from random_model import write_model
 
-from microlm.core.records import Message, Sampling
+from microlm.core.records import Constraint, Message, Sampling
 from microlm.engine import Engine
 from microlm.model import directory
 
@@ -37,9 +39,9 @@ def test_cached_decode_equals_full_forward(any_model: Path) -> None:
 
 def test_cached_logits_equal_full_logits(any_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, seen = Engine(any_model, max_seqs=4), []
-    logits = engine._runner.logits
-    monkeypatch.setattr(engine._runner, "logits", lambda h: seen.append(logits(h)) or seen[-1])
-    prompts = sorted((engine.tokenizer.encode(p) for p in PROMPTS[:3]), key=len, reverse=True)
+    forward = engine._runner.forward
+    monkeypatch.setattr(engine._runner, "forward", lambda b: seen.append(forward(b)) or seen[-1])
+    prompts = [engine.tokenizer.encode(p) for p in PROMPTS[:3]]
     answers = engine.generate(prompts, GREEDY)
     decoder = directory.load(any_model)
     for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
@@ -47,6 +49,21 @@ def test_cached_logits_equal_full_logits(any_model: Path, monkeypatch: pytest.Mo
             whole = decoder(torch.tensor([[*prompt, *answer.token_ids]]))[0, len(prompt) - 1 : -1]
         cached = torch.stack([step[row] for step in seen])
         assert (cached - whole).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("options", [{}, {"native": False}, {"speculate": 7}, {"max_prefill_tokens": 16}])
+def test_512_cached_tokens_equal_the_full_forward(tmp_path: Path, options: dict[str, Any]) -> None:
+    folder = write_model(tmp_path / "model", "qwen3", seed=3, window=640)
+    engine, decoder = Engine(folder, max_seqs=20, **options), directory.load(folder)
+    prompts = [engine.tokenizer.encode((PROMPTS[i % 6] + "x" * i) * (i % 3 + 1)) for i in range(20)]
+    got = engine.generate(prompts, Sampling(max_tokens=512, ignore_eos=True, logprobs=0))
+    for prompt, completion in zip(prompts, got, strict=True):
+        with torch.no_grad():
+            scores = decoder(torch.tensor([[*prompt, *completion.token_ids]]))[0, len(prompt) - 1 : -1]
+        assert scores[:, : engine.tokenizer.vocab_size].argmax(-1).tolist() == list(completion.token_ids)
+        known = [t.logprob for t in completion.logprobs or ()]
+        best = scores.log_softmax(-1).amax(-1)
+        assert len(known) == 512 and (best - torch.tensor(known)).abs().max() <= 1e-4
 
 
 def test_equals_transformers_generate(any_model: Path) -> None:
@@ -71,7 +88,7 @@ def test_equals_transformers_generate(any_model: Path) -> None:
         Sampling(max_tokens=40),
         Sampling(max_tokens=40, temperature=0.9, top_p=0.9, top_k=50, ignore_eos=True),
         Sampling(max_tokens=40, temperature=1.3),
-        Sampling(max_tokens=90, temperature=1.0, json_schema='{"type":"object"}'),
+        Sampling(max_tokens=90, temperature=1.0, constraint=Constraint("json_schema", '{"type":"object"}')),
     ],
 )
 def test_alone_equals_batched(make_engine: Callable[..., Engine], sampling: Sampling) -> None:
@@ -133,7 +150,7 @@ def test_messages_equal_the_rendered_chat(engine: Engine) -> None:
     from microlm.text.chat import encode_chat
 
     ids, _ = encode_chat(engine.tokenizer, messages, generation_prompt=True)
-    assert engine.generate([messages], GREEDY) == engine.generate([ids], GREEDY)
+    assert engine.generate([messages], GREEDY)[0].text == engine.generate([ids], GREEDY)[0].text
 
 
 def test_served_equals_generated(engine: Engine) -> None:

@@ -14,6 +14,7 @@ from random_model import WINDOW, write_model
 from microlm.core.errors import UserError
 from microlm.core.records import Message, Sampling
 from microlm.engine import Busy, Engine, EngineService, Stopped
+from microlm.engine.forward.batch import StepBatch
 from microlm.engine.output import TextStream
 
 LONG = Sampling(max_tokens=100, ignore_eos=True)
@@ -83,13 +84,21 @@ def test_the_window_bounds_prompt_and_answer_together(engine: Engine) -> None:
 def test_a_shorter_window_cuts_earlier(make_engine: Callable[..., Engine]) -> None:
     engine = make_engine(max_seq_len=20)
     assert len(engine.generate([[5] * 15], LONG)[0].token_ids) == 5
-    assert (
-        engine.cache_bytes == 8 * 20 * 2 * 2 * 2 * 8 * 4
-    )  # slots, length, k and v, layers, heads, size, bytes
+    page = 32 * 2 * 2 * 2 * 8 * 4  # tokens, k and v, layers, heads, size, bytes
+    assert engine.cache_bytes == (8 + 1) * page  # a page for each request, one for padding
     with pytest.raises(UserError, match="window of 128"):
         make_engine(max_seq_len=129)
-    with pytest.raises(UserError, match="GiB"):
-        make_engine(max_seqs=10**9, max_seq_len=128)
+
+
+def test_memory_is_bounded_and_known_before(make_engine: Callable[..., Engine]) -> None:
+    page = 32 * 2 * 2 * 2 * 8 * 4
+    engine = make_engine(kv_memory=4 * page + 7)
+    assert (engine.cache_bytes, engine.max_seq_len) == (4 * page, 3 * 32)
+    assert make_engine(kv_memory=100 * page, max_seqs=2).cache_bytes == (2 * 4 + 1) * page
+    with pytest.raises(UserError, match=r"kv_memory: .* GiB are free"):
+        make_engine(kv_memory=10**18)
+    with pytest.raises(UserError, match="kv_memory: one sequence of 128 tokens needs"):
+        make_engine(kv_memory=4 * page, max_seq_len=128)
 
 
 def test_a_stop_string_is_found_across_tokens(engine: Engine) -> None:
@@ -121,7 +130,7 @@ def test_every_valid_text_streams_without_replacement_characters(engine: Engine)
 
 def test_eos_ends_and_is_not_text(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = iter([5, 6, engine.tokenizer.eos_id])
-    monkeypatch.setattr("microlm.engine.engine.draw", lambda *_: [next(tokens)])
+    monkeypatch.setattr("microlm.engine.postprocess.draw", lambda *_: next(tokens))
     got = engine.generate(["a"], Sampling(max_tokens=10))[0]
     assert got.token_ids == (5, 6, engine.tokenizer.eos_id)
     assert (got.finish_reason, got.text) == ("stop", engine.tokenizer.decode([5, 6]))
@@ -200,17 +209,39 @@ def test_the_service_bounds_its_queue_and_frees_what_is_closed(make_engine: Call
     assert engine.free_slots == 2 and not engine.busy
 
 
+def test_many_answers_are_submitted_together_or_not_at_all(make_engine: Callable[..., Engine]) -> None:
+    engine = make_engine(max_seqs=2)
+    sampling = Sampling(max_tokens=12, temperature=1.0, seed=4, n=3)
+    expected = [c.text for c in engine.generate(["hello"], sampling)]
+
+    async def scenario() -> None:
+        service = EngineService(engine, max_queue=1)
+        streams = await service.submit_many("hello", sampling)
+        with pytest.raises(Busy):
+            await service.submit_many("hello", replace(sampling, n=2))
+        texts = ["".join([d.text async for d in stream]) for stream in streams]
+        assert texts == expected and service.open_requests == 0
+        with pytest.raises(UserError, match="n: 0"):
+            await service.submit_many("hello", replace(sampling, n=0))
+        with pytest.raises(UserError, match="'a' is not loaded"):
+            await service.submit("hello", sampling, adapter="a")
+        assert service.open_requests == 0
+        await asyncio.to_thread(service.close)
+
+    asyncio.run(scenario())
+
+
 def test_a_failing_step_is_told_to_everyone_and_the_service_lives(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    works, failures = engine._runner.logits, [ValueError("only once")]
+    works, failures = engine._runner.forward, [ValueError("only once")]
 
-    def logits(hidden: torch.Tensor) -> torch.Tensor:
+    def forward(batch: StepBatch) -> torch.Tensor:
         if failures:
             raise failures.pop()
-        return works(hidden)
+        return works(batch)
 
-    monkeypatch.setattr(engine._runner, "logits", logits)
+    monkeypatch.setattr(engine._runner, "forward", forward)
 
     async def scenario() -> None:
         service = EngineService(engine)

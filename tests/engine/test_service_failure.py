@@ -9,8 +9,9 @@ from dataclasses import replace
 
 import pytest
 
-from microlm.core.records import FinishReason, Sampling
+from microlm.core.records import Sampling
 from microlm.engine import Engine, EngineService
+from microlm.engine.postprocess import _Gain
 from microlm.engine.request import Delta, Request
 
 LONG = Sampling(max_tokens=90, ignore_eos=True)
@@ -23,23 +24,22 @@ def fail_half_way(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> threading.
 
     A lone request waits for the event that is returned, so that both are there in time.
     """
-    accept, both, failed = engine._accept, threading.Event(), threading.Event()
+    postprocess = engine._postprocess
+    end, both, failed = postprocess._delta, threading.Event(), threading.Event()
 
-    def failing(request: Request, token: int) -> tuple[FinishReason | None, str]:
-        reason, text = accept(request, token)
+    def failing(request: Request, gain: _Gain) -> Delta:
         running = engine._scheduler.running
-        if failed.is_set():
-            return reason, text
-        if len(running) == 1:
-            assert both.wait(20)
-        elif request is running[0]:
-            return "stop", text
-        else:
-            failed.set()
-            raise ValueError(SECRET)
-        return reason, text
+        if not failed.is_set():
+            if len(running) == 1:
+                assert both.wait(20)
+            elif request is running[0]:
+                gain.reason = "stop"
+            else:
+                failed.set()
+                raise ValueError(SECRET)
+        return end(request, gain)
 
-    monkeypatch.setattr(engine, "_accept", failing)
+    monkeypatch.setattr(postprocess, "_delta", failing)
     return both
 
 

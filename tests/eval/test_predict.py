@@ -103,7 +103,7 @@ def test_a_prompt_beyond_the_window_is_an_error_of_that_item_only(model: Artifac
     assert long.finish_reason == "error"
     assert "2700 tokens" in long.error
     assert short.finish_reason in ("stop", "length")
-    assert sum(heard) == 1
+    assert sum(heard) == 2
 
 
 def test_endpoint_and_engine_give_the_same_texts(model: Artifact) -> None:
@@ -145,10 +145,22 @@ def test_a_schema_is_as_wide_as_the_training_answers(
     items = predict.items_of(predict_recipe, wide, "extraction_constrained")
     records = list(read_records(wide.file("extraction/test.jsonl"), Extraction))
     fits = [
-        conforms(json.loads(form.answer(r.relation, r.allowed)), json.loads(i.sampling.json_schema or ""))
+        conforms(json.loads(form.answer(r.relation, r.allowed)), json.loads(i.sampling.constraint.value))
         for i, r in zip(items, records, strict=True)
     ]
     assert fits == [True, True, False]
+
+
+def test_copied_extraction_is_bound_to_the_text(
+    predict_recipe: predict.PredictRecipe, wide: Artifact
+) -> None:
+    records = list(read_records(wide.file("extraction/test.jsonl"), Extraction))
+    recipe = predict_recipe.model_copy(update={"copied": True})
+    items = predict.items_of(recipe, wide, "extraction_constrained")
+    assert [i.sampling.constraint.copy_from for i in items] == [r.text for r in records]
+    plain = predict.items_of(predict_recipe, wide, "extraction_constrained")
+    assert {i.sampling.constraint.copy_from for i in plain} == {None}
+    assert [i.prompt for i in plain] == [i.prompt for i in items]
 
 
 def test_answers_that_no_schema_admits_are_counted(wide: Artifact, tmp_path: Path) -> None:

@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from microlm.core.client import Client, EndpointError, wire
+from microlm.core.client import Client, EndpointError
 from microlm.core.endpoint import root_url
 from microlm.core.errors import UserError
-from microlm.core.payload import split_events
-from microlm.core.records import Message, Sampling
+from microlm.core.payload import split_events, wire
+from microlm.core.records import Constraint, Message, Sampling
 
 HELLO = (Message("user", "Hello"),)
 EVENT = b'data: {"choices": [{"delta": {"content": "x"}}]}\n\n'
@@ -48,7 +48,7 @@ def test_closing_a_stream_frees_the_slot(server):
 
 def test_sampling_on_the_wire():
     schema = '{"type": "object"}'
-    full = Sampling(5, 0.5, 0.9, 7, 3, ("a",), schema, ignore_eos=True)
+    full = Sampling(5, 0.5, 0.9, 7, 3, ("a",), Constraint("json_schema", schema), ignore_eos=True)
     assert wire(Sampling()) == {"max_tokens": 128, "temperature": 0.0}
     assert wire(full)["response_format"]["json_schema"]["schema"] == json.loads(schema)
     assert {k: wire(full)[k] for k in ("top_p", "top_k", "seed", "stop", "ignore_eos")} == {

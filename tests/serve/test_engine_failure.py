@@ -28,9 +28,20 @@ def fall_over(*_: Any, **__: Any) -> None:
     raise RuntimeError("a device that is gone")
 
 
+def slow_down(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of 20 ms, so that a request of 400 tokens is still open when the next ones come."""
+    forward = server.engine._runner.forward
+
+    def slowly(batch: Any) -> Any:
+        time.sleep(0.02)
+        return forward(batch)
+
+    monkeypatch.setattr(server.engine._runner, "forward", slowly)
+
+
 def break_decoder(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a lost device looks like: every pass of the real decoder raises."""
-    monkeypatch.setattr(server.engine._runner.decoder, "hidden", fall_over)
+    """What a lost device looks like: every pass raises."""
+    monkeypatch.setattr(server.engine._runner, "forward", fall_over)
 
 
 def break_bookkeeping(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,6 +56,7 @@ def test_open_requests_end_new_ones_are_503_and_so_is_health(
 ) -> None:
     with run_model(model_dir, max_seqs=2) as server, Client(server.url, timeout_s=20) as client:
         assert httpx.get(server.url + "/health").json() == {"status": "ok"}
+        slow_down(server, monkeypatch)
         stream = client.chat_stream(HELLO, Sampling(max_tokens=400, ignore_eos=True))
         next(stream)
         answers: list[httpx.Response] = []

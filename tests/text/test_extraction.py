@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import jsonschema
 import pytest
 from artifacts import write_data, write_tokenizer
 from hypothesis import given
@@ -110,6 +111,23 @@ def test_schema_admits_gold_answers(accepts: Any, triples: list[Triple]) -> None
 )  # fmt: skip
 def test_schema_refuses_other_shapes(accepts: Any, text: str) -> None:
     assert not accepts(json_schema(ALLOWED, BOUNDS), text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{}", "[]", '{"李白":{"朝代":"唐"}}', '{"李白":{}}', '{"李白":{"职业":"诗人"}}', '{"":{"朝代":"唐"}}',
+        '{"李白":{"朝代":["唐","宋"]}}', '{"李白":{"朝代":["唐"]}}', '{"李白":{"朝代":""}}',
+        '{"' + "长" * BOUNDS.chars + '":{}}', '{"' + "长" * (BOUNDS.chars + 1) + '":{}}',
+        "{" + ",".join(f'"{i}":{{}}' for i in range(BOUNDS.heads)) + "}",
+        "{" + ",".join(f'"{i}":{{}}' for i in range(BOUNDS.heads + 1)) + "}",
+    ],
+)  # fmt: skip
+def test_both_forms_of_the_schema_admit_the_same(text: str) -> None:
+    plain, copied = (
+        jsonschema.Draft202012Validator(json_schema(ALLOWED, BOUNDS, copied)) for copied in (False, True)
+    )
+    assert plain.is_valid(json.loads(text)) == copied.is_valid(json.loads(text))
 
 
 def test_every_gold_answer_of_the_factbook_fits_the_schema(accepts: Any) -> None:

@@ -20,7 +20,7 @@ def sample(
     from microlm.core.records import Sampling
     from microlm.engine import Engine
 
-    engine = Engine(tokenizer, decoder=decoder, max_seqs=len(prompts))
+    engine = Engine(tokenizer, decoder=decoder, max_seqs=len(prompts), native=False)
     requests = [engine.add(prompt, Sampling(max_tokens=tokens)) for prompt in prompts]
     while engine.busy:
         check()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from microlm.core.client import EndpointError
-from microlm.core.records import Message, Sampling
+from microlm.core.records import Constraint, Message, Sampling
 from microlm.eval.verify.ask import PROMPTS, REFUSED, TOKENS, ask, expect, offered
 from microlm.eval.verify.verdict import Failed, NotShown, Target
 
@@ -45,7 +45,8 @@ def check_unicode(target: Target) -> str:
     schema = {"type": "object", "properties": properties, "required": ["t"], "additionalProperties": False}
     free = _both_ways(target, Sampling(max_tokens=TOKENS))
     try:
-        bound = _both_ways(target, Sampling(max_tokens=100, json_schema=json.dumps(schema)))
+        constraint = Constraint("json_schema", json.dumps(schema))
+        bound = _both_ways(target, Sampling(max_tokens=100, constraint=constraint))
     except EndpointError as e:
         if e.status not in REFUSED:
             raise

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from microlm.core.client import ChatReply
-from microlm.core.records import Message, Sampling
+from microlm.core.records import Constraint, Message, Sampling
 from microlm.eval.verify.ask import PROMPTS, TOKENS, ask, expect, offered
 from microlm.eval.verify.compare import check_multi_turn, check_seed, check_unicode
 from microlm.eval.verify.stream import check_stream
@@ -98,7 +98,7 @@ def check_schema(target: Target) -> str:
         "user", "Extract as JSON: name, kind, alive.\nText: Li Bai was a poet of the Tang dynasty."
     )
     with offered("response_format json_schema"):
-        sampling = Sampling(max_tokens=128, json_schema=json.dumps(schema))
+        sampling = Sampling(max_tokens=128, constraint=Constraint("json_schema", json.dumps(schema)))
         reply = target.client.chat((message,), sampling, target.model)
     try:
         answer = json.loads(reply.text)

@@ -16,7 +16,7 @@ from typing import Self
 from microlm.core import runtime
 from microlm.core.client import ChatReply, EndpointError
 from microlm.core.errors import UserError
-from microlm.core.records import Sampling
+from microlm.core.records import Constraint, Sampling
 from microlm.text.read import Fault
 from microlm.text.synth.check import check_reply
 from microlm.text.synth.endpoint import BulkClient, Limiter, Passing, backoff_s
@@ -77,7 +77,7 @@ class Asker:
             # 31 bits: some endpoints take no more
             seed=runtime.derive_seed(self._recipe.seed, "answer", item.id, attempt) % (1 << 31),
             stop=draw.stop,
-            json_schema=json.dumps(schema, ensure_ascii=False) if sent else None,
+            constraint=Constraint("json_schema", json.dumps(schema, ensure_ascii=False)) if sent else None,
         )
 
     def _reply(self, item: Item, sampling: Sampling) -> ChatReply:

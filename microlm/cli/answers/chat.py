@@ -13,21 +13,13 @@ from typing import Annotated
 
 import typer
 
-from microlm.cli.generate import (
-    AsJson,
-    Base,
-    MaxNewTokens,
-    MaxSeqLen,
-    Seed,
-    Temperature,
-    TopK,
-    TopP,
-    generate,
-    printable,
-)
-from microlm.cli.talk import Talker, TooLong, open_talker
+from microlm.cli.answers.engine_options import Adapters, EngineOptions
+from microlm.cli.answers.generate import generate
+from microlm.cli.answers.options import AsJson, Base, ConstraintOptions, SamplingOptions, grouped
+from microlm.cli.answers.talk import Talker, TooLong, open_local, open_remote
+from microlm.cli.answers.texts import printable
 from microlm.core.errors import UserError
-from microlm.core.records import Message, Sampling
+from microlm.core.records import Message
 
 HELP = """/system TEXT   set the system message (without TEXT: remove it)
 /reset         forget the conversation
@@ -35,12 +27,13 @@ HELP = """/system TEXT   set the system message (without TEXT: remove it)
 /help          this list
 /exit          leave (also Ctrl-D); Ctrl-C stops a reply"""
 SCHEMA = 1
+MAX_NEW_TOKENS = 256
 
 
 def register(app: typer.Typer) -> None:
     """Add `generate` and `chat`."""
-    app.command("generate")(generate)
-    app.command("chat")(chat)
+    app.command("generate")(grouped(generate))
+    app.command("chat")(grouped(chat))
 
 
 def chat(
@@ -52,19 +45,18 @@ def chat(
     ] = False,
     base: Base = False,
     system: Annotated[str, typer.Option("--system", help="system message to begin with")] = "",
-    max_seq_len: MaxSeqLen = None,
-    max_new_tokens: MaxNewTokens = 256,
-    temperature: Temperature = 0.0,
-    top_p: TopP = 1.0,
-    top_k: TopK = 0,
-    seed: Seed = None,
     model: Annotated[
         str, typer.Option("--model", help="at a URL: the model's name; default: the first")
     ] = "",
     api_key_file: Annotated[
         Path | None, typer.Option("--api-key-file", help="at a URL: file with the key (else MICROLM_API_KEY)")
     ] = None,
+    adapter: Adapters = None,
     as_json: AsJson = False,
+    *,
+    draws: SamplingOptions,
+    bounds: ConstraintOptions,
+    runs: EngineOptions,
 ) -> None:
     """Talk with a model in the terminal; /help lists the commands.
 
@@ -76,10 +68,11 @@ def chat(
       microlm chat runs/quickstart --raw
       microlm chat http://127.0.0.1:8000
     """
-    sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed)
-    talker = open_talker(
-        place, sampling, base=base, raw=raw, max_seq_len=max_seq_len, model=model, key=api_key_file
-    )
+    sampling = draws.sampling(MAX_NEW_TOKENS, bounds.constraint())
+    if place.startswith(("http://", "https://")):
+        talker: Talker = open_remote(place, sampling, runs, adapter or (), model, api_key_file)
+    else:
+        talker = open_local(place, sampling, runs, adapter or (), base=base, raw=raw)
     try:
         Session(talker, raw=raw, system=system, as_json=as_json).run()
     finally:

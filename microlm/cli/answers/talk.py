@@ -6,6 +6,7 @@ from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from microlm.cli.answers.engine_options import EngineOptions, load_adapters, warm
 from microlm.core.errors import UserError
 from microlm.core.records import Message, Sampling
 
@@ -36,9 +37,10 @@ class Talker(Protocol):
 class LocalTalker:
     """An engine in this process."""
 
-    def __init__(self, engine: Engine, sampling: Sampling) -> None:
+    def __init__(self, engine: Engine, sampling: Sampling, adapter: str | None = None) -> None:
         self.engine = engine
         self.sampling = sampling
+        self.adapter = adapter
         self.name = str(engine.directory)
 
     def reply(self, prompt: str | Sequence[Message]) -> Pieces:
@@ -55,7 +57,7 @@ class LocalTalker:
             raise TooLong(
                 f"prompt: {len(ids)} tokens and {room} for the reply do not fit the window of {window}"
             )
-        for delta in self.engine.stream(ids, self.sampling):
+        for delta in self.engine.stream(ids, self.sampling, adapter=self.adapter):
             yield delta.text, delta.finish_reason
 
     def close(self) -> None:
@@ -92,24 +94,33 @@ class RemoteTalker:
         self.client.close()
 
 
-def open_talker(
-    place: str,
-    sampling: Sampling,
-    *,
-    base: bool,
-    raw: bool,
-    max_seq_len: int | None,
-    model: str,
-    key: Path | None,
+def open_remote(
+    url: str, sampling: Sampling, runs: EngineOptions, adapters: Sequence[str], model: str, key: Path | None
 ) -> Talker:
-    """The talker at a directory or a URL; of a run, `raw` and `base` ask for the pretrained model."""
-    if place.startswith(("http://", "https://")):
-        from microlm.core.client import Client
-        from microlm.core.endpoint import read_key
+    """The talker at a URL; how its engine runs was said where it was started."""
+    from microlm.core.client import Client
+    from microlm.core.endpoint import read_key
 
-        return RemoteTalker(Client(place, read_key(key)), sampling, model)
+    runs.refuse_at_url()
+    if adapters:
+        raise UserError(
+            "--adapter: is loaded by an engine here; at a URL give --model, if it serves the adapter"
+        )
+    return RemoteTalker(Client(url, read_key(key)), sampling, model)
+
+
+def open_local(
+    place: str, sampling: Sampling, runs: EngineOptions, adapters: Sequence[str], *, base: bool, raw: bool
+) -> Talker:
+    """The talker at a directory; of a run, `raw` and `base` ask for the pretrained model."""
+    arguments = runs.arguments(max_seqs=1)
     from microlm.engine import Engine
     from microlm.engine.resolve import is_model_dir, resolve_model_dir
 
     folder = resolve_model_dir(place, base=base or (raw and not is_model_dir(place)))
-    return LocalTalker(Engine(folder, max_seqs=1, max_seq_len=max_seq_len), sampling)
+    engine = Engine(folder, **arguments)
+    _, adapter = load_adapters(engine, adapters)
+    if adapters and adapter is None:
+        raise UserError("--adapter: a NAME= is for prompts files; give the directory alone")
+    warm(engine)
+    return LocalTalker(engine, sampling, adapter)

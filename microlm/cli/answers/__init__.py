@@ -1,0 +1,1 @@
+"""Commands that answer: `generate` and `chat`, and the options that they share with `serve`."""

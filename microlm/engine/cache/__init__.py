@@ -1,0 +1,1 @@
+"""The paged KV cache: who holds which page, and the tensors."""

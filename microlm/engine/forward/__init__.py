@@ -1,0 +1,1 @@
+"""Tokens of a step → scores: the native kernel, torch, adapters, CUDA graphs."""
