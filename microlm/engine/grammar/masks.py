@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 import weakref
@@ -134,7 +135,7 @@ def _flags(matchers: Sequence[llguidance.LLMatcher], vocab_size: int) -> Flags:
 
 def reason_of(matcher: llguidance.LLMatcher) -> str:
     """What is wrong with a matcher, in one line; "" if nothing is."""
-    text = matcher.get_error().partition("\n   1 | ")[0].strip()  # after it the grammar is shown
+    text = re.split(r"\n +\d+ \| ", matcher.get_error())[0].strip()  # after it the grammar is shown
     _, found, fault = text.partition("\nerror: ")
     line = f"pattern: {fault}" if found else text.split("\n")[0]
     return "nothing satisfies it" if line.startswith("NoExtension") else line[:MAX_REASON]
