@@ -65,7 +65,9 @@ class Engine:
         self._decoder = loading.load_decoder(self.directory, decoder, options)
         self.config = self._decoder.config
         self.tokenizer = loading.load_tokenizer(self.directory, self.config.vocab_size)
-        self._runner, self._scheduler, self.max_seq_len = loading.build(self._decoder, options)
+        self._runner, self._scheduler, self.max_seq_len = loading.build(
+            self._decoder, options, own=decoder is None
+        )
         self._options = options
         self._grammars = Grammars(self.tokenizer)
         ends = {self.tokenizer.eos_id, self.tokenizer.pad_id, self.config.eos_token_id}

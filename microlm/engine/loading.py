@@ -15,6 +15,7 @@ from microlm.engine.cache.memory import choose_size, free_bytes
 from microlm.engine.cache.pages import PagePool, pages_for
 from microlm.engine.cache.store import KVDtype, KVStore
 from microlm.engine.forward.runner import Runner, Ways
+from microlm.engine.native.step import NativeStep
 from microlm.engine.native.weights import quantize as quantize_weights
 from microlm.engine.scheduler import Limits, Scheduler
 from microlm.model import directory as hf_directory
@@ -80,8 +81,11 @@ def load_decoder(path: Path, decoder: Decoder | None, options: Options) -> Decod
     return decoder
 
 
-def build(decoder: Decoder, options: Options) -> tuple[Runner, Scheduler, int]:
-    """The runner, the scheduler and the longest sequence; all memory of the KV cache is taken here."""
+def build(decoder: Decoder, options: Options, own: bool) -> tuple[Runner, Scheduler, int]:
+    """The runner, the scheduler and the longest sequence; all memory of the KV cache is taken here.
+
+    `own`: nobody else uses the decoder.
+    """
     config, device, precision = decoder.config, decoder.cos.device, decoder.compute_dtype
     size = choose_size(
         config,
@@ -96,6 +100,8 @@ def build(decoder: Decoder, options: Options) -> tuple[Runner, Scheduler, int]:
     table = pages_for(size.length)
     ways = Ways(options.native, options.batch_invariant, options.threads or torch.get_num_threads())
     runner = Runner(decoder, store, ways, table)
+    if own and options.max_seqs > NativeStep.MAX_ROWS and not options.batch_invariant:
+        runner.pack()
     limits = Limits(
         max_seqs=options.max_seqs,
         tokens=options.max_prefill_tokens or _STEP_TOKENS[device.type],

@@ -13,6 +13,7 @@ from random_model import write_model
 from microlm.core.errors import UserError
 from microlm.core.records import Completion, Constraint, Sampling
 from microlm.engine import Engine
+from microlm.engine.forward import packed
 from microlm.engine.speculate import Lookup
 from microlm.model import directory, lora
 
@@ -242,6 +243,24 @@ def test_quantized_weights_serve(long_model: Path, kind: str) -> None:
     for a, b in zip(exact.logprobs(prompts), rounded.logprobs(prompts), strict=True):
         assert 0 < max(abs(x - y) for x, y in zip(a, b, strict=True)) < (0.2 if kind == "int8" else 2.0)
     assert len(rounded.generate(prompts, GREEDY)[2].token_ids) == 60
+
+
+def test_packed_matrices_compute_the_same(long_model: Path) -> None:
+    decoder = directory.load(long_model, torch.bfloat16).to(torch.bfloat16)
+    if not packed.can_pack(decoder):  # oneDNN has no bf16 on this processor: nothing is packed
+        return
+    x = torch.randn(3, 20, 32, generator=torch.Generator().manual_seed(1)).bfloat16()
+    with torch.inference_mode():
+        for linear in (decoder.lm_head, decoder.model.layers[0].mlp.up_proj):
+            assert torch.allclose(packed.PackedLinear(linear)(x), linear(x), rtol=2**-7, atol=2**-7)
+    prompts = [ids(n, n) for n in (3, 40, 100)]
+    asked = replace(GREEDY, prompt_logprobs=0, max_tokens=1)
+    plain, quick = (Engine(long_model, dtype="bfloat16", max_seqs=n, native=False) for n in (8, 16))
+    assert isinstance(quick._decoder.lm_head, packed.PackedLinear)
+    assert not isinstance(plain._decoder.lm_head, packed.PackedLinear)
+    for a, b in zip(plain.generate(prompts, asked), quick.generate(prompts, asked), strict=True):
+        pairs = zip((a.prompt_logprobs or ())[1:], (b.prompt_logprobs or ())[1:], strict=True)
+        assert all(x and y and abs(x.logprob - y.logprob) < 0.1 for x, y in pairs)
 
 
 def test_embeddings_are_pooled_hidden_states(long_model: Path) -> None:
