@@ -125,9 +125,7 @@ def _flags(matchers: Sequence[llguidance.LLMatcher], vocab_size: int) -> Flags:
     bits = np.zeros((len(matchers), words), dtype=np.int32)
     for row, matcher in zip(bits, matchers, strict=True):
         matcher.unsafe_compute_mask_ptr(row.ctypes.data, words * 4)
-        if (
-            matcher.is_error()
-        ):  # llguidance then allows the EOS, which would pass off a broken answer as whole
+        if matcher.is_error():  # llguidance then allows the EOS: a broken answer would pass for a whole one
             row[:] = 0
     flags = np.unpackbits(bits.view(np.uint8), axis=1, bitorder="little", count=vocab_size)
     return flags.view(np.bool_)
