@@ -6,6 +6,7 @@ import random
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from random_model import write_model
@@ -14,6 +15,7 @@ from microlm.core.errors import UserError
 from microlm.core.records import Completion, Constraint, Sampling
 from microlm.engine import Engine
 from microlm.engine.forward import packed
+from microlm.engine.forward.batch import Span, batch_of
 from microlm.engine.speculate import Lookup
 from microlm.model import directory, lora
 
@@ -243,6 +245,23 @@ def test_quantized_weights_serve(long_model: Path, kind: str) -> None:
     for a, b in zip(exact.logprobs(prompts), rounded.logprobs(prompts), strict=True):
         assert 0 < max(abs(x - y) for x, y in zip(a, b, strict=True)) < (0.2 if kind == "int8" else 2.0)
     assert len(rounded.generate(prompts, GREEDY)[2].token_ids) == 60
+
+
+@pytest.mark.parametrize("kind", ["auto", "int4"])
+def test_the_step_that_cuda_graphs_capture_equals_the_eager_one(long_model: Path, kind: str) -> None:
+    engine = Engine(long_model, native=False, kv_dtype=kind)  # type: ignore[arg-type]
+    path, pool = engine._runner.torch, engine._scheduler.pool
+    tables = [np.array([*(pool.take(4) or ()), 0, 0, 0, 0], dtype=np.int32) for _ in range(3)]
+    prompts = [ids(n, n) for n in (3, 40, 100)]
+    with torch.inference_mode():
+        path.forward(batch_of([Span(p, 0, t, 1) for p, t in zip(prompts, tables, strict=True)]))
+        rows = [Span([7 + i], len(p), t, 1) for i, (p, t) in enumerate(zip(prompts, tables, strict=True))]
+        eager = path.forward(batch_of(rows))
+        tokens = torch.tensor([7, 8, 9, 0])  # and a row of padding
+        positions = torch.tensor([*map(len, prompts), 0])
+        padded = torch.from_numpy(np.stack([*tables, np.zeros(8, dtype=np.int32)]))
+        hidden = path.run(tokens, positions, path.rows_plan(positions, padded))
+        assert torch.allclose(path.decoder.logits(hidden)[:3], eager, atol=1e-5)
 
 
 def test_packed_matrices_compute_the_same(long_model: Path) -> None:
