@@ -302,5 +302,9 @@ def test_embeddings_are_pooled_hidden_states(long_model: Path) -> None:
         assert torch.allclose(unit, expected / expected.norm(dim=-1, keepdim=True), atol=1e-5)
     with pytest.raises(UserError, match="pooling: 'max'"):
         engine.embed(texts, "max")  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="sequence 1: 0 tokens"):
+    with pytest.raises(UserError, match="text 2 of 2: prompt: is empty"):
         engine.embed(["a", ""])
+    with pytest.raises(UserError, match="surrogate"):
+        engine.embed(["a\ud800"])
+    with pytest.raises(UserError, match="sequence 0: 513 tokens"):
+        engine.embed([[5] * 513])
