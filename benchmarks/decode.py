@@ -143,7 +143,7 @@ def measure_roofline(rows: Rows, plan: Plan, rates: dict[str, list[float]]) -> N
         rows,
         "roofline_share.bf16",
         [rate * weights / best for rate in rates["bf16"]],
-        "share, first token too",
+        "share, prompt included",
     )
 
 
