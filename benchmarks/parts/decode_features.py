@@ -14,6 +14,7 @@ from microlm.core.records import Constraint, Sampling
 from microlm.engine import Engine
 from microlm.engine.native.weights import quantize, weight_bytes
 from microlm.model import directory
+from microlm.model.transformer import Decoder, causal_attend
 
 Add = Callable[[str, list[float], str], None]
 LENGTHS, ANSWERS = (16, 64, 256), (32, 128, 256)
@@ -41,11 +42,11 @@ def table(model: Path, quick: bool) -> Iterator[tuple[int, int, float, float]]:
 
 
 @torch.inference_mode()
-def _recompute(decoder: torch.nn.Module, prompt: Ids, new: int) -> Ids:
+def _recompute(decoder: Decoder, prompt: Ids, new: int) -> Ids:
     ids = list(prompt)
     for _ in range(new):
-        hidden = decoder(torch.tensor([ids]))
-        ids.append(int(hidden[0, -1].argmax()))
+        hidden = decoder.hidden(torch.tensor([ids]), torch.arange(len(ids)), causal_attend)
+        ids.append(int(decoder.logits(hidden[0, -1]).argmax()))
     return ids
 
 
