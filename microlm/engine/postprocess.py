@@ -65,7 +65,6 @@ class Postprocess:
 
     def __init__(self, tokenizer: Tokenizer, ends: Collection[int]) -> None:
         self._size = tokenizer.vocab_size
-        self._encode = tokenizer.encode
         self._ends = frozenset(ends)
 
     def apply(self, rows: Sequence[Scored], logits: Tensor, masks: Masks | None = None) -> Step:
@@ -144,7 +143,8 @@ class Postprocess:
             gain.text += request.text.push(token)
             if request.text.stopped:
                 gain.reason = "stop"
-                if request.start is not None and not self._is_whole(request, gain.text):
+                answer = "".join(request.pieces) + gain.text
+                if request.start is not None and not request.start.accepts(answer):
                     request.error = f"the answer ended inside the {_place(request)}: at a stop string"
                 return
         gain.reason = self._end(request, token)
@@ -163,12 +163,6 @@ class Postprocess:
         if matcher is not None and not matcher.accepting:
             request.error = _cut_short(request)
         return "length"
-
-    def _is_whole(self, request: Request, text: str) -> bool:
-        """Whether the answer, `text` its last part, satisfies its grammar where a stop string cut it."""
-        assert request.start is not None
-        tokens = self._encode("".join(request.pieces) + text)
-        return all(request.start.consume(token) for token in tokens) and request.start.accepting
 
     def _delta(self, request: Request, gain: _Gain) -> Delta:
         if gain.reason:

@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -305,3 +306,14 @@ def test_the_thread_ends_with_its_grammars(tokenizer: Tokenizer, monkeypatch: py
     while running() > before:
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_whether_a_text_is_whole_is_asked_in_bytes(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """A tokenizer may normalise a text, or add a space: its ids are then those of another one."""
+    description = json.loads((tokenizer.path / "tokenizer.json").read_text())
+    description["normalizer"] = {"type": "NFC"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(description))
+    matcher = Grammars(Tokenizer.load(tmp_path)).matcher(Constraint("choice", '["e\u0301","e\u0301 李白。"]'))
+    found = [matcher.accepts(text) for text in ("e\u0301", "e\u0301 李白。", "e\u0301 李", "\u00e9", "")]
+    assert found == [True, True, False, False, False]
+    assert matcher.consume(tokenizer.encode("e")[0]) and matcher.accepts("\u0301") and not matcher.stopped

@@ -24,10 +24,11 @@ MAX_REASON = 300  # characters of a message of llguidance
 class Matcher:
     """One answer's place in its grammar. Used by one thread at a time."""
 
-    __slots__ = ("_vocab_size", "inner")
+    __slots__ = ("_vocab_size", "_words", "inner")
 
-    def __init__(self, inner: llguidance.LLMatcher, vocab_size: int) -> None:
+    def __init__(self, inner: llguidance.LLMatcher, words: llguidance.LLTokenizer, vocab_size: int) -> None:
         self.inner = inner
+        self._words = words
         self._vocab_size = vocab_size
 
     def consume(self, token: int) -> bool:
@@ -53,9 +54,15 @@ class Matcher:
         """Which ids may come next, [V]; none after an error."""
         return _flags([self.inner], self._vocab_size)[0]
 
+    def accepts(self, text: str) -> bool:
+        """Whether an answer that goes on by a text could end there; in words of ours, not in the model's."""
+        # The ids of its tokenizer may be of another text: it may normalise, or add a space.
+        other = self.copy()
+        return all(map(other.consume, self._words.greedy_tokenize(text))) and other.accepting
+
     def copy(self) -> Matcher:
         """Another answer's matcher, at the same place."""
-        return Matcher(self.inner.deep_copy(), self._vocab_size)
+        return Matcher(self.inner.deep_copy(), self._words, self._vocab_size)
 
 
 class Masks:
