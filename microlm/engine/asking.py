@@ -48,10 +48,20 @@ class Asking:
         requests = []
         for i, (prompt, sampling) in enumerate(zip(prompts, samplings, strict=True)):
             try:
-                requests += self.many(prompt, sampling, bool(sampling.stop), adapter)
+                requests += self.many(prompt, sampling, False, adapter)
             except UserError as e:
                 raise UserError(f"prompt {i + 1} of {len(prompts)}: {e}") from None
         return requests
+
+    def encode(self, texts: Sequence[Prompt]) -> list[list[int]]:
+        """The ids of several texts; an error names the text."""
+        ids = []
+        for i, text in enumerate(texts):
+            try:
+                ids.append(self._encode(text))
+            except UserError as e:
+                raise UserError(f"text {i + 1} of {len(texts)}: {e}") from None
+        return ids
 
     def _encode(self, prompt: Prompt) -> list[int]:
         return encode_prompt(self.tokenizer, prompt, self.config.vocab_size)
@@ -62,14 +72,16 @@ class Asking:
         check_sampling(sampling, self.tokenizer.vocab_size)
         check_window(len(ids), self.window)
         found = None if adapter is None else self.adapters.get(adapter)
+        matcher = self.grammars.matcher(sampling.constraint) if sampling.constraint else None
         return Request(
             prompt=ids,
             sampling=sampling,
             limit=min(sampling.max_tokens, self.window - len(ids)),
             random=RandomStream(sampling.seed) if sampling.temperature > 0 else None,
             penalties=Penalties.of(sampling, ids, self.tokenizer.vocab_size),
-            matcher=self.grammars.matcher(sampling.constraint) if sampling.constraint else None,
-            text=TextStream(self.tokenizer, sampling.stop) if live else None,
+            matcher=matcher,
+            start=matcher.copy() if matcher is not None and sampling.stop else None,
+            text=TextStream(self.tokenizer, sampling.stop) if live or sampling.stop else None,
             adapter=found,
             index=index,
             prompt_logprobs=[] if sampling.prompt_logprobs is None else [None],

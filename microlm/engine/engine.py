@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -65,7 +66,9 @@ class Engine:
         self._decoder = loading.load_decoder(self.directory, decoder, options)
         self.config = self._decoder.config
         self.tokenizer = loading.load_tokenizer(self.directory, self.config.vocab_size)
-        self._runner, self._scheduler, self.max_seq_len = loading.build(self._decoder, options)
+        self._runner, self._scheduler, self.max_seq_len = loading.build(
+            self._decoder, options, own=decoder is None
+        )
         self._options = options
         self._grammars = Grammars(self.tokenizer)
         ends = {self.tokenizer.eos_id, self.tokenizer.pad_id, self.config.eos_token_id}
@@ -74,7 +77,7 @@ class Engine:
             self.tokenizer, self.config, self._grammars, self._runner.adapters, self.max_seq_len, speculate,
             self._runner.draft_price,
         )  # fmt: skip
-        self._lock = threading.Lock()  # adapters come and go between steps
+        self._lock = threading.RLock()  # requests and adapters come and go between steps
         self.on_step: Callable[[Sequence[Work]], None] | None = None
         """Hears before each step what it runs."""
 
@@ -133,17 +136,19 @@ class Engine:
         requests = self._asking.all(prompts, each, adapter)
         for request in requests:
             self.enqueue(request)
-        mine, open_count = set(map(id, requests)), len(requests)
+        pending, ahead = list(requests), 4 * self.max_seqs  # beyond those nobody has run yet
         try:
-            while open_count:
-                done = sum(d.finish_reason is not None for r, d in self._pump() if id(r) in mine)
-                open_count -= done
-                if done and progress:
-                    progress(done)
+            while pending:
+                self.step()
+                still = [r for r in pending[:ahead] if r.finish_reason is None]
+                done = min(ahead, len(pending)) - len(still)
+                if done:
+                    pending[:ahead] = still
+                    if progress:
+                        progress(done)
         finally:
-            if open_count:
-                for request in requests:
-                    self.cancel(request)
+            for request in pending:
+                self.cancel(request)
         return [self.completion(r) for r in requests]
 
     def stream(self, prompt: Prompt, sampling: Sampling, adapter: str | None = None) -> Iterator[Delta]:
@@ -184,7 +189,7 @@ class Engine:
         """One vector [D] for each text (or its ids), pooled from the last hidden states."""
         if pooling not in ("mean", "last"):
             raise UserError(f"pooling: {pooling!r} is not known; choose mean or last")
-        ids = [self.tokenizer.encode(t) if isinstance(t, str) else t for t in texts]
+        ids = self._asking.encode(texts)
         self._check_ids(ids)
         vectors = np.zeros((len(ids), self.config.hidden_size), dtype=np.float32)
         with torch.inference_mode():
@@ -226,16 +231,18 @@ class Engine:
 
     def enqueue(self, request: Request) -> Request:
         """Queue a prepared request."""
-        self._scheduler.add(request)
+        with self._lock:
+            self._scheduler.add(request)
         return request
 
     def cancel(self, request: Request) -> None:
         """End a request wherever it is; its pages are free at once. A finished one stays as it is."""
-        request.finish_reason = request.finish_reason or "cancelled"
-        if request.running:  # a finished one runs still when its last step failed half-way
-            self._scheduler.release(request)
-        elif request in self._scheduler.waiting:
-            self._scheduler.waiting.remove(request)
+        with self._lock:
+            request.finish_reason = request.finish_reason or "cancelled"
+            if request.running:  # a finished one runs still when its last step failed half-way
+                self._scheduler.release(request)
+            elif request in self._scheduler.waiting:
+                self._scheduler.waiting.remove(request)
 
     @torch.inference_mode()
     def step(self) -> Step:
@@ -257,6 +264,9 @@ class Engine:
             deltas = self._postprocess.apply(scored, logits, masks) if scored else []
             self._learn(drawn)
             self._scheduler.advance(work)
+            for request, delta in deltas:
+                if request.backlog is not None:
+                    request.backlog.append(delta)
             return deltas
 
     def _run(self, work: Sequence[Work]) -> Tensor:
@@ -296,6 +306,7 @@ class Engine:
                 request.lookup.learn(len(draft), max(request.length - start - 2, 0))
 
     def _follow(self, request: Request) -> Iterator[Delta]:
+        request.backlog = deque()
         self.enqueue(request)  # here, not before: a generator that is never started cannot clean up
         try:
             while True:
@@ -304,16 +315,12 @@ class Engine:
                     yield delta
                     if delta.finish_reason:
                         return
-                self._pump()
+                if request.finish_reason:  # someone cancelled it
+                    yield Delta("", (), request.finish_reason, request.error)
+                    return
+                self.step()
         finally:
             self.cancel(request)
-
-    def _pump(self) -> Step:
-        """A step whose deltas also wait at their requests, for streams that are read in turn."""
-        deltas = self.step()
-        for request, delta in deltas:
-            request.backlog.append(delta)
-        return deltas
 
     def _check_ids(self, ids: Sequence[Sequence[int]]) -> None:
         window = self.config.max_position_embeddings

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
@@ -15,6 +15,7 @@ from microlm.engine.cache.memory import choose_size, free_bytes
 from microlm.engine.cache.pages import PagePool, pages_for
 from microlm.engine.cache.store import KVDtype, KVStore
 from microlm.engine.forward.runner import Runner, Ways
+from microlm.engine.native.step import NativeStep
 from microlm.engine.native.weights import quantize as quantize_weights
 from microlm.engine.scheduler import Limits, Scheduler
 from microlm.model import directory as hf_directory
@@ -22,6 +23,7 @@ from microlm.model.transformer import Decoder
 from microlm.text.tokenizer import Tokenizer
 
 Quantize = Literal["none", "int8", "int4"]
+MOST_THREADS = 256
 _SCORES = 2**24  # scores of prompts that are held at once (64 MiB)
 _STEP_TOKENS = {"cpu": 512, "cuda": 8192}  # of a step: a prompt's piece must not keep the others waiting
 
@@ -45,6 +47,9 @@ class Options:
 
     def check(self) -> None:
         """Refuse what has no meaning, by name."""
+        for name, known in (("dtype", runtime.Dtype), ("kv_dtype", KVDtype), ("quantize", Quantize)):
+            if (value := getattr(self, name)) not in get_args(known):
+                raise UserError(f"{name}: {value!r} is not known; choose from {', '.join(get_args(known))}")
         if self.max_seqs < 1:
             raise UserError(f"max_seqs: {self.max_seqs} is below 1; the engine needs room for a request")
         if self.max_prefill_tokens is not None and self.max_prefill_tokens < 1:
@@ -53,8 +58,11 @@ class Options:
             )
         if self.speculate < 0:
             raise UserError(f"speculate: {self.speculate} is below 0; 0 drafts nothing, 7 is usual")
-        if self.threads is not None and self.threads < 1:
-            raise UserError(f"threads: {self.threads} is below 1; leave it out to use what torch uses")
+        if self.threads is not None and not 1 <= self.threads <= MOST_THREADS:
+            raise UserError(
+                f"threads: {self.threads} is not between 1 and {MOST_THREADS}; "
+                "leave it out to use what torch uses"
+            )
 
 
 def load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
@@ -80,8 +88,11 @@ def load_decoder(path: Path, decoder: Decoder | None, options: Options) -> Decod
     return decoder
 
 
-def build(decoder: Decoder, options: Options) -> tuple[Runner, Scheduler, int]:
-    """The runner, the scheduler and the longest sequence; all memory of the KV cache is taken here."""
+def build(decoder: Decoder, options: Options, own: bool) -> tuple[Runner, Scheduler, int]:
+    """The runner, the scheduler and the longest sequence; all memory of the KV cache is taken here.
+
+    `own`: nobody else uses the decoder.
+    """
     config, device, precision = decoder.config, decoder.cos.device, decoder.compute_dtype
     size = choose_size(
         config,
@@ -96,6 +107,8 @@ def build(decoder: Decoder, options: Options) -> tuple[Runner, Scheduler, int]:
     table = pages_for(size.length)
     ways = Ways(options.native, options.batch_invariant, options.threads or torch.get_num_threads())
     runner = Runner(decoder, store, ways, table)
+    if own and options.max_seqs > NativeStep.MAX_ROWS and not options.batch_invariant:
+        runner.pack()
     limits = Limits(
         max_seqs=options.max_seqs,
         tokens=options.max_prefill_tokens or _STEP_TOKENS[device.type],

@@ -5,6 +5,7 @@ Shapes: R rows, V rows of the model's head, of which the tokenizer may know fewe
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -22,6 +23,7 @@ from microlm.engine.sampling.draw import Scores, draw
 from microlm.engine.sampling.logprobs import token_logprob
 from microlm.text.tokenizer import Tokenizer
 
+LOG = logging.getLogger("microlm.engine")
 Step = list[tuple[Request, Delta]]
 Allowed = NDArray[np.bool_]
 
@@ -78,7 +80,12 @@ class Postprocess:
             gains = {}
         scores = logits.numpy()
         for row in rows:
-            gains[row.request] = self._draw_all(row, scores, allowed.get(row.request))
+            gain = gains[row.request] = _Gain()
+            try:
+                self._draw_all(row, scores, allowed.get(row.request), gain)
+            except Exception as e:  # what one request asks for must not end the others of its step
+                LOG.error("drawing failed (%s)", type(e).__name__)
+                row.request.error, gain.reason = f"drawing failed ({type(e).__name__})", "error"
         deltas = [(request, self._delta(request, gain)) for request, gain in gains.items()]
         return [(r, d) for r, d in deltas if r.text is not None or d.finish_reason]
 
@@ -89,9 +96,9 @@ class Postprocess:
         assert masks is not None
         return dict(zip(constrained, masks.wait().numpy(), strict=True))
 
-    def _draw_all(self, row: Scored, scores: Scores, allowed: Allowed | None) -> _Gain:
+    def _draw_all(self, row: Scored, scores: Scores, allowed: Allowed | None, gain: _Gain) -> None:
         """Tokens in turn, until one differs from the draft or ends the request."""
-        request, gain = row.request, _Gain()
+        request = row.request
         for place in range(len(row.draft) + 1):
             if place and request.matcher is not None:
                 allowed = request.matcher.allowed()
@@ -99,7 +106,6 @@ class Postprocess:
             self._accept(request, gain, token)
             if gain.reason or place == len(row.draft) or token != row.draft[place]:
                 break
-        return gain
 
     def _draw(self, request: Request, scores: Scores, allowed: Allowed | None) -> int:
         """The next id by `scores` [V]; -1 where there is none, which the request's error explains."""
@@ -137,6 +143,9 @@ class Postprocess:
             gain.text += request.text.push(token)
             if request.text.stopped:
                 gain.reason = "stop"
+                answer = "".join(request.pieces) + gain.text
+                if request.start is not None and not request.start.accepts(answer):
+                    request.error = f"the answer ended inside the {_place(request)}: at a stop string"
                 return
         gain.reason = self._end(request, token)
 
@@ -223,8 +232,13 @@ def _no_token(request: Request) -> str:
 
 def _cut_short(request: Request) -> str:
     """The sentence for an answer that its token limit ended before its grammar did."""
-    assert request.sampling.constraint is not None
-    place = _INSIDE[request.sampling.constraint.kind]
+    place = _place(request)
     if request.limit < request.sampling.max_tokens:
         return f"the answer ended inside the {place}: the window is full; shorten the prompt"
     return f"the answer ended inside the {place}: max_tokens reached; raise it from {request.limit}"
+
+
+def _place(request: Request) -> str:
+    """What an answer that was cut ended inside of."""
+    assert request.sampling.constraint is not None
+    return _INSIDE[request.sampling.constraint.kind]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from microlm.core.errors import UserError
 from microlm.core.records import Conversation, Message
 from microlm.text.chat import chat_ids
@@ -16,6 +18,8 @@ Prompt = str | Conversation | Sequence[Message] | Sequence[int]
 
 def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, vocab_size: int) -> list[int]:
     """The prompt's ids: text as it is, messages through the chat template, the assistant's turn opened."""
+    if isinstance(prompt, np.ndarray):
+        prompt = prompt.tolist()
     if isinstance(prompt, str):
         _check_text(prompt)
         ids = tokenizer.encode(prompt)
@@ -23,6 +27,8 @@ def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, vocab_size: int) -> list
         for text in texts_of(prompt):
             _check_text(text)
         ids = chat_ids(tokenizer, prompt, generation_prompt=True)
+    elif not isinstance(prompt, Sequence):
+        raise UserError(f"prompt: expected a text, messages or ids, found {type(prompt).__name__}")
     elif prompt and isinstance(prompt[0], Message):
         chat = Conversation(tuple(m for m in prompt if isinstance(m, Message)))
         return encode_prompt(tokenizer, chat, vocab_size)

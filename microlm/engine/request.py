@@ -33,8 +33,10 @@ class Request:
     """A prompt on its way through the engine. `limit` is how many new tokens it may have, window included.
 
     `text` is None when nobody reads along and no stop string is looked for: decoded once, at the end.
-    `index` says which of n answers it is. The last block is the scheduler's: `pages` hold keys and values of
-    the first `computed` tokens, `table` has their numbers, `full` of them are known by their digest.
+    `start` is the matcher as it began, where a stop string may cut the answer; `index` says which of n
+    answers it is; `backlog` is what a stream has not read yet, None where none reads. The last block is the
+    scheduler's: `pages` hold keys and values of the first `computed` tokens, `table` has their numbers,
+    `full` of them are known by their digest.
     """
 
     prompt: list[int]
@@ -43,6 +45,7 @@ class Request:
     random: RandomStream | None = None
     penalties: Penalties | None = None
     matcher: Matcher | None = None
+    start: Matcher | None = None
     text: TextStream | None = None
     adapter: Adapter | None = None
     index: int = 0
@@ -52,7 +55,7 @@ class Request:
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     error: str = ""
-    backlog: deque[Delta] = field(default_factory=deque)
+    backlog: deque[Delta] | None = None
 
     lookup: Lookup | None = None
     chain: Chain = field(default_factory=Chain)

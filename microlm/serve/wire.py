@@ -119,7 +119,9 @@ class Request(Wire):
     min_p: Real | None = Field(None, ge=0, le=1, allow_inf_nan=False, description="as in vLLM")
     presence_penalty: Real | None = Field(None, ge=-2, le=2, allow_inf_nan=False)
     frequency_penalty: Real | None = Field(None, ge=-2, le=2, allow_inf_nan=False)
-    repetition_penalty: Real | None = Field(None, gt=0, le=100, allow_inf_nan=False, description="as in vLLM")
+    repetition_penalty: Real | None = Field(
+        None, ge=0.01, le=100, allow_inf_nan=False, description="as in vLLM"
+    )
     logit_bias: dict[int, Bias] | None = Field(None, max_length=MAX_BIASES)
     max_tokens: Whole | None = Field(None, ge=1, le=MAX_TOKENS)
     n: Whole | None = Field(None, ge=1, le=MAX_CHOICES)

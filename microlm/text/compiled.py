@@ -10,6 +10,7 @@ import contextlib
 import functools
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -39,8 +40,7 @@ def njit(function: F) -> F:
     """Compile a function at its first call, once for each machine; it works without the GIL."""
     if _njit is None:
         return np.errstate(over="ignore")(function)  # hashes wrap around, as they do when compiled
-    compiled: F = _njit(cache=True, nogil=True)(function)
-    return compiled
+    return _cached(_njit(cache=True, nogil=True)(function))
 
 
 def njit_float(function: F) -> F:
@@ -48,8 +48,22 @@ def njit_float(function: F) -> F:
     if _njit is None:
         return function
     flags = {"reassoc", "nsz", "contract"}
-    compiled: F = _njit(cache=True, nogil=True, error_model="numpy", fastmath=flags)(function)
+    return _cached(_njit(cache=True, nogil=True, error_model="numpy", fastmath=flags)(function))
+
+
+def _cached(compiled: Any) -> Any:
+    """What is kept on disk counts while no file beside the function's changes: numba sees its own only."""
+    file: Any = getattr(compiled._cache, "_cache_file", None)
+    if hasattr(file, "_source_stamp"):
+        file._source_stamp = _stamp(Path(compiled.py_func.__code__.co_filename).parent)
     return compiled
+
+
+@functools.cache
+def _stamp(folder: Path) -> tuple[tuple[str, int, int], ...]:
+    """Name, time and size of a folder's modules."""
+    files = sorted(folder.glob("*.py"))
+    return tuple((file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in files)
 
 
 @functools.cache

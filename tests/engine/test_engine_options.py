@@ -6,6 +6,7 @@ import random
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from random_model import write_model
@@ -13,6 +14,8 @@ from random_model import write_model
 from microlm.core.errors import UserError
 from microlm.core.records import Completion, Constraint, Sampling
 from microlm.engine import Engine
+from microlm.engine.forward import packed
+from microlm.engine.forward.batch import Span, batch_of
 from microlm.engine.speculate import Lookup
 from microlm.model import directory, lora
 
@@ -244,6 +247,41 @@ def test_quantized_weights_serve(long_model: Path, kind: str) -> None:
     assert len(rounded.generate(prompts, GREEDY)[2].token_ids) == 60
 
 
+@pytest.mark.parametrize("kind", ["auto", "int4"])
+def test_the_step_that_cuda_graphs_capture_equals_the_eager_one(long_model: Path, kind: str) -> None:
+    engine = Engine(long_model, native=False, kv_dtype=kind)  # type: ignore[arg-type]
+    path, pool = engine._runner.torch, engine._scheduler.pool
+    tables = [np.array([*(pool.take(4) or ()), 0, 0, 0, 0], dtype=np.int32) for _ in range(3)]
+    prompts = [ids(n, n) for n in (3, 40, 100)]
+    with torch.inference_mode():
+        path.forward(batch_of([Span(p, 0, t, 1) for p, t in zip(prompts, tables, strict=True)]))
+        rows = [Span([7 + i], len(p), t, 1) for i, (p, t) in enumerate(zip(prompts, tables, strict=True))]
+        eager = path.forward(batch_of(rows))
+        tokens = torch.tensor([7, 8, 9, 0])  # and a row of padding
+        positions = torch.tensor([*map(len, prompts), 0])
+        padded = torch.from_numpy(np.stack([*tables, np.zeros(8, dtype=np.int32)]))
+        hidden = path.run(tokens, positions, path.rows_plan(positions, padded))
+        assert torch.allclose(path.decoder.logits(hidden)[:3], eager, atol=1e-5)
+
+
+def test_packed_matrices_compute_the_same(long_model: Path) -> None:
+    decoder = directory.load(long_model, torch.bfloat16).to(torch.bfloat16)
+    if not packed.can_pack(decoder):  # oneDNN has no bf16 on this processor: nothing is packed
+        return
+    x = torch.randn(3, 20, 32, generator=torch.Generator().manual_seed(1)).bfloat16()
+    with torch.inference_mode():
+        for linear in (decoder.lm_head, decoder.model.layers[0].mlp.up_proj):
+            assert torch.allclose(packed.PackedLinear(linear)(x), linear(x), rtol=2**-7, atol=2**-7)
+    prompts = [ids(n, n) for n in (3, 40, 100)]
+    asked = replace(GREEDY, prompt_logprobs=0, max_tokens=1)
+    plain, quick = (Engine(long_model, dtype="bfloat16", max_seqs=n, native=False) for n in (8, 16))
+    assert isinstance(quick._decoder.lm_head, packed.PackedLinear)
+    assert not isinstance(plain._decoder.lm_head, packed.PackedLinear)
+    for a, b in zip(plain.generate(prompts, asked), quick.generate(prompts, asked), strict=True):
+        pairs = zip((a.prompt_logprobs or ())[1:], (b.prompt_logprobs or ())[1:], strict=True)
+        assert all(x and y and abs(x.logprob - y.logprob) < 0.1 for x, y in pairs)
+
+
 def test_embeddings_are_pooled_hidden_states(long_model: Path) -> None:
     engine, decoder = Engine(long_model), directory.load(long_model)
     texts = ["李白是诗人", "hello world, hello", "a"]
@@ -264,5 +302,9 @@ def test_embeddings_are_pooled_hidden_states(long_model: Path) -> None:
         assert torch.allclose(unit, expected / expected.norm(dim=-1, keepdim=True), atol=1e-5)
     with pytest.raises(UserError, match="pooling: 'max'"):
         engine.embed(texts, "max")  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="sequence 1: 0 tokens"):
+    with pytest.raises(UserError, match="text 2 of 2: prompt: is empty"):
         engine.embed(["a", ""])
+    with pytest.raises(UserError, match="surrogate"):
+        engine.embed(["a\ud800"])
+    with pytest.raises(UserError, match="sequence 0: 513 tokens"):
+        engine.embed([[5] * 513])

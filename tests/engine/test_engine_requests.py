@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from random_model import WINDOW, write_model
 
 from microlm.core.errors import UserError
-from microlm.core.records import Message, Sampling
-from microlm.engine import Busy, Engine, EngineService, Stopped
+from microlm.core.records import Constraint, Message, Sampling
+from microlm.engine import Busy, Engine, EngineService, Stopped, postprocess
+from microlm.engine.batch import Ask, finished
 from microlm.engine.forward.batch import StepBatch
 from microlm.engine.output import TextStream
 
@@ -165,6 +168,9 @@ def test_non_finite_scores_end_only_that_request(tmp_path: Path) -> None:
         ("a", Sampling(max_tokens=0), "max_tokens"),
         ("a", Sampling(seed=-1), "seed"),
         ("a", Sampling(seed=2**64), "seed"),
+        ("a", Sampling(seed=1.5), "seed: 1.5 is not a whole"),  # type: ignore[arg-type]
+        ("a", Sampling(stop="abc"), "stop: 'abc' is one text"),  # type: ignore[arg-type]
+        (None, Sampling(), "found NoneType"),
         ("a", Sampling(stop=("",)), "stop"),
     ],
 )
@@ -176,6 +182,104 @@ def test_what_cannot_run_is_a_sentence(
     with pytest.raises(UserError, match="prompt 2 of 2"):
         engine.generate(["a", prompt], [Sampling(), sampling])  # type: ignore[list-item]
     assert not engine.busy
+
+
+@pytest.mark.parametrize("penalty", [1e-60, 1e-44, 0.0, 1e300, float("nan")])
+def test_a_penalty_that_leaves_float32_is_refused(engine: Engine, penalty: float) -> None:
+    with pytest.raises(UserError, match=r"repetition_penalty: .* is not between"):
+        engine.add("a", Sampling(repetition_penalty=penalty))
+
+
+@pytest.mark.parametrize("penalty", [0.01, 100.0])
+def test_the_strongest_penalties_draw(engine: Engine, penalty: float) -> None:
+    strong = Sampling(20, 1.0, 0.9, seed=1, min_p=0.1, repetition_penalty=penalty, logit_bias=((5, 100.0),))
+    assert engine.generate(["hello"], strong)[0].finish_reason in ("stop", "length")
+
+
+def test_a_draw_that_fails_ends_its_own_request_only(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = engine.generate(["hello"], replace(LONG, max_tokens=9))
+    real = postprocess.draw
+
+    def failing(scores: np.ndarray, sampling: Sampling, random: object) -> int:
+        if sampling.seed == 7:
+            raise ValueError("my password")
+        return real(scores, sampling, random)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(postprocess, "draw", failing)
+    bad = replace(LONG, seed=7, temperature=1.0)
+    got = engine.generate(
+        ["hello", "a", "hello"], [replace(LONG, max_tokens=9), bad, replace(LONG, max_tokens=9)]
+    )
+    assert [got[0], got[2]] == expected * 2
+    assert (got[1].finish_reason, got[1].error) == ("error", "drawing failed (ValueError)")
+    assert engine.free_slots == engine.max_seqs and engine.used_pages == 0
+
+
+def test_a_stop_string_inside_a_constraint_is_told(engine: Engine) -> None:
+    letters = Sampling(60, 1.0, seed=3, constraint=Constraint("regex", "[ab]{20}"), stop=("a",))
+    cut = engine.generate(["x"], letters)[0]
+    assert (cut.finish_reason, cut.error) == ("stop", "the answer ended inside the pattern: at a stop string")
+    lines = replace(letters, constraint=Constraint("regex", r"[ab]{3}(\n[ab]{3})*"), stop=("\n",))
+    whole = engine.generate(["x"], replace(lines, n=8))
+    assert {c.error for c in whole} == {""} and all(len(c.text) == 3 for c in whole)
+
+
+def test_a_stream_whose_steps_others_make_ends(engine: Engine) -> None:
+    short = replace(LONG, max_tokens=12)
+    expected = engine.generate(["hello"], short)[0].text
+    stream = engine.stream("hello", short)
+    first = next(stream).text
+    list(finished(engine, [Ask("a", LONG)]))
+    assert first + "".join(d.text for d in stream) == expected
+    stream = engine.stream("hello", short)
+    next(stream)
+    while engine.busy:
+        engine.step()
+    assert [d.finish_reason for d in stream][-1] == "length"
+    request = engine.prepare("hello", short)
+    stream = engine._follow(request)
+    next(stream)
+    engine.cancel(request)
+    assert [d.finish_reason for d in stream] == ["cancelled"]
+
+
+def test_three_threads_may_generate_at_once(engine: Engine) -> None:
+    prompts, got = ["hello", "a", "李白"], {}
+    expected = {p: engine.generate([p] * 5, replace(LONG, max_tokens=40)) for p in prompts}
+
+    def ask(prompt: str) -> None:
+        got[prompt] = engine.generate([prompt] * 5, replace(LONG, max_tokens=40))
+
+    threads = [threading.Thread(target=ask, args=(p,), daemon=True) for p in prompts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert got == expected
+
+
+def test_ids_may_be_an_array(engine: Engine) -> None:
+    short = replace(LONG, max_tokens=5)
+    assert engine.generate([np.array([5, 6, 7])], short) == engine.generate([[5, 6, 7]], short)
+
+
+def test_a_stop_string_is_looked_for_though_nobody_reads_along(engine: Engine) -> None:
+    request = engine.enqueue(engine.prepare("hello", replace(LONG, stop=("o",)), live=False))
+    while engine.busy:
+        engine.step()
+    assert request.finish_reason == "stop"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kv_dtype": "foo"}, {"dtype": "foo"}, {"quantize": "int2"}, {"threads": 10_000_000},
+        {"speculate": -1}, {"max_seqs": 0}, {"max_prefill_tokens": 0},
+    ],
+)  # fmt: skip
+def test_an_option_that_means_nothing_is_named(make_engine: Callable[..., Engine], options: dict) -> None:
+    with pytest.raises(UserError, match=f"^{next(iter(options))}: "):
+        make_engine(**options)
 
 
 def test_the_service_bounds_its_queue_and_frees_what_is_closed(make_engine: Callable[..., Engine]) -> None:

@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -140,8 +141,11 @@ REFUSED = [
     (schema({"type": "text"}, "text"), "'type' is 'text'"),
     (schema({"type": "string", "minLength": 5}, "text"), "holds nothing"),
     (schema({"type": "string", "maxLength": 0}, "text"), "holds nothing"),
-    (schema({"type": "string", "maxLength": "3"}, "text"), "whole number"),
+    (schema({"type": "string", "maxLength": "3"}, "text"), "expected a number"),
+    (schema({"type": "string", "maxLength": 10**18}, "text"), "expected a number"),
+    (schema({"type": "string", "maxLength": 10**18}), "decimal literal"),
     (schema({"properties": ["a"]}, "text"), "'properties'"),
+    (schema({"required": [1]}, "text"), "list of names"),
     (schema({"anyOf": []}, "text"), "'anyOf'"),
     (schema({"type": "array", "items": 3}, "text"), "expected a schema"),
     (schema({"type": "array", "minItems": 2, "items": False}, "text"), "more items"),
@@ -302,3 +306,14 @@ def test_the_thread_ends_with_its_grammars(tokenizer: Tokenizer, monkeypatch: py
     while running() > before:
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_whether_a_text_is_whole_is_asked_in_bytes(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """A tokenizer may normalise a text, or add a space: its ids are then those of another one."""
+    description = json.loads((tokenizer.path / "tokenizer.json").read_text())
+    description["normalizer"] = {"type": "NFC"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(description))
+    matcher = Grammars(Tokenizer.load(tmp_path)).matcher(Constraint("choice", '["e\u0301","e\u0301 李白。"]'))
+    found = [matcher.accepts(text) for text in ("e\u0301", "e\u0301 李白。", "e\u0301 李", "\u00e9", "")]
+    assert found == [True, True, False, False, False]
+    assert matcher.consume(tokenizer.encode("e")[0]) and matcher.accepts("\u0301") and not matcher.stopped

@@ -246,7 +246,8 @@ def test_the_way_of_a_gpu_gives_the_same_on_the_cpu(kit: Kit) -> None:
         allowed = kit.postprocess._first_masks(rows, masks)
         gains, rest, scores = kit.postprocess._on_device(rows, logits, allowed)
         for row in rest:
-            gains[row.request] = kit.postprocess._draw_all(row, scores.numpy(), allowed.get(row.request))
+            own = allowed.get(row.request)
+            kit.postprocess._draw_all(row, scores.numpy(), own, gains[row.request])
         for request, gain in gains.items():
             kit.postprocess._delta(request, gain)
 

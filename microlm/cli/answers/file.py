@@ -63,7 +63,7 @@ class _Tally:
 
     def add(self, row: dict[str, Any]) -> None:
         self.errors += row["finish_reason"] == "error"
-        self.cut += row["finish_reason"] == "length" and "error" in row
+        self.cut += row["finish_reason"] != "error" and "error" in row
 
 
 def answer_file(

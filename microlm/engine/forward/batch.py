@@ -67,10 +67,11 @@ def batch_of(spans: Sequence[Span]) -> StepBatch:
     ordered = [spans[i] for i in order]
     firsts: list[int] = []
     tokens: list[int] = []
+    positions: list[int] = []
     for span in ordered:
         firsts.append(len(tokens))
         tokens += span.tokens
-    positions = np.concatenate([np.arange(s.start, s.start + len(s.tokens)) for s in ordered])
+        positions += range(span.start, span.start + len(span.tokens))
     pages = max(pages_for(s.start + len(s.tokens)) for s in ordered)
     tables = np.stack([s.table[:pages] for s in ordered])
     wanted: list[int] = []
@@ -78,9 +79,11 @@ def batch_of(spans: Sequence[Span]) -> StepBatch:
     for given, span in enumerate(spans):
         stop = firsts[place[given]] + len(span.tokens)
         wanted += range(stop - span.wanted, stop)
-    return StepBatch(
-        ordered, firsts, np.array(tokens, dtype=np.int64), positions, tables, np.array(wanted, dtype=np.int64)
-    )
+    return StepBatch(ordered, firsts, _ints(tokens), _ints(positions), tables, _ints(wanted))
+
+
+def _ints(values: list[int]) -> IntArray:
+    return np.array(values, dtype=np.int64)
 
 
 def single(span: Span, token: int, position: int, wanted: bool) -> StepBatch:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from microlm.core.errors import UserError
 from microlm.engine.cache.store import KVStore
+from microlm.engine.forward import packed
 from microlm.engine.forward.adapters import Adapters
 from microlm.engine.forward.batch import StepBatch, single
 from microlm.engine.forward.graphs import DecodeGraphs
@@ -24,7 +25,7 @@ from microlm.model.lora import adapted
 from microlm.model.transformer import Decoder
 
 CUT_OVER = {torch.float32: 48, torch.bfloat16: 24}
-QUANTIZED_CUT_OVER = 96
+QUANTIZED_CUT_OVER, PACKED_CUT_OVER = 32, 16
 """Rows of a step up to which the native kernel is quicker than torch, which widens codes first (measured)."""
 PRICE = {torch.float32: 0.15, torch.bfloat16: 0.4}
 QUANTIZED_PRICE, TORCH_PRICE, CUDA_PRICE = 0.5, 0.15, 0.05
@@ -73,6 +74,12 @@ class Runner:
         if self.native is None:
             return TORCH_PRICE
         return QUANTIZED_PRICE if self._is_quantized else PRICE[self.decoder.compute_dtype]
+
+    def pack(self) -> None:
+        """Copy the matrices into the order that torch multiplies quickest with, if it gains by it."""
+        if not self._is_quantized and packed.can_pack(self.decoder):
+            packed.pack(self.decoder)
+            self._cut_over = PACKED_CUT_OVER
 
     def warm(self, tell: Callable[[str], None]) -> None:
         """Compile the native kernel now rather than at the first step; `tell` hears of it."""

@@ -73,7 +73,7 @@ class Grammars:
                 self._count(1, 0, time.perf_counter() - started)
             else:
                 self._count(0, 1, 0.0)
-            return Matcher(entry.matcher.deep_copy(), self._vocab_size)
+            return Matcher(entry.matcher.deep_copy(), self._vocabulary, self._vocab_size)
 
     def begin(self, matchers: Sequence[Matcher]) -> Masks:
         """Start to compute which ids may come next; `wait` of what comes back gives them."""
@@ -107,7 +107,7 @@ class Grammars:
     def _compile(self, constraint: Constraint) -> llguidance.LLMatcher:
         source, limits = source_of(constraint), parser_limits()
         matcher = llguidance.LLMatcher(self._vocabulary, source, log_level=0, limits=limits)
-        probe = Matcher(matcher.deep_copy(), self._vocab_size)
+        probe = Matcher(matcher.deep_copy(), self._vocabulary, self._vocab_size)
         allowed = probe.allowed()  # that nothing satisfies a grammar shows only here …
         if allowed[self._brace] and probe.consume(self._brace):
             probe.allowed()  # … and that an object has too many properties only there

@@ -17,6 +17,7 @@ from microlm.engine.grammar.copying import Copies, no_copy
 from microlm.engine.grammar.limits import NOTES
 
 MAX_RULES = 4_096
+MAX_COUNT = 1_000_000
 _KEYWORDS: dict[str, set[str]] = {
     "object": {
         "properties", "required", "additionalProperties", "propertyNames", "minProperties", "maxProperties",
@@ -149,7 +150,7 @@ class _Rules:
     def _object(self, schema: Mapping[str, Any]) -> str:
         """The listed properties in their order, then others: first and later ones differ by the comma."""
         properties, required = schema.get("properties", {}), schema.get("required", [])
-        if not isinstance(properties, dict) or not isinstance(required, list):
+        if not isinstance(properties, dict) or not _is_names(required):
             raise UserError("json_schema: expected 'properties' as an object, 'required' as a list of names")
         other = schema.get("additionalProperties", True)
         listed = properties | {name: other for name in required if name not in properties}
@@ -264,9 +265,15 @@ def _count(schema: Mapping[str, Any], low: str, high: str) -> _Count:
     """Two bounds as whole numbers."""
     for name in (low, high):
         value = schema.get(name, 0)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            raise UserError(f"json_schema: '{name}' is {_short(value)}, expected a whole number from 0 on")
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MAX_COUNT:
+            raise UserError(
+                f"json_schema: '{name}' is {_short(value)}, expected a number from 0 to {MAX_COUNT}"
+            )
     return _Count(schema.get(low, 0), schema.get(high))
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
 def _literal(text: str) -> str:

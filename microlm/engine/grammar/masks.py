@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 import weakref
@@ -23,10 +24,11 @@ MAX_REASON = 300  # characters of a message of llguidance
 class Matcher:
     """One answer's place in its grammar. Used by one thread at a time."""
 
-    __slots__ = ("_vocab_size", "inner")
+    __slots__ = ("_vocab_size", "_words", "inner")
 
-    def __init__(self, inner: llguidance.LLMatcher, vocab_size: int) -> None:
+    def __init__(self, inner: llguidance.LLMatcher, words: llguidance.LLTokenizer, vocab_size: int) -> None:
         self.inner = inner
+        self._words = words
         self._vocab_size = vocab_size
 
     def consume(self, token: int) -> bool:
@@ -52,9 +54,15 @@ class Matcher:
         """Which ids may come next, [V]; none after an error."""
         return _flags([self.inner], self._vocab_size)[0]
 
+    def accepts(self, text: str) -> bool:
+        """Whether an answer that goes on by a text could end there; in words of ours, not in the model's."""
+        # The ids of its tokenizer may be of another text: it may normalise, or add a space.
+        other = self.copy()
+        return all(map(other.consume, self._words.greedy_tokenize(text))) and other.accepting
+
     def copy(self) -> Matcher:
         """Another answer's matcher, at the same place."""
-        return Matcher(self.inner.deep_copy(), self._vocab_size)
+        return Matcher(self.inner.deep_copy(), self._words, self._vocab_size)
 
 
 class Masks:
@@ -124,9 +132,7 @@ def _flags(matchers: Sequence[llguidance.LLMatcher], vocab_size: int) -> Flags:
     bits = np.zeros((len(matchers), words), dtype=np.int32)
     for row, matcher in zip(bits, matchers, strict=True):
         matcher.unsafe_compute_mask_ptr(row.ctypes.data, words * 4)
-        if (
-            matcher.is_error()
-        ):  # llguidance then allows the EOS, which would pass off a broken answer as whole
+        if matcher.is_error():  # llguidance then allows the EOS: a broken answer would pass for a whole one
             row[:] = 0
     flags = np.unpackbits(bits.view(np.uint8), axis=1, bitorder="little", count=vocab_size)
     return flags.view(np.bool_)
@@ -134,7 +140,7 @@ def _flags(matchers: Sequence[llguidance.LLMatcher], vocab_size: int) -> Flags:
 
 def reason_of(matcher: llguidance.LLMatcher) -> str:
     """What is wrong with a matcher, in one line; "" if nothing is."""
-    text = matcher.get_error().partition("\n   1 | ")[0].strip()  # after it the grammar is shown
+    text = re.split(r"\n +\d+ \| ", matcher.get_error())[0].strip()  # after it the grammar is shown
     _, found, fault = text.partition("\nerror: ")
     line = f"pattern: {fault}" if found else text.split("\n")[0]
     return "nothing satisfies it" if line.startswith("NoExtension") else line[:MAX_REASON]

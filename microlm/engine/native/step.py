@@ -109,6 +109,7 @@ class NativeStep:
         self._decoder, self._store = decoder, store  # whose memory the addresses are of
         self._team = Team(threads)
         _lay_together([_stored(m) for m in _matrices(decoder)])
+        self._held = [_stored(m).data for m in _matrices(decoder)]  # their memory, whatever becomes of them
         config = decoder.config
         self._work = _buffers(config, store, threads)
         self._cache = Cache(*(_view(t) for t in (store.k, store.v)), *_scales(store))
@@ -174,11 +175,13 @@ def _stored(matrix: Any) -> Tensor:
 
 def _lay_together(tensors: list[Tensor]) -> None:
     """Move tensors into one array; numpy asks for large pages, and reading goes a fifth faster on them."""
+    if len({t.untyped_storage().data_ptr() for t in tensors}) == 1:
+        return  # another step over the same decoder has done so, and reads there
     unique = {t.data_ptr(): t for t in tensors}.values()
-    room = np.empty(sum(t.nbytes + _LINE for t in unique) + _LINE, dtype=np.uint8)
-    start = -room.ctypes.data % _LINE
+    room = torch.from_numpy(np.empty(sum(t.nbytes + _LINE for t in unique) + _LINE, dtype=np.uint8))
+    start = -room.data_ptr() % _LINE
     for tensor in unique:
-        kept = torch.from_numpy(room[start : start + tensor.nbytes]).view(tensor.dtype).view(tensor.shape)
+        kept = room[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
         tensor.data = kept.copy_(tensor.detach())
         start += -(-tensor.nbytes // _LINE) * _LINE
 

@@ -7,13 +7,20 @@ import math
 from microlm.core.errors import UserError
 from microlm.core.records import Sampling
 
+_WHOLE = ("max_tokens", "top_k", "n", "seed", "logprobs", "prompt_logprobs")
 MAX_ANSWERS = 1024
 MAX_LOGPROBS = 100
 MAX_BIAS = 100.0
+LEAST_REPETITION, MOST_REPETITION = 0.01, 100.0  # beyond them scores leave float32
 
 
 def check_sampling(s: Sampling, vocab_size: int) -> None:
     """Refuse settings that have no meaning, by name; `vocab_size` bounds the ids of `logit_bias`."""
+    for name in _WHOLE:
+        if (value := getattr(s, name)) is not None and not isinstance(value, int):
+            raise UserError(f"{name}: {value!r} is not a whole number; give one")
+    if isinstance(s.stop, str):
+        raise UserError(f"stop: {s.stop!r} is one text, not a list of texts; put it into brackets")
     if not (math.isfinite(s.temperature) and s.temperature >= 0):
         raise UserError(f"temperature: {s.temperature} is not a number >= 0; 0 is greedy, 0.7 is usual")
     if not 0 < s.top_p <= 1:
@@ -38,8 +45,11 @@ def check_sampling(s: Sampling, vocab_size: int) -> None:
 
 def _check_changes(s: Sampling, vocab_size: int) -> None:
     """What changes scores: penalties and biases."""
-    if not (math.isfinite(s.repetition_penalty) and s.repetition_penalty > 0):
-        raise UserError(f"repetition_penalty: {s.repetition_penalty} is not a number > 0; 1 changes nothing")
+    if not LEAST_REPETITION <= s.repetition_penalty <= MOST_REPETITION:
+        raise UserError(
+            f"repetition_penalty: {s.repetition_penalty} is not between {LEAST_REPETITION} and "
+            f"{MOST_REPETITION:g}; 1 changes nothing"
+        )
     for name, value in (("presence", s.presence_penalty), ("frequency", s.frequency_penalty)):
         if not -2 <= value <= 2:
             raise UserError(f"{name}_penalty: {value} is not between -2 and 2; 0 changes nothing")

@@ -12,6 +12,8 @@ import numpy as np
 from microlm.core.records import Sampling
 from microlm.engine.sampling.draw import Scores
 
+_LARGEST = np.finfo(np.float32).max
+
 
 class Penalties:
     """The tokens of one request so far, and how they change its scores."""
@@ -52,4 +54,5 @@ class Penalties:
             changed[seen] = np.where(old > 0, old / self._repetition, old * self._repetition)
         if self._frequency or self._presence:
             changed -= self._frequency * self._counts + self._presence * (self._counts > 0)
+        np.minimum(changed, _LARGEST, out=changed)  # a draw knows -inf, but no other way to leave the numbers
         return changed

@@ -13,8 +13,11 @@ import numpy as np
 import pytest
 import torch
 from artifacts import random_decoder, tiny_config
+from tiny_model import write_tiny_model
 from torch import Tensor
 
+from microlm.core.records import Sampling
+from microlm.engine import Engine
 from microlm.engine.cache.store import PAGE, KVDtype, KVStore
 from microlm.engine.native.step import NativeStep, why_not
 from microlm.engine.native.weights import QuantizedLinear, quantize
@@ -221,3 +224,21 @@ def test_warming_compiles_with_a_word() -> None:
     setup.step.warm(told.append)
     assert len(told) in (0, 2)  # compiled already, or told before and after
     assert setup.run([0]).shape == (1, 300)
+
+
+def test_without_numba_torch_answers_the_same(tmp_path: Path) -> None:
+    prompts, sampling = [[5, 9, 7], [6] * 40], Sampling(max_tokens=12, ignore_eos=True)
+    model = write_tiny_model(tmp_path)
+    expected = [list(c.token_ids) for c in Engine(model, max_seqs=2).generate(prompts, sampling)]
+    code = f"""
+import sys
+sys.modules.update(numba=None, llvmlite=None)
+from microlm.core.records import Sampling
+from microlm.engine import Engine
+from microlm.engine.native.step import why_not
+engine = Engine({str(model)!r}, max_seqs=2)
+assert why_not(engine._decoder) == "numba is not installed"
+print([list(c.token_ids) for c in engine.generate({prompts}, Sampling(max_tokens=12, ignore_eos=True))])
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout == f"{expected}\n"
