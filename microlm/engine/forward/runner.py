@@ -24,11 +24,11 @@ from microlm.engine.native.weights import QuantizedLinear
 from microlm.model.lora import adapted
 from microlm.model.transformer import Decoder
 
-CUT_OVER = {torch.float32: 48, torch.bfloat16: 24}
-QUANTIZED_CUT_OVER, PACKED_CUT_OVER = 32, 16
+CUT_OVER = {torch.float32: 64, torch.bfloat16: 48}
+QUANTIZED_CUT_OVER, PACKED_CUT_OVER = 64, 32
 """Rows of a step up to which the native kernel is quicker than torch, which widens codes first (measured)."""
-PRICE = {torch.float32: 0.15, torch.bfloat16: 0.4}
-QUANTIZED_PRICE, TORCH_PRICE, CUDA_PRICE = 0.5, 0.15, 0.05
+PRICE = {torch.float32: 0.2, torch.bfloat16: 0.2}
+QUANTIZED_PRICE, TORCH_PRICE, CUDA_PRICE = 0.28, 0.15, 0.05
 """Of a drafted token, in steps of one row (measured; on CUDA assumed)."""
 
 
