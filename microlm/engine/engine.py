@@ -34,7 +34,8 @@ from microlm.model.transformer import Decoder
 class Engine:
     """A loaded model with a fixed pool of KV pages. Not for many threads: `EngineService` is.
 
-    Weights that are in memory already come as `decoder`; the directory then gives the tokenizer only.
+    Weights that are in memory already come as `decoder`; the directory then gives the tokenizer only, and who
+    changes the weights calls `refresh`.
     `kv_memory` is in bytes; `max_prefill_tokens` bounds a step; `speculate` is the longest draft, 0 for none;
     `batch_invariant`: an answer is bit for bit the same alone and in any company.
     """
@@ -115,6 +116,14 @@ class Engine:
     def adapters(self) -> list[str]:
         """The LoRA adapters that requests may name."""
         return self._runner.adapters.names
+
+    def refresh(self) -> None:
+        """Take over weights that their owner has changed in place, forget what the old ones computed."""
+        with self._lock:
+            if self.busy:
+                raise UserError("refresh: requests wait or run; finish them, or cancel them first")
+            self._scheduler.pool.forget_all()
+            self._runner.refresh()
 
     def warm(self, tell: Callable[[str], None]) -> None:
         """Compile what the first step would compile; `tell` hears of it."""
@@ -274,14 +283,14 @@ class Engine:
         if self._scheduler.fresh:
             self._runner.store.clear(self._scheduler.fresh)
             self._scheduler.fresh = []
-        spans = [Span(tokens_of(w), w.start, w.request.table, _wanted(w), w.request.adapter) for w in work]
+        spans = [Span(tokens_of(w), w.start, w.request.table, w.wanted, w.request.adapter) for w in work]
         return self._runner.forward(batch_of(spans))
 
     def _scored(self, work: Sequence[Work], logits: Tensor) -> list[Scored]:
         """Where each drawing request's rows lie; scores of a prompt's tokens go to their request."""
         scored, first = [], 0
         for w in work:
-            stop = first + _wanted(w)
+            stop = first + w.wanted
             drawing = 1 + len(w.draft) if w.last else 0
             if w.request.sampling.prompt_logprobs is not None:
                 self._score_prompt(w, logits[first:stop])
@@ -335,11 +344,3 @@ class Engine:
     def _group_tokens(self) -> int:
         """Padded tokens of whole sequences that are computed at once."""
         return max(4096, self._scheduler.limits.tokens)
-
-
-def _wanted(work: Work) -> int:
-    """How many of a part's last rows are scored: all of a prompt's whose log-probabilities are asked for."""
-    request = work.request
-    if request.sampling.prompt_logprobs is not None and work.start < len(request.prompt) - 1:
-        return work.size + len(work.draft)
-    return 1 + len(work.draft) if work.last else 0

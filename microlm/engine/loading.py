@@ -105,7 +105,7 @@ def build(decoder: Decoder, options: Options, own: bool) -> tuple[Runner, Schedu
     )
     store = KVStore(config, size.pages, options.kv_dtype, precision, device)
     table = pages_for(size.length)
-    ways = Ways(options.native, options.batch_invariant, options.threads or torch.get_num_threads())
+    ways = Ways(options.native, options.batch_invariant, options.threads or torch.get_num_threads(), own)
     runner = Runner(decoder, store, ways, table)
     if own and options.max_seqs > NativeStep.MAX_ROWS and not options.batch_invariant:
         runner.pack()

@@ -27,13 +27,13 @@ def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, vocab_size: int) -> list
         for text in texts_of(prompt):
             _check_text(text)
         ids = chat_ids(tokenizer, prompt, generation_prompt=True)
-    elif not isinstance(prompt, Sequence):
+    elif isinstance(prompt, bytes) or not isinstance(prompt, Sequence):
         raise UserError(f"prompt: expected a text, messages or ids, found {type(prompt).__name__}")
     elif prompt and isinstance(prompt[0], Message):
         chat = Conversation(tuple(m for m in prompt if isinstance(m, Message)))
         return encode_prompt(tokenizer, chat, vocab_size)
     else:
-        ids = [i for i in prompt if isinstance(i, int)]
+        ids = [int(i) for i in prompt if isinstance(i, int | np.integer)]
         if len(ids) != len(prompt) or any(not 0 <= i < vocab_size for i in ids):
             raise UserError(f"prompt: every id must be a whole number from 0 to {vocab_size - 1}")
     if not ids:

@@ -31,6 +31,14 @@ class Work(NamedTuple):
     last: bool
     draft: tuple[int, ...] = ()
 
+    @property
+    def wanted(self) -> int:
+        """How many of the last tokens are scored: all of a prompt's whose log-probabilities are asked for."""
+        request = self.request
+        if request.sampling.prompt_logprobs is not None and self.start < len(request.prompt) - 1:
+            return self.size + len(self.draft)
+        return 1 + len(self.draft) if self.last else 0
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:

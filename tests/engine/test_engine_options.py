@@ -247,6 +247,25 @@ def test_quantized_weights_serve(long_model: Path, kind: str) -> None:
     assert len(rounded.generate(prompts, GREEDY)[2].token_ids) == 60
 
 
+@pytest.mark.parametrize("native", [True, False])
+def test_changed_weights_are_taken_over(long_model: Path, native: bool) -> None:
+    decoder = directory.load(long_model)
+    places = [p.data_ptr() for p in decoder.parameters()]
+    engine = Engine(long_model, decoder=decoder, native=native)
+    old = answers(engine, [ids(70)], GREEDY)
+    assert [p.data_ptr() for p in decoder.parameters()] == places  # an optimizer may hold this memory
+    with torch.no_grad():
+        for weight in decoder.parameters():
+            weight.mul_(1.3)
+    running = engine.add(ids(3), GREEDY)
+    with pytest.raises(UserError, match="refresh: requests wait or run"):
+        engine.refresh()
+    engine.cancel(running)
+    engine.refresh()
+    new = engine.generate([ids(70)], GREEDY)
+    assert new == Engine(long_model, decoder=decoder, native=False).generate([ids(70)], GREEDY) != old
+
+
 @pytest.mark.parametrize("kind", ["auto", "int4"])
 def test_the_step_that_cuda_graphs_capture_equals_the_eager_one(long_model: Path, kind: str) -> None:
     engine = Engine(long_model, native=False, kv_dtype=kind)  # type: ignore[arg-type]

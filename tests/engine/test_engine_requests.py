@@ -171,6 +171,8 @@ def test_non_finite_scores_end_only_that_request(tmp_path: Path) -> None:
         ("a", Sampling(seed=1.5), "seed: 1.5 is not a whole"),  # type: ignore[arg-type]
         ("a", Sampling(stop="abc"), "stop: 'abc' is one text"),  # type: ignore[arg-type]
         (None, Sampling(), "found NoneType"),
+        (b"abc", Sampling(), "expected a text, messages or ids, found bytes"),
+        ([5, 6.0], Sampling(), "every id must be a whole number"),
         ("a", Sampling(stop=("",)), "stop"),
     ],
 )
@@ -260,7 +262,8 @@ def test_three_threads_may_generate_at_once(engine: Engine) -> None:
 
 def test_ids_may_be_an_array(engine: Engine) -> None:
     short = replace(LONG, max_tokens=5)
-    assert engine.generate([np.array([5, 6, 7])], short) == engine.generate([[5, 6, 7]], short)
+    for ids in (np.array([5, 6, 7]), list(np.array([5, 6, 7], dtype="<u2"))):
+        assert engine.generate([ids], short) == engine.generate([[5, 6, 7]], short)
 
 
 def test_a_stop_string_is_looked_for_though_nobody_reads_along(engine: Engine) -> None:

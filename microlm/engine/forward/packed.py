@@ -22,7 +22,11 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = base.in_features, base.out_features
         self.base = base
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(base.weight.detach(), _ROWS)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Copy the matrix again."""
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(self.base.weight.detach(), _ROWS)
 
     @property
     def weight(self) -> Tensor:
@@ -48,3 +52,10 @@ def pack(decoder: Decoder) -> None:
         for name, child in list(module.named_children()):
             if isinstance(child, Linear):
                 setattr(module, name, PackedLinear(child))
+
+
+def refresh(decoder: Decoder) -> None:
+    """Copy every packed matrix again."""
+    for module in decoder.modules():
+        if isinstance(module, PackedLinear):
+            module.refresh()

@@ -24,21 +24,25 @@ from microlm.engine.native.weights import QuantizedLinear
 from microlm.model.lora import adapted
 from microlm.model.transformer import Decoder
 
-CUT_OVER = {torch.float32: 48, torch.bfloat16: 24}
-QUANTIZED_CUT_OVER, PACKED_CUT_OVER = 32, 16
+CUT_OVER = {torch.float32: 64, torch.bfloat16: 48}
+QUANTIZED_CUT_OVER, PACKED_CUT_OVER = 64, 32
 """Rows of a step up to which the native kernel is quicker than torch, which widens codes first (measured)."""
-PRICE = {torch.float32: 0.15, torch.bfloat16: 0.4}
-QUANTIZED_PRICE, TORCH_PRICE, CUDA_PRICE = 0.5, 0.15, 0.05
+PRICE = {torch.float32: 0.2, torch.bfloat16: 0.2}
+QUANTIZED_PRICE, TORCH_PRICE, CUDA_PRICE = 0.28, 0.15, 0.05
 """Of a drafted token, in steps of one row (measured; on CUDA assumed)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ways:
-    """What the runner may use. `invariant`: one kernel and one order of sums, whatever the step holds."""
+    """What the runner may use. `invariant`: one kernel and one order of sums, whatever the step holds.
+
+    `own`: nobody else uses the decoder, so that its weights may be laid out anew.
+    """
 
     native: bool = True
     invariant: bool = False
     threads: int = 1
+    own: bool = False
 
 
 class Runner:
@@ -58,7 +62,8 @@ class Runner:
         self._is_quantized = isinstance(decoder.lm_head, QuantizedLinear)
         self._cut_over = QUANTIZED_CUT_OVER if self._is_quantized else CUT_OVER[decoder.compute_dtype]
         native = ways.native and not adapted(decoder) and why_not(decoder) is None
-        self.native = NativeStep(decoder, store, ways.threads) if native else None
+        self._ways = ways
+        self.native = NativeStep(decoder, store, ways.threads, own=ways.own) if native else None
         self._graphs = DecodeGraphs(self.torch, table) if store.k.device.type == "cuda" else None
 
     @property
@@ -80,6 +85,12 @@ class Runner:
         if not self._is_quantized and packed.can_pack(self.decoder):
             packed.pack(self.decoder)
             self._cut_over = PACKED_CUT_OVER
+
+    def refresh(self) -> None:
+        """Take over weights that were changed in place: what was copied from them is copied again."""
+        if self.native is not None:
+            self.native = NativeStep(self.decoder, self.store, self._ways.threads, own=self._ways.own)
+        packed.refresh(self.decoder)
 
     def warm(self, tell: Callable[[str], None]) -> None:
         """Compile the native kernel now rather than at the first step; `tell` hears of it."""

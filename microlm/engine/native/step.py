@@ -102,13 +102,14 @@ class NativeStep:
     MAX_ROWS = 8
     """Rows that share one pass over the weights at their cheapest; more rows take proportionally longer."""
 
-    def __init__(self, decoder: Decoder, store: KVStore, threads: int) -> None:
+    def __init__(self, decoder: Decoder, store: KVStore, threads: int, *, own: bool = False) -> None:
         from microlm.engine.native.token_step import token_step
 
         self._step = token_step
         self._decoder, self._store = decoder, store  # whose memory the addresses are of
         self._team = Team(threads)
-        _lay_together([_stored(m) for m in _matrices(decoder)])
+        if own:  # an optimizer may hold the memory of a decoder that others use
+            _lay_together([_stored(m) for m in _matrices(decoder)])
         self._held = [_stored(m).data for m in _matrices(decoder)]  # their memory, whatever becomes of them
         config = decoder.config
         self._work = _buffers(config, store, threads)
