@@ -68,7 +68,7 @@ class Engine:
         self.config = self._decoder.config
         self.tokenizer = loading.load_tokenizer(self.directory, self.config.vocab_size)
         self._runner, self._scheduler, self.max_seq_len = loading.build(
-            self._decoder, options, own=decoder is None
+            self._decoder, options, own=decoder is None or quantize != "none"
         )
         self._options = options
         self._grammars = Grammars(self.tokenizer)
@@ -119,6 +119,8 @@ class Engine:
 
     def refresh(self) -> None:
         """Take over weights that their owner has changed in place, forget what the old ones computed."""
+        if self._options.quantize != "none":
+            raise UserError("refresh: this engine runs on quantized copies of the weights; make a new engine")
         with self._lock:
             if self.busy:
                 raise UserError("refresh: requests wait or run; finish them, or cancel them first")

@@ -166,7 +166,7 @@ class Postprocess:
 
     def _delta(self, request: Request, gain: _Gain) -> Delta:
         if gain.reason:
-            request.finish_reason = gain.reason
+            request.finish_reason, request.penalties = gain.reason, None
             gain.text += request.text.finish() if request.text is not None else ""
         if request.text is not None:
             request.pieces.append(gain.text)

@@ -66,6 +66,7 @@ class Scheduler:
         self._caching = caching
         self._coming: dict[bytes, Request] = {}  # page digest → the running request that will fill it
         self._arrivals = 0
+        self._scored = 0  # tokens of prompts that may still be scored in the step that is planned
 
     def add(self, request: Request) -> None:
         """Queue a request behind the others."""
@@ -76,6 +77,7 @@ class Scheduler:
     def plan(self) -> list[Work]:
         """The next step; the pages that it writes are held. Empty: nothing to do."""
         before = self.preemptions
+        self._scored = self.limits.scored
         work = self._rows()
         left = self.limits.tokens - sum(1 + len(w.draft) for w in work)
         left = max(left, min(PAGE, self.limits.tokens))  # prompts always come forward
@@ -152,7 +154,8 @@ class Scheduler:
         rest = request.length - request.computed
         size = min(rest, left)
         if request.sampling.prompt_logprobs is not None:
-            size = min(size, self.limits.scored)
+            size = max(1, min(size, self._scored))
+            self._scored -= size
         return Work(request, request.computed, size, size == rest)
 
     def _admit(self, work: list[Work], left: int) -> None:

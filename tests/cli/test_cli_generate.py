@@ -147,8 +147,10 @@ def test_an_answer_cut_off_inside_json_fails(
     assert call("generate", model, "a", *words, "--json") == 1
     assert "inside the JSON" in json.loads(capsys.readouterr().out)["error"]
     path = write(tmp_path / "p.jsonl", {"prompt": "a"}, {"prompt": "b", "constraint": None})
-    assert call("generate", model, "--prompts", path, *words, "--json") == 0
-    summary = json.loads(capsys.readouterr().out)
+    assert call("generate", model, "--prompts", path, *words, "--json") == 1
+    out, err = capsys.readouterr()
+    assert "1 answers failed; their rows in" in err
+    summary = json.loads(out)
     assert (summary["cut"], summary["errors"]) == (1, 0)
 
 
@@ -220,6 +222,10 @@ def test_an_adapter_for_all_answers(model: str, adapter: Path, capsys: pytest.Ca
         ('{"messages":[]}', "'messages' must be a list of at least one"),
         ('{"prompt":"a","logit_bias":{"99999":1}}', "logit_bias: no token has the id 99999"),
         ('{"prompt":"\xff"}', "not UTF-8"),
+        ('{"prompt":"a","constraint":{"regex":"(("}}', "regex: cannot be used"),
+        ('{"prompt":"a","meta":NaN}', "not valid JSON"),
+        ('{"prompt":"a","max_tokens":true}', "max_tokens: "),
+        ('{"prompt":"a","temperature":true}', "temperature: "),
     ],
 )
 def test_a_mistake_in_a_line_is_told_before_anything_is_asked(

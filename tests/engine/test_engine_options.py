@@ -264,6 +264,24 @@ def test_changed_weights_are_taken_over(long_model: Path, native: bool) -> None:
     engine.refresh()
     new = engine.generate([ids(70)], GREEDY)
     assert new == Engine(long_model, decoder=decoder, native=False).generate([ids(70)], GREEDY) != old
+    rounded = Engine(long_model, decoder=decoder, native=native, quantize="int8")
+    with pytest.raises(UserError, match="refresh: this engine runs on quantized copies"):
+        rounded.refresh()
+
+
+def test_scores_of_prompts_are_bounded_in_each_step(long_model: Path) -> None:
+    prompts = [ids(70, n) for n in range(4)]
+    asked = replace(GREEDY, prompt_logprobs=0, max_tokens=1)
+    engine, whole = Engine(long_model), Engine(long_model)
+    engine._scheduler.limits = replace(engine._scheduler.limits, scored=50)
+    steps: list[int] = []
+    engine.on_step = lambda work: steps.append(sum(w.size for w in work))
+    got, expected = engine.generate(prompts, asked), whole.generate(prompts, asked)
+    assert max(steps) <= 50 + len(prompts)  # each comes forward by one token at least
+    for a, b in zip(got, expected, strict=True):
+        pairs = zip((a.prompt_logprobs or ())[1:], (b.prompt_logprobs or ())[1:], strict=True)
+        assert len(a.prompt_logprobs or ()) == 70
+        assert max(abs(x.logprob - y.logprob) for x, y in pairs if x and y) <= 1e-4
 
 
 @pytest.mark.parametrize("kind", ["auto", "int4"])

@@ -23,7 +23,6 @@ from microlm.core.metrics import Progress
 from microlm.core.records import Completion, Sampling
 from microlm.engine import Engine
 from microlm.engine.batch import Ask, finished
-from microlm.engine.sampling import check_sampling
 from microlm.text.tokenizer import Tokenizer
 
 SCHEMA = 1
@@ -77,7 +76,7 @@ def answer_file(
     with storage.locked(target.with_name(target.name + ".lock"), busy), storage.explain_write(part.path):
         head = json.dumps({"settings": settings}, ensure_ascii=False).encode() + b"\n"
         tally = _resume(part, head)
-        total = _check(source, question, engine.tokenizer.vocab_size, part)
+        total = _check(engine, source, question, part)
         if not part.path.exists():
             storage.write_atomic(part.path, head)
         warm(engine)
@@ -151,7 +150,7 @@ def _answers(
         yield {"line": number, "of": digest, "rows": rows}, completions
 
 
-def _check(source: Path, question: Question, vocab_size: int, part: _Part) -> int:
+def _check(engine: Engine, source: Path, question: Question, part: _Part) -> int:
     """How many prompts there are, every one of them checked, and compared with what is answered already."""
     total = 0
     for number, (place, digest, line) in enumerate(read_prompts(source)):
@@ -159,7 +158,7 @@ def _check(source: Path, question: Question, vocab_size: int, part: _Part) -> in
         if part.digests.get(number, digest) != digest:
             raise _other(part)
         try:
-            check_sampling(line.sampling(question.sampling, number), vocab_size)
+            engine.prepare([0], line.sampling(question.sampling, number), live=False)  # but for the prompt
         except UserError as e:
             raise UserError(f"{place}: {e}") from None
         if line.adapter is not None and line.adapter not in question.adapters:

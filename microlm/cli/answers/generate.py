@@ -76,6 +76,8 @@ def generate(
         settings = settings_of(engine, question, arguments, places)
         summary = answer_file(engine, prompts, target, question, settings)
         typer.echo(json.dumps(summary, ensure_ascii=False) if as_json else _told(summary))
+        if failed := summary["errors"] + summary["cut"]:
+            raise CheckFailed(f"generate: {failed} answers failed; their rows in {target} have an 'error'")
         return
     if places and for_all is None:
         raise UserError("--adapter: NAME= is for lines of --prompts; for one PROMPT give the directory alone")

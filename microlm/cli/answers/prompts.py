@@ -7,15 +7,17 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, Strict
 
 from microlm.core.errors import UserError
 from microlm.core.payload import constraint_of
 from microlm.core.recipe import Recipe, build
 from microlm.core.records import Constraint, Conversation, Message, Sampling
 
+Whole = Annotated[int, Strict()]  # true is no number
+Real = Annotated[float, Strict()]
 _KEPT = ("id", "prompt", "messages", "meta")
 _SAMPLING = (
     "max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty",
@@ -48,20 +50,22 @@ class Line(Recipe):
     tools: list[dict[str, Any]] | None = Field(None, description="what may be called, beside messages")
     id: Any = Field(None, description="repeated in the answer")
     meta: Any = Field(None, description="anything else that is repeated in the answer")
-    max_tokens: int | None = Field(None, description="new tokens at most")
-    temperature: float | None = Field(None, description="0 is greedy")
-    top_p: float | None = Field(None, description="share of the mass")
-    top_k: int | None = Field(None, description="how many of the likeliest")
-    min_p: float | None = Field(None, description="least share of the likeliest")
-    repetition_penalty: float | None = Field(None, description="above 1: less of what was said")
-    presence_penalty: float | None = Field(None, description="less of what the answer holds")
-    frequency_penalty: float | None = Field(None, description="the same, for each time")
+    max_tokens: Whole | None = Field(None, description="new tokens at most")
+    temperature: Real | None = Field(None, description="0 is greedy")
+    top_p: Real | None = Field(None, description="share of the mass")
+    top_k: Whole | None = Field(None, description="how many of the likeliest")
+    min_p: Real | None = Field(None, description="least share of the likeliest")
+    repetition_penalty: Real | None = Field(None, description="above 1: less of what was said")
+    presence_penalty: Real | None = Field(None, description="less of what the answer holds")
+    frequency_penalty: Real | None = Field(None, description="the same, for each time")
     logit_bias: dict[int, float] | None = Field(None, description="added scores by token id")
-    seed: int | None = Field(None, description="of the draws; else that of the command and the line's number")
+    seed: Whole | None = Field(
+        None, description="of the draws; else the command's and the line number"
+    )
     stop: str | list[str] | None = Field(None, description="texts that end the answer")
     ignore_eos: bool | None = Field(None, description="go on after the end")
-    logprobs: int | None = Field(None, description="so many likeliest tokens beside each")
-    n: int | None = Field(None, description="answers to this prompt")
+    logprobs: Whole | None = Field(None, description="so many likeliest tokens beside each")
+    n: Whole | None = Field(None, description="answers to this prompt")
     constraint: ConstraintLine | None = Field(None, description="what the answer must be; null: free")
     adapter: str | None = Field(None, description="one of --adapter NAME=DIR; null: none")
 
@@ -110,11 +114,15 @@ def _raw_lines(path: Path) -> Iterator[bytes]:
         raise UserError(f"{path}: cannot be read ({e.strerror}); check the path") from None
 
 
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
+
+
 def _parse(raw: bytes, place: str) -> Line:
     from microlm.text.read import Fault
 
     try:
-        value = json.loads(raw.decode("utf-8"))
+        value = json.loads(raw.decode("utf-8"), parse_constant=_refuse)
     except UnicodeDecodeError as e:
         raise UserError(f"{place}: byte {e.start} is not UTF-8; save the file as UTF-8") from None
     except (ValueError, RecursionError):

@@ -10,6 +10,8 @@ import json
 import re
 from collections.abc import Collection
 
+import numpy as np
+
 from microlm.core.errors import UserError
 from microlm.engine.grammar.limits import MAX_COPY_CHARS, check_size
 
@@ -25,13 +27,16 @@ class Copies:
 
     def __init__(self, text: str, *, words: bool, quoted: bool) -> None:
         check_size("copy_from", text, MAX_COPY_CHARS)
-        self._chunks = _WORD.findall(text) if words else list(text)
+        chunks = _WORD.findall(text) if words else list(text)
+        self._text = text
         self._words = words
         self._quoted = quoted
-        parts = [_escaped(c) for c in self._chunks] if quoted else self._chunks
-        chunks = json.dumps({"substring_chunks": parts}, ensure_ascii=False)
-        self.lines = [f"COPY_TEXT: %regex {chunks}"]
-        self._names: dict[object, str] = {}
+        self._find_ends(chunks)
+        parts = [_escaped(c) for c in chunks] if quoted else chunks
+        automaton = json.dumps({"substring_chunks": parts}, ensure_ascii=False)
+        self.lines = [f"COPY_TEXT: %regex {automaton}"]
+        self._names: dict[object, str | None] = {}
+        self._known_times: dict[str, int] = {}
 
     def terminal(self, shortest: int, longest: int | None, without: Collection[str] = ()) -> str | None:
         """The name of a terminal: copies of so many characters, but not those `without`; None: there is none.
@@ -39,13 +44,23 @@ class Copies:
         A copy is never empty. `without` are whole values, such as the names that an object has already.
         """
         shortest = max(shortest, 1)
-        if not self._some(shortest, longest, frozenset(without)):
-            return None
         key = (shortest, longest, tuple(without))
         if key not in self._names:
-            self._names[key] = f"COPY_{len(self._names)}"
-            self.lines.append(f"{self._names[key]}: {self._definition(shortest, longest, without)}")
+            name = f"COPY_{len(self._names)}" if self._some(shortest, longest, set(without)) else None
+            self._names[key] = name
+            if name is not None:
+                self.lines.append(f"{name}: {self._definition(shortest, longest, without)}")
         return self._names[key]
+
+    def _find_ends(self, chunks: list[str]) -> None:
+        """Where copies may start and end, by characters: `_ends_until[i]` ends are at i or before it."""
+        solid = np.array([not (self._words and _is_blank(c)) for c in chunks], dtype=np.bool_)
+        ends = np.cumsum([len(c) for c in chunks], dtype=np.int64)
+        self._starts = np.append(0, ends[:-1])[solid] if chunks else ends
+        places = np.zeros((2, len(self._text) + 1), dtype=np.bool_)
+        places[0, self._starts] = places[1, ends[solid]] = True
+        self._is_start, self._is_end = places[0].tobytes(), places[1].tobytes()
+        self._ends_until = places[1].cumsum()
 
     def _definition(self, shortest: int, longest: int | None, without: Collection[str]) -> str:
         any_char, solid = _QUOTED if self._quoted else _RAW
@@ -59,25 +74,24 @@ class Copies:
         inner = " & ".join(parts)
         return rf'"\"" ({inner}) "\""' if self._quoted else inner
 
-    def _some(self, shortest: int, longest: int | None, without: frozenset[str]) -> bool:
-        """Whether there is such a copy."""
-        left = sum(map(len, self._chunks))
-        for first, chunk in enumerate(self._chunks):
-            if left < shortest:
-                return False
-            left -= len(chunk)
-            if self._words and _is_blank(chunk):
-                continue
-            length = 0
-            for last in range(first, len(self._chunks)):
-                length += len(self._chunks[last])
-                if longest is not None and length > longest:
-                    break
-                if length < shortest or (self._words and _is_blank(self._chunks[last])):
-                    continue
-                if "".join(self._chunks[first : last + 1]) not in without:
-                    return True
-        return False
+    def _some(self, shortest: int, longest: int | None, without: Collection[str]) -> bool:
+        """Whether there is such a copy: whether the text has more of that length than those `without`."""
+        size = len(self._text)
+        last = size if longest is None else np.minimum(self._starts + longest, size)
+        before = np.minimum(self._starts + shortest - 1, size)
+        copies = int((self._ends_until[last] - self._ends_until[before]).sum())
+        taken = [w for w in without if shortest <= len(w) and (longest is None or len(w) <= longest)]
+        return copies > sum(map(self._times, taken))
+
+    def _times(self, word: str) -> int:
+        """How often a word is copied from the text."""
+        if word not in self._known_times:
+            times, at = 0, self._text.find(word)
+            while at >= 0:
+                times += self._is_start[at] and self._is_end[at + len(word)]
+                at = self._text.find(word, at + 1)
+            self._known_times[word] = times
+        return self._known_times[word]
 
 
 def _is_blank(chunk: str) -> bool:

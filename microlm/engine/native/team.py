@@ -24,6 +24,7 @@ class _Helpers:
         self.gates = [threading.Lock() for _ in range(count)]
         self.threads: list[threading.Thread] = []
         self.work: Work | None = None
+        self.fault: BaseException | None = None
         self.calls = 0
         self.pid = os.getpid()
         for i, gate in enumerate(self.gates):
@@ -33,12 +34,14 @@ class _Helpers:
             helper.start()
 
     def call(self, work: Work) -> None:
-        """Thread 0's part, while the others do theirs."""
+        """Thread 0's part, while the others do theirs; what one of them raised is raised here."""
         calls, self.work = self.calls, work
         self.calls += 1
         for gate in self.gates:
             gate.release()
         work(0, calls, self.sync.ctypes.data)
+        if self.fault is not None:
+            raise self.fault
 
     def end(self) -> None:
         """Who waits in compiled code gives up; who sleeps ends. In a fork nobody is there."""
@@ -58,7 +61,11 @@ class _Helpers:
             self.gates[thread - 1].acquire()
             if self.sync[1] or (work := self.work) is None:
                 return
-            work(thread, calls, self.sync.ctypes.data)
+            try:
+                work(thread, calls, self.sync.ctypes.data)
+            except BaseException as e:  # the others would wait for us in compiled code for ever
+                self.fault, self.sync[1] = e, 1
+                return
             calls += 1
 
 
