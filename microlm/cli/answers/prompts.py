@@ -59,9 +59,7 @@ class Line(Recipe):
     presence_penalty: Real | None = Field(None, description="less of what the answer holds")
     frequency_penalty: Real | None = Field(None, description="the same, for each time")
     logit_bias: dict[int, float] | None = Field(None, description="added scores by token id")
-    seed: Whole | None = Field(
-        None, description="of the draws; else the command's and the line number"
-    )
+    seed: Whole | None = Field(None, description="of the draws; else the command's and the line number")
     stop: str | list[str] | None = Field(None, description="texts that end the answer")
     ignore_eos: bool | None = Field(None, description="go on after the end")
     logprobs: Whole | None = Field(None, description="so many likeliest tokens beside each")
