@@ -84,8 +84,7 @@ class Postprocess:
             try:
                 self._draw_all(row, scores, allowed.get(row.request), gain)
             except Exception as e:  # what one request asks for must not end the others of its step
-                LOG.error("drawing failed (%s)", type(e).__name__)
-                row.request.error, gain.reason = f"drawing failed ({type(e).__name__})", "error"
+                _fail(row.request, gain, e)
         deltas = [(request, self._delta(request, gain)) for request, gain in gains.items()]
         return [(r, d) for r, d in deltas if r.text is not None or d.finish_reason]
 
@@ -213,7 +212,10 @@ class Postprocess:
                 requests[i].error, tokens[i] = _no_token(requests[i]), -1
         self._note_logprobs(requests, tokens, scores)
         for request, token in zip(requests, tokens, strict=True):
-            self._accept(request, gains[request], token)
+            try:
+                self._accept(request, gains[request], token)
+            except Exception as e:
+                _fail(request, gains[request], e)
 
     def _note_logprobs(self, requests: Sequence[Request], tokens: Sequence[int], scores: Tensor) -> None:
         asked = [i for i, r in enumerate(requests) if r.sampling.logprobs is not None and tokens[i] >= 0]
@@ -222,6 +224,12 @@ class Postprocess:
             found = logprob_rows(scores[asked], [tokens[i] for i in asked], counts, self._size)
             for i, known in zip(asked, found, strict=True):
                 requests[i].logprobs.append(known)
+
+
+def _fail(request: Request, gain: _Gain, fault: Exception) -> None:
+    """End one request with what went wrong in drawing for it."""
+    LOG.error("drawing failed (%s)", type(fault).__name__)
+    request.error, gain.reason = f"drawing failed ({type(fault).__name__})", "error"
 
 
 def _no_token(request: Request) -> str:

@@ -43,6 +43,7 @@ class Choice:
     tokens: int = 0
     offset: int = 0
     finish_reason: str = "stop"
+    error: str = ""
 
 
 class Answer(Response):
@@ -75,7 +76,7 @@ class Answer(Response):
             self._choices[index].parts.append(delta.text)
             self._choices[index].logprobs += delta.logprobs
         done = [
-            ("".join(c.parts), c.finish_reason, self._logprobs(i, c.logprobs))
+            ("".join(c.parts), c.finish_reason, self._logprobs(i, c.logprobs), c.error)
             for i, c in enumerate(self._choices)
         ]
         await JSONResponse(self._envelope.whole(done, self._usage()))(scope, receive, send)
@@ -103,7 +104,7 @@ class Answer(Response):
             known = self._logprobs(index, delta.logprobs)
             await _write(send, shapes.event(self._envelope.piece(index, delta.text, known)))
         if delta.finish_reason:
-            await _write(send, shapes.event(self._envelope.closing(index, delta.finish_reason)))
+            await _write(send, shapes.event(self._envelope.closing(index, delta.finish_reason, delta.error)))
 
     def _logprobs(self, index: int, known: Sequence[TokenLogprob]) -> shapes.Logprobs:
         """The next log-probabilities of a choice, None where they are not asked for."""
@@ -161,6 +162,7 @@ class Answer(Response):
         if delta.finish_reason == "cancelled":
             raise ApiError(503, "the server is shutting down", "shutting_down", headers={"Retry-After": "5"})
         choice.finish_reason = delta.finish_reason or choice.finish_reason
+        choice.error = delta.error
         return delta
 
     def _usage(self) -> dict[str, int]:

@@ -1,4 +1,7 @@
-"""OpenAI's answers. Enters: what the engine made; leave: response objects and stream chunks."""
+"""OpenAI's answers. Enters: what the engine made; leave: response objects and stream chunks.
+
+Ours is `error`: it stands in a choice that was cut off inside its constraint, and says where.
+"""
 
 from __future__ import annotations
 
@@ -35,11 +38,11 @@ class Envelope:
     id: str = field(default_factory=lambda: secrets.token_hex(12))
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def whole(self, choices: list[tuple[str, str, Logprobs]], counts: dict[str, int]) -> dict[str, Any]:
-        """The answer in one piece from (text, finish_reason, logprobs) of every choice."""
+    def whole(self, choices: list[tuple[str, str, Logprobs, str]], counts: dict[str, int]) -> dict[str, Any]:
+        """The answer in one piece from (text, finish_reason, logprobs, error) of every choice."""
         kind = "chat.completion" if self.chat else "text_completion"
         return self._head(kind) | {
-            "choices": [self._choice(i, *choice) for i, choice in enumerate(choices)],
+            "choices": [self._choice(i, *c[:3]) | _error(c[3]) for i, c in enumerate(choices)],
             "usage": counts,
         }
 
@@ -53,9 +56,10 @@ class Envelope:
             return self._chunk([self._delta(index, {"content": text}, None, logprobs)])
         return self._chunk([self._choice(index, text, None, logprobs)])
 
-    def closing(self, index: int, reason: str) -> dict[str, Any]:
+    def closing(self, index: int, reason: str, error: str = "") -> dict[str, Any]:
         """The last chunk of a choice: why it ended."""
-        return self._chunk([self._delta(index, {}, reason) if self.chat else self._choice(index, "", reason)])
+        choice = self._delta(index, {}, reason) if self.chat else self._choice(index, "", reason)
+        return self._chunk([choice | _error(error)])
 
     def counts(self, counts: dict[str, int]) -> dict[str, Any]:
         """The chunk after the last choice's end, with the usage and no choices."""
@@ -80,3 +84,7 @@ class Envelope:
         self, index: int, delta: dict[str, str], reason: str | None, logprobs: Logprobs = None
     ) -> dict[str, Any]:
         return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+
+
+def _error(error: str) -> dict[str, str]:
+    return {"error": error} if error else {}

@@ -110,3 +110,14 @@ def test_log_probabilities_of_a_completion(server: Any, engine: Engine) -> None:
     ]
     for name in ("tokens", "token_logprobs", "text_offset", "top_logprobs"):
         assert [value for part in parts if part for value in part[name]] == told[name]
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_an_answer_cut_inside_its_constraint_says_so(server: Any, path: str) -> None:
+    body = (CHAT if "chat" in path else RAW) | {"structured_outputs": {"regex": "[a-f]{20}"}}
+    told = "the answer ended inside the pattern: max_tokens reached; raise it from 12"
+    choice = post(server, path, body)["choices"][0]
+    assert (choice["finish_reason"], choice["error"]) == ("length", told)
+    assert events(server, path, body)[-1]["choices"][0]["error"] == told
+    whole = post(server, path, body | {"structured_outputs": {"regex": "[a-f]{6}"}})["choices"][0]
+    assert whole["finish_reason"] == "stop" and "error" not in whole
