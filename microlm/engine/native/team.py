@@ -17,13 +17,13 @@ _PATIENCE_S = 2.0
 
 
 class _Helpers:
-    """What the helpers of one start share; they know nothing of the team, so that it can be forgotten."""
+    """What the helpers of one start share; between calls they know no team, so that it can be forgotten."""
 
     def __init__(self, count: int) -> None:
         self.sync = np.zeros(2, dtype=np.int64)
         self.gates = [threading.Lock() for _ in range(count)]
         self.threads: list[threading.Thread] = []
-        self.work: Work | None = None
+        self.works: list[Work | None] = [None] * count
         self.fault: BaseException | None = None
         self.calls = 0
         self.pid = os.getpid()
@@ -35,9 +35,10 @@ class _Helpers:
 
     def call(self, work: Work) -> None:
         """Thread 0's part, while the others do theirs; what one of them raised is raised here."""
-        calls, self.work = self.calls, work
+        calls = self.calls
         self.calls += 1
-        for gate in self.gates:
+        for i, gate in enumerate(self.gates):
+            self.works[i] = work
             gate.release()
         work(0, calls, self.sync.ctypes.data)
         if self.fault is not None:
@@ -47,26 +48,27 @@ class _Helpers:
         """Who waits in compiled code gives up; who sleeps ends. In a fork nobody is there."""
         if self.pid != os.getpid():
             return
-        self.work = None
         self.sync[1] = 1
         for gate in self.gates:
             with contextlib.suppress(RuntimeError):  # it is awake
                 gate.release()
         for helper in self.threads:  # one that ran on while the interpreter ends would bring it down
-            helper.join(_PATIENCE_S)
+            if helper is not threading.current_thread():  # whose call was the last to know of the team
+                helper.join(_PATIENCE_S)
 
     def _help(self, thread: int) -> None:
         calls = 0
         while True:
             self.gates[thread - 1].acquire()
-            if self.sync[1] or (work := self.work) is None:
+            work, self.works[thread - 1] = self.works[thread - 1], None
+            if self.sync[1] or work is None:
                 return
             try:
                 work(thread, calls, self.sync.ctypes.data)
             except BaseException as e:  # the others would wait for us in compiled code for ever
                 self.fault, self.sync[1] = e, 1
                 return
-            calls += 1
+            work, calls = None, calls + 1
 
 
 class Team:

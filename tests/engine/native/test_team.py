@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
+from pathlib import Path
 
 import pytest
+from random_model import write_model
 
+from microlm.core.records import Sampling
+from microlm.engine import Engine
 from microlm.engine.native.team import Team
 
 
@@ -30,3 +36,16 @@ def test_a_fault_of_a_helper_is_raised_and_the_next_call_works() -> None:
                 threading.Event().wait(0.01)
     team.run(work)
     assert seen == {0, 1, 2}
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_dropped_engine_leaves_neither_weights_nor_threads(tmp_path: Path, threads: int) -> None:
+    before = threading.active_count()
+    engine = Engine(write_model(tmp_path / "model", "qwen3"), threads=threads)
+    engine.generate([[20, 21, 22]], Sampling(max_tokens=5))
+    assert threading.active_count() >= before + threads - 1
+    weights = weakref.ref(engine._decoder.lm_head.weight)
+    del engine
+    gc.collect()
+    assert weights() is None
+    assert threading.active_count() == before
