@@ -17,8 +17,8 @@ class Lengths:
     """Of one token set: its samples in tokens, and what is trained on.
 
     `samples` = those trained on whole + `cut` (which became `pieces`) + `dropped` + `without_labels`.
-    `eos_cut`: samples of which the EOS of the last answer is not learnt. `whole_context`: the context that
-    would hold every sample. `flows`: documents, which go on in the next row.
+    `tokens_lost` lie in no row. `eos_cut`: samples of which the EOS of the last answer is not learnt.
+    `whole_context`: the context that would hold every sample. `flows`: documents go on in the next row.
     """
 
     samples: int
@@ -56,21 +56,20 @@ class Lengths:
             parts.append(f"{self.eos_cut:,} lost the EOS of their last answer")
         if self.without_labels:
             parts.append(f"{self.without_labels:,} without a label left out")
+        if self.tokens_lost:
+            parts.append(f"lost {self.tokens_lost:,} tokens, {self.labels_lost:,} of {self.labels:,} labels")
         return "; ".join(parts)
 
     def _fate(self) -> str:
-        fates = []
-        if self.pieces > self.cut:
-            fates.append(f"{self.cut:,} split into {self.pieces:,} pieces")
-        elif self.cut:
-            fates.append(f"{self.cut:,} cut")
-        if self.dropped:
-            fates.append(f"{self.dropped:,} dropped")
-        lost = f"{self.tokens_lost:,} tokens and {self.labels_lost:,} of {self.labels:,} labels lost"
-        return ", ".join([*fates, lost])
+        made = (
+            f"{self.cut:,} split into {self.pieces:,} pieces"
+            if self.pieces > self.cut
+            else f"{self.cut:,} cut"
+        )
+        return ", ".join([made] * bool(self.cut) + [f"{self.dropped:,} dropped"] * bool(self.dropped))
 
 
-def lines(lengths: Mapping[str, Lengths], context: int, policy: str) -> Iterator[str]:
+def sentences(lengths: Mapping[str, Lengths], context: int, policy: str) -> Iterator[str]:
     """A line a token set, and what would keep all of them whole."""
     for name, found in lengths.items():
         yield f"{name}: {found.sentence()}"

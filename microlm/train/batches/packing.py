@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from microlm.core import runtime
 from microlm.train.batches.order import Order
 from microlm.train.batches.spans import Spans, unread

@@ -125,7 +125,7 @@ def _chunk(
     counts["pieces"] += int((~whole[owners]).sum())
     counts["dropped"] += int((some & ~used).sum())
     counts["without_labels"] += int((~some).sum())
-    counts["tokens_lost"] += int((ends - starts)[some].sum() - held.sum())
+    counts["tokens_lost"] += int((ends - starts).sum() - held.sum())
     counts["labels_lost"] += int(labels.sum() - learnt.sum())
     counts["eos_cut"] += int((used & ~closed).sum())
     return begins, stops, owners
