@@ -99,7 +99,7 @@ def prepare(recipe: SftRecipe, model: Artifact, shards: Path, out: Path) -> tupl
     if recipe.lora:
         generator = torch.Generator().manual_seed(runtime.derive_seed(recipe.seed, "lora"))
         lora.apply(decoder, recipe.lora.config(), generator)
-    prefix = "" if "documents" in recipe.mixture else "conversations-"
+    prefix = "" if recipe.mixture else "conversations-"
     context, mask = recipe.loop.context, recipe.loop.document_mask
     sets, held_out = (open_sets(shards, prefix, split) for split in ("train", "validation"))
     rows = PackedRows(sets, recipe.mixture, context, recipe.seed, mask, recipe.too_long)
