@@ -19,10 +19,9 @@ from microlm.core.errors import UserError
 from microlm.text.shards import TokenSet
 from microlm.train.batches import IGNORE, PackedRows, TooLong, spans
 from microlm.train.batches.lengths import CAP, Histogram
-from microlm.train.batches.spans import spans_of
+from microlm.train.batches.spans import POLICIES, spans_of
 from microlm.train.reporter import tell_lengths
 
-POLICIES: tuple[TooLong, ...] = ("drop", "cut_left", "cut_right", "split")
 ROOM = 17
 Stretch = tuple[int, int, int]  # sample, start and end within it
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,7 @@ from microlm.train.batches.lengths import PERCENTILES, Histogram, Lengths
 
 TooLong = Literal["drop", "cut_left", "cut_right", "split"]
 """What becomes of a sample that no row can hold: it is left out, loses a side, or makes several samples."""
+POLICIES: tuple[TooLong, ...] = get_args(TooLong)
 CHUNK = 1 << 22  # tokens that are looked at at once
 Numbers = NDArray[np.int64]
 
