@@ -116,8 +116,12 @@ def test_sft_may_mix_documents_in(made: tuple[Artifact, Artifact, Artifact], tmp
     _, tokens, model = made
     mixed = tuned(tmp_path / "mixed", tokens, model, mixture={"chat": 0.5, "documents": 0.5})
     assert set(mixed.manifest["metrics"]["lengths"]) == {"chat", "documents"}
-    with pytest.raises(UserError, match=r"mixture: no token set 'chats'; did you mean 'chat'"):
-        tuned(tmp_path / "typo", tokens, model, mixture={"chats": 1.0})
+    assert mixed.manifest["metrics"]["shares"] == {
+        n: pytest.approx(0.5, abs=0.1) for n in ("chat", "documents")
+    }
+    for typo, known in (("chats", "chat"), ("document", "documents")):
+        with pytest.raises(UserError, match=rf"mixture: no token set '{typo}'; did you mean '{known}'"):
+            tuned(tmp_path / "typo", tokens, model, mixture={typo: 1.0})
 
 
 def test_what_is_too_long_is_told_by_the_plan_and_by_the_run(
