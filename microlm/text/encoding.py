@@ -6,7 +6,6 @@ A set is `NAME.tokens.bin`, `NAME.loss.bin` (conversations), `NAME.ends.bin` (in
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import sys
 import tempfile
@@ -36,7 +35,6 @@ INDEX = "index.json"
 SPLITS = ("train", "validation")
 _CHATS = 512  # encoded at once
 _PROCESS_BYTES = 16 << 20  # of input that are worth a process
-_TASK = re.compile(r"[\w-]{1,64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,7 +255,7 @@ def _in_a_row(rows: list[tuple[list[int], list[int]]], dtype: np.dtype[Any]) -> 
 
 
 def _name(chat: Conversation, file: File) -> str:
-    if not _TASK.fullmatch(chat.task) or chat.task == DOCUMENTS:  # it becomes a file's name
+    if not sources.is_task(chat.task):
         place = file.place if isinstance(file.place, Path) else file.place.word
         raise UserError(
             f"{place}: task {chat.task[:80]!r} cannot name a token set; use letters, digits, '_', '-', "
