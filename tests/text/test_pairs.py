@@ -1,4 +1,4 @@
-"""Preferences as token sets: chosen and rejected side by side, the last answer alone learnt, no prompt twice."""
+"""Preferences as token sets: chosen and rejected in turn, the last answer alone learnt, no prompt twice."""
 
 from __future__ import annotations
 
