@@ -124,7 +124,7 @@ def test_the_start_is_ln_2(tmp_path: Path) -> None:
         batch = next(stream)
     count = job.objective.count(batch)
     found = losses(make_forward(decoder, job.loop), decoder, batch, job.objective)
-    assert float(found.total) / count == pytest.approx(math.log(2), abs=1e-6)
+    assert found.total.item() / count == pytest.approx(math.log(2), abs=1e-6)
     assert abs(float(found.sums[dpo.METRICS.index("margin")])) / count < 3e-6
 
 
@@ -263,5 +263,5 @@ def test_rows_without_labels_count_for_nothing(tmp_path: Path) -> None:
     some, alone = batch.labelled(2), batch.rows(0, 2)
     assert objective.count(some) == objective.count(alone) == sum(len(row) for row in batch.samples[:2])
     first, second = (losses(forward, decoder, b, objective) for b in (some, alone))
-    assert float(first.total) == pytest.approx(float(second.total), rel=1e-6)
+    assert first.total.item() == pytest.approx(second.total.item(), rel=1e-6)
     assert [float(x) for x in first.sums] == pytest.approx([float(x) for x in second.sums], rel=1e-5)
