@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from microlm.core.records import Completion, Sampling
+    from microlm.core.runtime import Dtype
     from microlm.model.transformer import Decoder
     from microlm.train.batches.answers import Rollout
     from microlm.train.tuning.grpo import GrpoRecipe
@@ -23,8 +24,8 @@ def open_rollout(tokenizer: Path, decoder: Decoder, recipe: GrpoRecipe) -> Rollo
     from microlm.engine import Engine
 
     how = recipe.answers
-    auto = "bfloat16" if recipe.loop.compute_dtype() == torch.bfloat16 else "float32"
-    dtype = auto if how.precision in ("auto", "int8") else how.precision
+    auto: Dtype = "bfloat16" if recipe.loop.compute_dtype() == torch.bfloat16 else "float32"
+    dtype: Dtype = auto if how.precision in ("auto", "int8") else how.precision
     engine = Engine(
         tokenizer,
         decoder=decoder,
