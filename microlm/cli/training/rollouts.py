@@ -25,11 +25,11 @@ def open_rollout(tokenizer: Path, decoder: Decoder, recipe: GrpoRecipe) -> Rollo
 
     how = recipe.answers
     auto: Dtype = "bfloat16" if recipe.loop.compute_dtype() == torch.bfloat16 else "float32"
-    dtype: Dtype = auto if how.precision in ("auto", "int8") else how.precision
+    named: dict[str, Dtype] = {"float32": "float32", "bfloat16": "bfloat16"}
     engine = Engine(
         tokenizer,
         decoder=decoder,
-        dtype=dtype,
+        dtype=named.get(how.precision, auto),
         quantize="int8" if how.precision == "int8" else "none",
         max_seqs=how.rows,
         max_seq_len=recipe.loop.context,
