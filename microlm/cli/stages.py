@@ -22,6 +22,7 @@ STAGES: dict[str, str] = {
     "sft": "microlm.train.tuning.sft:SftRecipe:run",
     "dpo": "microlm.train.tuning.dpo:DpoRecipe:run",
     "distil": "microlm.train.tuning.distil:DistilRecipe:run",
+    "grpo": "microlm.train.tuning.grpo:GrpoRecipe:run",
     "merge": "microlm.export.merge:MergeRecipe:run",
     "predict": "microlm.eval.predict:PredictRecipe:run",
     "score": "microlm.eval.score:ScoreRecipe:run",
@@ -37,6 +38,11 @@ TOOLS: dict[str, dict[str, str]] = {
     "sft": {"sample": "microlm.cli.training.samples:sample"},
     "dpo": {"sample": "microlm.cli.training.samples:sample"},
     "distil": {"sample": "microlm.cli.training.samples:sample"},
+    "grpo": {
+        "rollout": "microlm.cli.training.rollouts:open_rollout",
+        "reward": "microlm.cli.training.rewards:find",
+        "sample": "microlm.cli.training.samples:sample",
+    },
 }
 
 

@@ -130,6 +130,7 @@ def _rank(ranks: Ranks, recipe: PretrainRecipe | SftRecipe, repeat: bool, folder
     decoder, job = _prepare(recipe, folder)
     job.validation = job.tokenizer = None
     if repeat:
+        assert isinstance(job.train, PackedRows)
         job.train = OneBatch(job.train, recipe.loop.batch_rows)
     train(ranks, decoder, job)
 
