@@ -101,7 +101,10 @@ def make_job(folder: Path, loop: LoopRecipe, seed: int = 0, **fields: Any) -> Jo
         "train": PackedRows({"documents": random_set("documents", 0)}, {}, CONTEXT, seed),
         "validation": PackedRows({"documents": random_set("documents", 1)}, {}, CONTEXT, seed=0),
     }
-    return Job(loop=loop, folder=folder, name="tiny", **(parts | fields))
+    parts |= fields
+    if not isinstance(parts["objective"], objectives.Objective):
+        parts["objective"] = objectives.plain(parts["objective"])
+    return Job(loop=loop, folder=folder, name="tiny", **parts)
 
 
 class Disturbed:

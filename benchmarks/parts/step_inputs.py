@@ -88,10 +88,10 @@ def job_of(
     parameters = list(trained.parameters.values())
 
     def step() -> float:
-        loss = accumulate(alone, forward, decoder, batch, job, lambda: False)
+        sums = accumulate(alone, forward, decoder, batch, job, lambda: False)
         torch.nn.utils.clip_grad_norm_(parameters, rates.clip_norm)
         trained.step()
-        return float(loss) / batch.label_count
+        return float(sums[0]) / batch.label_count
 
     return step
 

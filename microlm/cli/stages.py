@@ -19,7 +19,7 @@ STAGES: dict[str, str] = {
     "tokenizer": "microlm.text.vocab.stage:TokenizerRecipe:run",
     "tokenize": "microlm.text.shards:TokenizeRecipe:run",
     "pretrain": "microlm.train.pretrain:PretrainRecipe:run",
-    "sft": "microlm.train.sft:SftRecipe:run",
+    "sft": "microlm.train.tuning.sft:SftRecipe:run",
     "merge": "microlm.export.merge:MergeRecipe:run",
     "predict": "microlm.eval.predict:PredictRecipe:run",
     "score": "microlm.eval.score:ScoreRecipe:run",

@@ -57,18 +57,18 @@ def train(ranks: Ranks, decoder: Decoder, job: Job) -> Position:
                 saver.check()
                 factor = optim.set_rates(trained.optimizers, job.optim, at.step, loop.steps)
                 batch = next(stream)
-                loss = accumulate(ranks, forward, decoder, batch, job, stopped)
-                total, stop = reduce(ranks, parameters, loss, stopped())
+                sums = accumulate(ranks, forward, decoder, batch, job, stopped)
+                totals, stop = reduce(ranks, parameters, sums, stopped())
                 if stop:
                     break
-                mean = total / max(1, batch.label_count)
+                mean, *means = (total / max(1, job.objective.count(batch)) for total in totals)
                 norm = float(torch.nn.utils.clip_grad_norm_(parameters, job.optim.clip_norm))
                 if math.isfinite(mean) and math.isfinite(norm):
                     trained.step()
                     at.step += 1
                     at.tokens += loop.batch_rows * loop.context
                     at.data, at.random = stream.state(), random_state()
-                    report.step(mean, factor, norm, forward)
+                    report.step([mean, *means], factor, norm, forward)
                     set_random_state(at.random)
                     saver.save(at, due=at.step % loop.checkpoint_steps == 0 and at.step < loop.steps)
                 else:

@@ -21,8 +21,9 @@ from microlm.model import lora
 from microlm.model.attention import stripe
 from microlm.model.config import ModelConfig
 from microlm.model.transformer import Block, Decoder, masked_attention
-from microlm.train import objectives, optim
+from microlm.train import optim
 from microlm.train.job import LoopRecipe
+from microlm.train.objectives.cross_entropy import chunk_size
 from microlm.train.ranks import processes
 
 MASTER = 4  # bytes of a weight, its gradient and each moment
@@ -119,10 +120,9 @@ def _activations(config: ModelConfig, loop: LoopRecipe, rows: int) -> int:
 def _head_bytes(config: ModelConfig, loop: LoopRecipe, rows: int) -> int:
     """Logits of a chunk and their gradient (written out: in fp32 too); copy of the matrix, gradient of x."""
     item, positions = loop.compute_dtype().itemsize, rows * loop.context
-    size = objectives.CUDA_CHUNK if runtime.device().type == "cuda" else objectives.CHUNK
     wide = 0 if loop.compiles() else 3 * 4
     table = config.vocab_size * config.hidden_size
-    logits = min(positions, size) * config.vocab_size * (2 * item + wide)
+    logits = min(positions, chunk_size(runtime.device())) * config.vocab_size * (2 * item + wide)
     return logits + (table + positions * config.hidden_size) * item
 
 

@@ -16,13 +16,14 @@ from microlm.core.manifest import open_artifact
 from microlm.core.metrics import FILE, read_metrics
 from microlm.core.recipe import Parallel
 from microlm.model.transformer import Decoder
-from microlm.train import pretrain, sft
+from microlm.train import pretrain
 from microlm.train.batches import Batch, PackedRows
 from microlm.train.job import Job, SamplesRecipe
 from microlm.train.loop import train
 from microlm.train.pretrain import PretrainRecipe
 from microlm.train.ranks import Ranks, launch
-from microlm.train.sft import SftRecipe
+from microlm.train.tuning import sft
+from microlm.train.tuning.sft import SftRecipe
 
 STEPS, ROWS, TARGET = 300, 2, 0.05
 TIMED_STEPS, COLD_STEPS = 8, 3

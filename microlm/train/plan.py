@@ -18,7 +18,7 @@ from microlm.train.memory import Memory, available, predict, shadow
 from microlm.train.pretrain import PretrainRecipe
 from microlm.train.ranks import limited_threads, processes
 from microlm.train.reporter.speed import position_flops
-from microlm.train.sft import SftRecipe
+from microlm.train.tuning.sft import SftRecipe
 
 DOCUMENTS = "documents"
 

@@ -21,7 +21,7 @@ from microlm.model.attention import document_borders, spelled_attention, varlen_
 from microlm.model.transformer import Decoder, masked_attention
 from microlm.train.batches import Batch, document_mask
 from microlm.train.job import Job, LoopRecipe
-from microlm.train.objectives import Objective
+from microlm.train.objectives import Loss, Objective
 from microlm.train.ranks import Ranks
 
 BlockCall = Callable[[nn.Module, Tensor, Tensor, Tensor, Tensor | None], Tensor]
@@ -115,24 +115,25 @@ def warm_up(ranks: Ranks, forward: Forward, decoder: Decoder, job: Job) -> None:
     for turn in range(min(2, ranks.size)):
         if (ranks.rank == 0) == (turn == 0):
             with Progress(f"{job.name}: compiling", None, "passes") if turn == 0 else nullcontext():
-                losses(forward, decoder, batch, job.objective).backward()
+                losses(forward, decoder, batch, job.objective).total.backward()
         ranks.sum_(torch.zeros(1))
     for p in decoder.parameters():
         p.grad = None
 
 
-def losses(forward: Forward, decoder: Decoder, batch: Batch, objective: Objective) -> Tensor:
-    """The summed loss of a batch's labels."""
+def losses(forward: Forward, decoder: Decoder, batch: Batch, objective: Objective) -> Loss:
+    """What a batch's rows teach, summed."""
     seen, here = forward.seen(batch), batch.to(decoder.cos.device)
-    return objective(forward(here.input_ids, here.positions, seen), decoder, here)
+    return objective.loss(forward(here.input_ids, here.positions, seen), decoder, here)
 
 
 def accumulate(
     ranks: Ranks, forward: Forward, decoder: Decoder, batch: Batch, job: Job, stopped: Callable[[], bool]
 ) -> Tensor:
-    """Gradients of this rank's micro-batches, over the labels of the whole batch; returns the summed loss.
+    """Gradients of this rank's micro-batches, over the count of the whole batch.
 
-    Nothing more is computed once `stopped()`: a micro-batch may take longer than a person waits.
+    Returns the sums of the loss and of the objective's metrics, float64 [1 + metrics]. Nothing more is
+    computed once `stopped()`: a micro-batch may take longer than a person waits.
     """
 
     def check() -> None:
@@ -141,24 +142,27 @@ def accumulate(
 
     watched = replace(forward, check=check)
     size = job.loop.micro_rows
-    total = torch.zeros((), dtype=torch.float64, device=decoder.cos.device)
+    count = max(1, job.objective.count(batch))
+    sums = torch.zeros(1 + len(job.objective.metrics), dtype=torch.float64, device=decoder.cos.device)
     with suppress(Stopped):
         for start in range(ranks.rank * size, job.loop.batch_rows, ranks.size * size):
             loss = losses(watched, decoder, batch.rows(start, start + size), job.objective)
-            (loss / max(1, batch.label_count)).backward()
-            total += loss.detach()
-    return total
+            (loss.total / count).backward()
+            sums += torch.stack([part.detach().to(sums) for part in (loss.total, *loss.sums)])
+    return sums
 
 
-def reduce(ranks: Ranks, parameters: list[nn.Parameter], loss: Tensor, stop: bool) -> tuple[float, bool]:
-    """Sum the loss (in float64, as one rank does) and who wants to stop over all ranks; then gradients."""
+def reduce(
+    ranks: Ranks, parameters: list[nn.Parameter], sums: Tensor, stop: bool
+) -> tuple[list[float], bool]:
+    """Add up sums (in float64, as one rank does) and who wants to stop over all ranks; then gradients."""
     if ranks.size == 1:
-        return float(loss), stop
-    total, stops = ranks.sum_(torch.stack([loss, loss.new_tensor(float(stop))])).tolist()
+        return sums.tolist(), stop
+    *totals, stops = ranks.sum_(torch.cat([sums, sums.new_tensor([float(stop)])])).tolist()
     if stops:
-        return total, True
+        return totals, True
     grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
     flat = ranks.sum_(torch.cat([g.flatten() for g in grads]))
     for p, piece in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
         p.grad = piece.view_as(p)
-    return total, False
+    return totals, False

@@ -21,9 +21,10 @@ from microlm.model import directory
 from microlm.model.rope import RopeScaling
 from microlm.text import shards
 from microlm.text.shards import TokenizeRecipe
-from microlm.train import pretrain, sft
+from microlm.train import pretrain
 from microlm.train.pretrain import PretrainRecipe
-from microlm.train.sft import SftRecipe
+from microlm.train.tuning import sft
+from microlm.train.tuning.sft import SftRecipe
 
 SHAPE = {
     "hidden_size": 32, "layers": 2, "heads": 2, "kv_heads": 1, "intermediate_size": 64,

@@ -25,7 +25,7 @@ from microlm.model.transformer import Decoder
 from microlm.text import shards
 from microlm.text.shards import TokenizeRecipe
 from microlm.train import loop as loops
-from microlm.train import objectives, pretrain, sft
+from microlm.train import objectives, pretrain
 from microlm.train.batches import Batch
 from microlm.train.checkpoint import Position, SavePlan, Saver, publish_best
 from microlm.train.checkpoint import trained as tensors
@@ -34,7 +34,8 @@ from microlm.train.loop import train
 from microlm.train.pretrain import PretrainRecipe
 from microlm.train.ranks import Ranks
 from microlm.train.reporter import TIMED, write_summary
-from microlm.train.sft import SftRecipe
+from microlm.train.tuning import sft
+from microlm.train.tuning.sft import SftRecipe
 
 ALONE = Ranks(0, 1)
 

@@ -9,6 +9,7 @@ from training import CONTEXT, VOCAB, tiny_decoder
 
 from microlm.train import objectives
 from microlm.train.batches import IGNORE, Batch
+from microlm.train.objectives.logprobs import label_logprobs
 
 COMPILED = pytest.param(True, marks=pytest.mark.slow)
 
@@ -30,10 +31,10 @@ def test_next_token_is_cross_entropy(
     share: float, chunk: int, compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Loss and gradients, in chunks that do not divide the positions, and all at once."""
-    monkeypatch.setattr(objectives, "CHUNK", chunk)
+    monkeypatch.setattr("microlm.train.objectives.cross_entropy.CHUNK", chunk)
     decoder = tiny_decoder()
     hidden, batch = drawn(share, torch.float32)
-    loss = objectives.make(compiled)(hidden, decoder, batch)
+    loss = objectives.make(compiled).loss(hidden, decoder, batch).total
     logits = decoder.logits(hidden).flatten(0, 1)
     expected = F.cross_entropy(logits, batch.labels.flatten(), ignore_index=IGNORE, reduction="sum")
     assert torch.allclose(loss, expected, rtol=1e-5)
@@ -43,6 +44,28 @@ def test_next_token_is_cross_entropy(
     got = torch.autograd.grad(loss / 7, leaves, allow_unused=True, materialize_grads=True)
     for ours, theirs in zip(got, torch.autograd.grad(expected / 7, leaves), strict=True):
         assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [100, 1024])
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 1.0])
+def test_label_logprobs_are_those_of_the_logits(
+    share: float, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values and gradients under any weights of the positions; their sum is minus the loss."""
+    monkeypatch.setattr("microlm.train.objectives.cross_entropy.CHUNK", chunk)
+    decoder = tiny_decoder()
+    hidden, batch = drawn(share, torch.float32)
+    found = label_logprobs(hidden, decoder, batch)
+    scores = torch.log_softmax(decoder.logits(hidden), dim=-1)
+    known = batch.labels != IGNORE
+    expected = scores.gather(2, batch.labels.clamp(min=0)[..., None])[..., 0] * known
+    assert found.dtype == torch.float32 and torch.allclose(found, expected, atol=1e-5)
+    assert not found[~known].any()
+    assert torch.allclose(-found.sum(), objectives.next_token(hidden, decoder, batch), rtol=1e-5)
+    weights = torch.randn(batch.labels.shape, generator=torch.Generator().manual_seed(5))
+    leaves = (hidden, decoder.lm_head.weight)
+    ours, theirs = (torch.autograd.grad((x * weights).sum(), leaves) for x in (found, expected))
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(ours, theirs, strict=True))
 
 
 def test_bfloat16_loses_no_more_than_its_logits() -> None:

@@ -20,7 +20,7 @@ from microlm.train.job import LoopRecipe
 from microlm.train.plan import Plan, plan
 from microlm.train.pretrain import PretrainRecipe
 from microlm.train.reporter.speed import position_flops
-from microlm.train.sft import SftRecipe
+from microlm.train.tuning.sft import SftRecipe
 
 INDEX: dict[str, Any] = {
     "vocab_size": 6400, "eos_token_id": 2, "pad_token_id": 0,

@@ -17,10 +17,11 @@ from microlm.model import directory, lora
 from microlm.model.architecture import ArchitectureRecipe
 from microlm.text import shards
 from microlm.text.shards import TokenizeRecipe
-from microlm.train import pretrain, sft
+from microlm.train import pretrain
 from microlm.train.batches import IGNORE
 from microlm.train.pretrain import PretrainRecipe
-from microlm.train.sft import SftRecipe
+from microlm.train.tuning import sft
+from microlm.train.tuning.sft import SftRecipe
 
 SHAPE = {"hidden_size": 32, "layers": 2, "heads": 2, "kv_heads": 1, "head_dim": 16, "intermediate_size": 64}
 LOOP = {

@@ -17,6 +17,8 @@ from microlm.train.job import LoopRecipe
 from microlm.train.ranks import Ranks
 from microlm.train.step import accumulate, losses, make_forward
 
+PLAIN = objectives.plain(objectives.next_token)
+
 
 def noisy_decoder(**fields: Any) -> Decoder:
     """As after some training: no matrix is zero."""
@@ -34,7 +36,7 @@ def rows(count: int, masked: bool) -> Batch:
 
 def gradients(decoder: Decoder, loop: LoopRecipe, batch: Batch) -> dict[str, Tensor]:
     decoder.zero_grad()
-    losses(make_forward(decoder, loop), decoder, batch, objectives.next_token).backward()
+    losses(make_forward(decoder, loop), decoder, batch, PLAIN).total.backward()
     return {n: p.grad.clone() for n, p in decoder.named_parameters() if p.grad is not None}
 
 
@@ -69,7 +71,7 @@ def test_recomputed_blocks_keep_less() -> None:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-            losses(make_forward(decoder, loop), decoder, batch, objectives.next_token)
+            losses(make_forward(decoder, loop), decoder, batch, PLAIN)
         for p in decoder.parameters():
             found.pop(p.untyped_storage().data_ptr(), None)
         return sum(found.values())

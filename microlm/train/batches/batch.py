@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -18,13 +18,14 @@ Sample = tuple[str, int]
 class Batch:
     """`input_ids`, `labels`, `segments` (who may see whom in a row; -1 padding), each [R, T] int64.
 
-    `samples` names what lies in each row, from left to right.
+    `samples` names what lies in each row, from left to right. `extras`: more that an objective needs, [R, …].
     """
 
     input_ids: Tensor
     labels: Tensor
     segments: Tensor
     samples: tuple[tuple[Sample, ...], ...] = ()
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
 
     @cached_property
     def label_count(self) -> int:
@@ -49,7 +50,7 @@ class Batch:
             return self
         labels = self.labels.clone()
         labels[rows:] = IGNORE
-        return Batch(self.input_ids, labels, self.segments, self.samples)
+        return replace(self, labels=labels)
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device; from pinned memory the copy runs beside what the device does."""
@@ -67,7 +68,8 @@ class Batch:
         return moved
 
     def _with(self, change: Callable[[Tensor], Tensor], samples: tuple[tuple[Sample, ...], ...]) -> Batch:
-        return Batch(change(self.input_ids), change(self.labels), change(self.segments), samples)
+        extras = {name: change(extra) for name, extra in self.extras.items()}
+        return Batch(change(self.input_ids), change(self.labels), change(self.segments), samples, extras)
 
 
 def document_mask(segments: Tensor, dtype: torch.dtype) -> Tensor:

@@ -17,7 +17,7 @@ class Position:
     step: int = 0
     tokens: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
-    recent: list[float] = field(default_factory=list)
+    recent: list[list[float]] = field(default_factory=list)  # loss and metrics of the last steps
     owed: dict[str, float] = field(default_factory=dict)  # the row of this step, not written yet
     data: dict[str, Any] = field(default_factory=dict)
     random: dict[str, Any] = field(default_factory=dict)

@@ -43,6 +43,10 @@ def page(job: Job, rows: Rows, summary: Mapping[str, Any]) -> Page:
     ):
         if points := curve(rows, name):
             made.line_chart(title, {label: points}, X, label)
+    for name in job.objective.metrics:
+        found = {"training": curve(rows, name), "validation": curve(rows, f"validation_{name}")}
+        title = name.replace("_", " ")
+        made.line_chart(title.capitalize(), {k: points for k, points in found.items() if points}, X, title)
     made.heading("Speed")
     made.line_chart("Tokens per second", {"tokens/s": curve(rows, "tokens_per_s")}, X, "tokens/s")
     shares = {"MFU": curve(rows, "mfu"), "waiting for data": curve(rows, "data_wait_share")}

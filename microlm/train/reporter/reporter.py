@@ -74,19 +74,20 @@ class Reporter:
             self.samples.reopen()
             self.speed.start()
 
-    def step(self, loss: float, rate: float, norm: float, forward: Forward) -> None:
-        """Report a finished step: `loss` per label, `rate` as a share of the recipe's, `norm` unclipped."""
+    def step(self, means: list[float], rate: float, norm: float, forward: Forward) -> None:
+        """Report a finished step: loss and metrics, the share of the recipe's rate, the norm unclipped."""
         if not self.active:
             return
         self.speed.step()
         loop, at = self.job.loop, self.at
-        at.recent = [*at.recent, loss][-loop.log_steps :]
-        mean = sum(at.recent) / len(at.recent)
+        at.recent = [*at.recent, means][-loop.log_steps :]
+        mean, *others = (sum(values) / len(values) for values in zip(*at.recent, strict=True))
         self.bar.update(loop.batch_rows * loop.context, loss=mean)
         timed = {}
         if at.step == loop.steps or at.step % loop.log_steps == 0 or self._validates():
             timed = self.speed.row()
             at.owed = {"tokens": float(at.tokens), "loss": mean, "rate": rate, "grad_norm": norm}
+            at.owed |= zip(self.job.objective.metrics, others, strict=True)
         self._settle(forward, timed)
         self.speed.start()
 

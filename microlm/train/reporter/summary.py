@@ -28,6 +28,8 @@ def write_summary(job: Job, decoder: Decoder, at: Position) -> None:
         "loss": _last(rows, "loss"),
         "validation_loss": _last(rows, "validation_loss"),
         "bits_per_byte": _last(rows, "bits_per_byte"),
+        **{name: _last(rows, name) for name in job.objective.metrics},
+        **{name: _last(rows, name) for name in (f"validation_{m}" for m in job.objective.metrics)},
         **speed(rows),
         "samples_longer_than_context": job.train.dropped,
         "nonfinite_steps": len(at.nonfinite),

@@ -24,23 +24,28 @@ def validate(
     byte_counts: Tensor | None,
     check: Callable[[], None],
 ) -> dict[str, float]:
-    """`validation_loss` in nats per label, and `bits_per_byte` of the text that the labels stand for.
+    """`validation_loss`, each metric of the objective, `bits_per_byte` of the text that labels stand for.
 
     Of the first `validation_rows` rows, however they are split. `check` is called between blocks and may
     raise. Gradients stay on, unused: without them torch.compile would build every block a second time.
     """
     assert job.validation is not None
     watched = replace(forward, check=check)
-    total, count, text = 0.0, 0, 0
+    objective = job.objective
+    sums, count, text = [0.0] * (1 + len(objective.metrics)), 0, 0
     stream = job.validation.batches(job.loop.micro_rows)
     for start in range(0, job.loop.validation_rows, job.loop.micro_rows):
         batch = next(stream).labelled(job.loop.validation_rows - start)
-        total += float(losses(watched, decoder, batch, job.objective).detach())
-        count += batch.label_count
+        loss = losses(watched, decoder, batch, objective)
+        sums = [a + float(b.detach()) for a, b in zip(sums, (loss.total, *loss.sums), strict=True)]
+        count += objective.count(batch)
         if byte_counts is not None:
             text += int(byte_counts[batch.labels[batch.labels != IGNORE]].sum())
-    row = {"validation_loss": total / max(1, count)}
-    return row | {"bits_per_byte": total / math.log(2) / text} if text else row
+    found = dict(zip(("loss", *objective.metrics), sums, strict=True))
+    row = {f"validation_{name}": total / max(1, count) for name, total in found.items()}
+    if text and objective.nll:
+        row["bits_per_byte"] = found[objective.nll] / math.log(2) / text
+    return row
 
 
 def token_byte_counts(tokenizer: Path) -> Tensor:

@@ -16,7 +16,7 @@ from pydantic import Field
 from microlm.core import runtime
 from microlm.core.artifact import Workspace, stage
 from microlm.core.manifest import Artifact, Kind
-from microlm.core.recipe import Recipe, StageRecipe, artifact_input
+from microlm.core.recipe import StageRecipe, artifact_input
 from microlm.model import directory, lora
 from microlm.model.transformer import Decoder
 from microlm.text.shards import open_sets
@@ -28,18 +28,7 @@ from microlm.train.optim import OptimRecipe
 from microlm.train.pretrain import TOKENIZER, finish, require_same_tokenizer
 from microlm.train.ranks import Ranks, launch, processes, warn_idle
 from microlm.train.reporter import write_summary
-
-
-class LoraRecipe(Recipe):
-    """A low-rank adapter instead of all weights."""
-
-    rank: int = Field(default=16, ge=1, description="rank of the update")
-    alpha: float = Field(default=32.0, gt=0, description="the update's scale is alpha / rank")
-    targets: tuple[str, ...] = Field(default=(), description="matrices by name; empty for all linear ones")
-
-    def config(self) -> lora.LoraConfig:
-        """The model room's form of it."""
-        return lora.LoraConfig(self.rank, self.alpha, self.targets or "all-linear")
+from microlm.train.tuning.lora_recipe import LoraRecipe
 
 
 class SftRecipe(StageRecipe):

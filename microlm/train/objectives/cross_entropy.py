@@ -1,4 +1,4 @@
-"""What is learnt: `(hidden states, decoder, batch) → summed loss`, a value passed to the one loop.
+"""Cross-entropy of the next token, in nats, whatever the rows hold; logits exist in chunks only.
 
 Shapes: R rows, T tokens of context, D hidden, N positions with a label, V vocabulary.
 """
@@ -14,9 +14,7 @@ from torch import Tensor
 
 from microlm.model.transformer import Decoder
 from microlm.train.batches import IGNORE, Batch
-
-Objective = Callable[[Tensor, Decoder, Batch], Tensor]
-"""Hidden states [R,T,D] of a batch → the sum of the losses of its labels, in nats, float32."""
+from microlm.train.objectives.objective import Objective, plain
 
 Kernel = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Logits [N,V] and labels [N] → the sum of their losses, and its gradient [N,V] in the logits' dtype."""
@@ -27,21 +25,27 @@ CHUNK, CUDA_CHUNK = 1024, 16384  # positions whose logits are there at once
 
 def make(compiled: bool) -> Objective:
     """`next_token`, its kernel compiled or not."""
-    return partial(next_token, kernel=_compiled_kernel()) if compiled else next_token
+    return plain(partial(next_token, kernel=_compiled_kernel()) if compiled else next_token)
 
 
 def next_token(hidden_RTD: Tensor, decoder: Decoder, batch: Batch, kernel: Kernel | None = None) -> Tensor:
-    """Cross-entropy of the labels; the head runs only where there is one, some positions at a time."""
+    """The summed loss of the labels; the head runs only where there is one, some positions at a time."""
     hidden, labels = hidden_RTD.flatten(0, 1), batch.labels.flatten()
-    taken = -(-batch.label_count // _STEP) * _STEP
-    positions = None
-    if taken < len(labels):
-        order = torch.argsort((labels == IGNORE).to(torch.int8), stable=True)  # labelled positions first
-        positions = order[:taken]
+    positions = labelled_positions(batch)
+    if positions is not None:
         labels = labels[positions]
     weight, wanted = decoder.lm_head.weight, torch.is_grad_enabled()
     loss: Tensor = _ChunkedHead.apply(hidden, weight, labels, positions, wanted, kernel or _loss_and_gradient)  # type: ignore[no-untyped-call]
     return loss
+
+
+def labelled_positions(batch: Batch) -> Tensor | None:
+    """Places in the flat batch [R·T] that hold all labels, and some without; None when all places do."""
+    labels = batch.labels.flatten()
+    taken = -(-batch.label_count // _STEP) * _STEP
+    if taken >= len(labels):
+        return None
+    return torch.argsort((labels == IGNORE).to(torch.int8), stable=True)[:taken]  # labelled ones first
 
 
 class _ChunkedHead(torch.autograd.Function):
@@ -61,8 +65,8 @@ class _ChunkedHead(torch.autograd.Function):
         rows = hidden_ND if positions is None else hidden_ND[positions]
         d_rows = torch.empty_like(rows)
         d_weight = torch.zeros_like(weight_VD) if wanted and weight_VD.requires_grad else None
-        total = torch.zeros((), dtype=_wide(hidden_ND.dtype), device=hidden_ND.device)
-        size = CUDA_CHUNK if hidden_ND.is_cuda else CHUNK
+        total = torch.zeros((), dtype=wide(hidden_ND.dtype), device=hidden_ND.device)
+        size = chunk_size(hidden_ND.device)
         for start in range(0, len(rows), size):
             part = slice(start, start + size)
             loss, gradient = kernel(rows[part] @ matrix.mT, labels[part])
@@ -86,7 +90,7 @@ class _ChunkedHead(torch.autograd.Function):
 
 def _loss_and_gradient(logits_NV: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """In float32, whatever the logits come in."""
-    x = logits_NV.to(_wide(logits_NV.dtype))
+    x = logits_NV.to(wide(logits_NV.dtype))
     sums = torch.logsumexp(x, dim=1, keepdim=True)
     known = (labels != IGNORE)[:, None]
     picked = labels.clamp(min=0)[:, None]
@@ -101,6 +105,11 @@ def _compiled_kernel() -> Kernel:
     return torch.compile(_loss_and_gradient, dynamic=False)
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def chunk_size(device: torch.device) -> int:
+    """Positions whose logits may be there at once."""
+    return CUDA_CHUNK if device.type == "cuda" else CHUNK
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
     """The precision of losses."""
     return torch.promote_types(dtype, torch.float32)

@@ -1,0 +1,1 @@
+"""Post-training, one file for each stage: a choice of batches and objective for the one loop."""
