@@ -20,6 +20,7 @@ STAGES: dict[str, str] = {
     "tokenize": "microlm.text.shards:TokenizeRecipe:run",
     "pretrain": "microlm.train.pretrain:PretrainRecipe:run",
     "sft": "microlm.train.tuning.sft:SftRecipe:run",
+    "adopt": "microlm.export.adopt:AdoptRecipe:run",
     "merge": "microlm.export.merge:MergeRecipe:run",
     "predict": "microlm.eval.predict:PredictRecipe:run",
     "score": "microlm.eval.score:ScoreRecipe:run",

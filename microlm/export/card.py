@@ -20,6 +20,7 @@ class Facts:
     dtype: str
     config: ModelConfig
     parameters: int
+    compared_tokens: int  # of the longest sequence that transformers and we have read
 
 
 def render(
@@ -142,7 +143,7 @@ def _beside(baselines: Mapping[str, float | None]) -> str:
 
 def _parity(facts: Facts) -> str:
     """What the export stage compares before it signs; it signs nothing that differs."""
-    config, most = facts.config, parity.longest(facts.config)
+    config, most = facts.config, facts.compared_tokens
     window = "which fills the context" if most == config.max_position_embeddings else "less than the context"
     compared = (
         "MicroLM and plain `transformers` read the files of this folder and agreed: the same token ids and "

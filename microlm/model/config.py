@@ -10,7 +10,7 @@ from microlm.core.errors import UserError
 from microlm.model.rope import RopeScaling, read_scaling
 
 ModelType = Literal["llama", "qwen2", "qwen3"]
-_CLASS: dict[ModelType, str] = {
+CLASS: dict[ModelType, str] = {
     "llama": "LlamaForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
@@ -86,7 +86,7 @@ class ModelConfig:
         fields = asdict(self)
         del fields["more_eos_ids"]
         return {
-            "architectures": [_CLASS[self.model_type]],
+            "architectures": [CLASS[self.model_type]],
             **fields,
             "eos_token_id": self.hf_eos,
             "rope_scaling": scaling,  # older readers take this and rope_theta, newer ones rope_parameters

@@ -62,7 +62,7 @@ class Tokenizer:
         self.vocab_size: int = known.size
         self.dtype = np.dtype("<u2" if known.size <= 0xFFFF else "<u4")
         pad, start, end = self._own()
-        own = {token: int(inner.token_to_id(token)) for token in (pad, start, end) if token}
+        own = {token: known.number(token) for token in (pad, start, end) if token}
         self.pad_id, self.eos_id = own[pad], own[end]
         self.start_id = own.get(start) if start else None
         self._asked = 0  # characters of many or long texts, so far
@@ -98,7 +98,7 @@ class Tokenizer:
         end = named.get("eos_token")
         if end is None:
             raise UserError(
-                f"{self.path}: the tokenizer lacks ChatML's control tokens and names no eos_token of its own, "
+                f"{self.path}: the tokenizer lacks ChatML's control tokens and names no eos_token, "
                 "so that no text would end; name one in tokenizer_config.json"
             )
         return named.get("pad_token", end), START if ids(START) is not None else None, end
