@@ -25,7 +25,7 @@ class ExportRecipe(StageRecipe):
     scores: str | None = artifact_input(
         None, kinds=("scores",), description="scores artifact of this very model, for the model card"
     )
-    name: str = Field("MicroLM", pattern=r"^[\w.\- ]+$", description="the model's name on its card")
+    title: str = Field("MicroLM", pattern=r"^[\w.\- ]+$", description="the model's name on its card")
     dtype: runtime.Dtype = Field("float32", description="precision of the stored weights")
     parity_texts: int = Field(
         500, ge=0, description="held-out texts, and conversations, compared with transformers"
@@ -46,7 +46,7 @@ def run(recipe: ExportRecipe, work: Workspace) -> None:
     copy_files(model.path, work.path)
     history = ancestors(model)
     facts = card.Facts(
-        recipe.name,
+        recipe.title,
         recipe.dtype,
         decoder.config,
         sum(p.numel() for p in decoder.parameters()),
