@@ -23,6 +23,7 @@ STAGES: dict[str, str] = {
     "dpo": "microlm.train.tuning.dpo:DpoRecipe:run",
     "distil": "microlm.train.tuning.distil:DistilRecipe:run",
     "grpo": "microlm.train.tuning.grpo:GrpoRecipe:run",
+    "adopt": "microlm.export.adopt:AdoptRecipe:run",
     "merge": "microlm.export.merge:MergeRecipe:run",
     "predict": "microlm.eval.predict:PredictRecipe:run",
     "score": "microlm.eval.score:ScoreRecipe:run",
