@@ -15,7 +15,7 @@ Base = Literal["as_loaded", "compute", "int8"]
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """The size and place of an adapter; the update is `scale · B A`, without a share `dropout` of its inputs."""
+    """The size and place of an adapter; the update is `scale · B A`, less a share `dropout` of inputs."""
 
     rank: int
     alpha: float
