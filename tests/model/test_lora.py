@@ -156,7 +156,7 @@ def test_wrong_use_is_refused() -> None:
         ({"target_modules": "q_proj|v_proj"}, "'target_modules' must be"),
         ({"target_modules": None}, "'target_modules' must be"),
         ({"target_modules": ["lm_head"]}, "no matrix 'lm_head'"),
-        ({"r": "4"}, "must be numbers"),
+        ({"r": "4"}, "'r' must be a number"),
         ({"r": 0}, "rank is 0"),
         ({"r": 5}, "has shape"),
     ],

@@ -5,14 +5,12 @@ from __future__ import annotations
 from functools import partial
 from typing import Protocol
 
-import torch
-
-from microlm.core import runtime
 from microlm.core.manifest import Artifact, Kind
 from microlm.model import directory, lora
 from microlm.model.transformer import Decoder
 from microlm.train.checkpoint import SaveWeights
 from microlm.train.job import LoopRecipe
+from microlm.train.tuning import lora_recipe
 from microlm.train.tuning.lora_recipe import LoraRecipe
 
 
@@ -29,11 +27,7 @@ class TuningRecipe(Protocol):
 
 def load_model(recipe: TuningRecipe, model: Artifact) -> Decoder:
     """The decoder as tuning begins, with a fresh adapter if the recipe asks for one."""
-    decoder = directory.load(model.path, recipe.loop.compute_dtype())
-    if recipe.lora:
-        generator = torch.Generator().manual_seed(runtime.derive_seed(recipe.seed, "lora"))
-        lora.apply(decoder, recipe.lora.config(), generator)
-    return decoder
+    return lora_recipe.load(model.path, recipe.loop.compute_dtype(), recipe.lora, recipe.seed)
 
 
 def weights_saver(recipe: TuningRecipe, model: Artifact) -> SaveWeights:
