@@ -89,7 +89,7 @@ def test_both_prompts_are_cut_alike_and_answers_never(policy: str, fitting: int,
     gone = [len(before) - len(after) for (before, _), after in zip(LONG, ids, strict=True)]
     assert gone[::2] == gone[1::2]
     rows = pair_rows({"chat": tokens}, {}, 28, 0, policy)  # type: ignore[arg-type]
-    assert rows.dropped == {"chat": 4 - fitting}
+    assert rows.lengths["chat"].dropped == 4 - fitting
     with rows.batches(4) as stream:
         used = {pair for _ in range(6) for row in next(stream).samples for _, pair in row}
     assert used == set(pairs.fitting(28).tolist())

@@ -25,6 +25,10 @@ class Int8Linear(nn.Module):
         self.register_buffer("scale", scale)
         self.bias = None if matrix.bias is None else nn.Parameter(matrix.bias.detach(), requires_grad=False)
 
+    def wide(self) -> Tensor:
+        """The rounded matrix in float32."""
+        return self.weight.float() * self.scale[:, None]
+
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = _Product.apply(x, self.weight, self.scale)  # type: ignore[no-untyped-call]
         return y if self.bias is None else y + self.bias.to(x.dtype)
