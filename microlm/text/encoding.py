@@ -7,7 +7,6 @@ them. In a set of preferences sample 2k is the chosen conversation of pair k, sa
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import sys
 import tempfile
@@ -38,7 +37,6 @@ INDEX = "index.json"
 SPLITS = ("train", "validation")
 _CHATS = 512  # encoded at once
 _PROCESS_BYTES = 16 << 20  # of input that are worth a process
-_TASK = re.compile(r"[\w-]{1,64}")
 
 Encodable = Document | Conversation | Preference
 Rows = dict[str, list[tuple[list[int], list[int]]]]
@@ -284,7 +282,7 @@ def _in_a_row(rows: list[tuple[list[int], list[int]]], dtype: np.dtype[Any]) -> 
 
 
 def _name(kind: str, task: str, file: File) -> str:
-    if not _TASK.fullmatch(task) or task == DOCUMENTS:  # it becomes a file's name
+    if not sources.is_task(task):
         place = file.place if isinstance(file.place, Path) else file.place.word
         raise UserError(
             f"{place}: task {task[:80]!r} cannot name a token set; use letters, digits, '_', '-', "

@@ -61,7 +61,8 @@ class PrepareRecipe(StageRecipe):
 
     source: str | list[str] = unkeyed(
         "factbook",
-        description="factbook, jsonl:PATH, parquet:, csv:, text:, markdown:, hf:NAME[:split], ms:, or a list",
+        description="factbook, arithmetic:COUNT, jsonl:PATH, parquet:, csv:, text:, markdown:, hf:NAME, "
+        "ms:, or a list; NAME= before it names a task",
     )
     entities: str | None = unkeyed(None, description="entity file that replaces the factbook's own tables")
     strict: bool = Field(

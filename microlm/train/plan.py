@@ -1,12 +1,13 @@
 """What a training run takes, before it starts: weights, memory, arithmetic, data, time.
 
-Enters: a recipe, the configuration it trains and the shards' index. Leaves: a `Plan`.
+Enters: a recipe, the configuration it trains and the shards, as far as they are there. Leaves: a `Plan`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,10 @@ import torch
 from microlm.core import runtime
 from microlm.core.peak import peak_flops
 from microlm.model.config import ModelConfig
+from microlm.text.shards import open_sets
+from microlm.train.batches import TooLong
+from microlm.train.batches.lengths import Lengths, sentences
+from microlm.train.batches.spans import spans_of, unread
 from microlm.train.memory import Memory, available, predict, shadow
 from microlm.train.pretrain import PretrainRecipe
 from microlm.train.ranks import limited_threads, processes
@@ -25,7 +30,7 @@ DOCUMENTS = "documents"
 
 @dataclass(frozen=True)
 class Plan:
-    """Counts of weights, bytes a process, FLOPs, positions; `epochs` by set, empty without shards."""
+    """Counts of weights, bytes a process, FLOPs, positions; of shards that are there epochs and lengths."""
 
     config: ModelConfig
     parameters: dict[str, int]
@@ -41,6 +46,9 @@ class Plan:
     flops_per_token: float
     epochs: dict[str, float]
     peak_flops: float | None
+    lengths: dict[str, Lengths]
+    context: int
+    too_long: TooLong
     tokens_per_s: float | None = None
 
     @property
@@ -84,6 +92,8 @@ class Plan:
         steps = f"{self.steps:,} steps of {self.batch_tokens:,}"
         epochs = ", ".join(f"{n} {e:.2f}" for n, e in self.epochs.items()) or "unknown, no shards are there"
         yield f"data        {self.tokens:,} tokens in {steps}; epochs: {epochs}"
+        for line in sentences(self.lengths, self.context, self.too_long):
+            yield f"samples     {line}"
         yield f"time        {self._time()}"
 
     def _time(self) -> str:
@@ -99,9 +109,16 @@ class Plan:
 
 
 def plan(
-    recipe: PretrainRecipe | SftRecipe, config: ModelConfig, index: Mapping[str, Any], peak: bool = True
+    recipe: PretrainRecipe | SftRecipe,
+    config: ModelConfig,
+    index: Mapping[str, Any],
+    shards: Path | None = None,
+    peak: bool = True,
 ) -> Plan:
-    """What `recipe` takes to train `config` on shards with this index; `peak`: time the device as well."""
+    """What `recipe` takes to train `config` on shards with this index; their samples are counted if there.
+
+    `peak`: time the device as well.
+    """
     loop, ranks = recipe.loop, processes(recipe.parallel)
     adapter = recipe.lora.config() if isinstance(recipe, SftRecipe) and recipe.lora else None
     decoder = shadow(config, loop, adapter)
@@ -126,6 +143,9 @@ def plan(
         tokens=loop.steps * batch_tokens,
         flops_per_token=body + labelled * head,
         epochs=_epochs(recipe, sets, loop.steps * batch_tokens),
+        lengths=_lengths(recipe, shards, sets) if shards else {},
+        context=loop.context,
+        too_long=_too_long(recipe),
         peak_flops=_peak(recipe) if peak else None,
     )
 
@@ -141,6 +161,17 @@ def _sets(recipe: PretrainRecipe | SftRecipe, index: Mapping[str, Any]) -> dict[
         if wanted.get(task, 0.0) > 0 or (not wanted and task != DOCUMENTS):
             found[task] = counts
     return found
+
+
+def _too_long(recipe: PretrainRecipe | SftRecipe) -> TooLong:
+    return recipe.too_long if isinstance(recipe, SftRecipe) else "split"
+
+
+def _lengths(recipe: PretrainRecipe | SftRecipe, shards: Path, wanted: Iterable[str]) -> dict[str, Lengths]:
+    """What becomes of the samples of each training set that the recipe reads."""
+    loop, sets = recipe.loop, open_sets(shards, "", "train")
+    rest = unread(loop.document_mask)
+    return {n: spans_of(sets[n], loop.context, rest, _too_long(recipe))[1] for n in sorted(wanted)}
 
 
 def _epochs(

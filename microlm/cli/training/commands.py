@@ -91,11 +91,12 @@ def show(
 
 def plan_stage(staged: Staged, stages: Sequence[Staged]) -> Plan:
     """The plan of a training stage, from its inputs or (before they are made) from their recipes."""
+    from microlm.core import manifest
     from microlm.train.plan import plan as make
 
     recipe = _trainable(staged)
-    index = _index(recipe.shards, stages)
-    return make(recipe, _config(staged, stages, index), index)
+    index, shards = _index(recipe.shards, stages), manifest.find(recipe.shards)
+    return make(recipe, _config(staged, stages, index), index, shards.path if shards else None)
 
 
 def overfit(

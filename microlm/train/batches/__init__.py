@@ -2,6 +2,7 @@
 
 from microlm.train.batches.batch import IGNORE, Batch, document_mask
 from microlm.train.batches.rows import PackedRows, held_out_rows
+from microlm.train.batches.spans import TooLong
 from microlm.train.batches.stream import BatchStream
 
-__all__ = ["IGNORE", "Batch", "BatchStream", "PackedRows", "document_mask", "held_out_rows"]
+__all__ = ["IGNORE", "Batch", "BatchStream", "PackedRows", "TooLong", "document_mask", "held_out_rows"]
