@@ -1,4 +1,4 @@
-"""SmolLM2-135M in float32: our loop with an adapter = transformers with PEFT, loss by loss, for twenty steps."""
+"""SmolLM2-135M in float32: our loop with an adapter = transformers with PEFT, loss by loss, twenty steps."""
 
 from __future__ import annotations
 
