@@ -14,6 +14,7 @@ import torch
 
 from microlm.core import runtime
 from microlm.core.peak import peak_flops
+from microlm.model import lora
 from microlm.model.config import ModelConfig
 from microlm.text.shards import open_sets
 from microlm.train.batches import TooLong
@@ -123,7 +124,7 @@ def plan(
     adapter = recipe.lora.config() if isinstance(recipe, SftRecipe) and recipe.lora else None
     decoder = shadow(config, loop, adapter)
     weights = {p: p.numel() for p in decoder.parameters()}
-    added = sum(weights.values()) - config.parameters
+    added = sum(p.numel() for p in lora.adapter_parameters(decoder))
     body, head = position_flops(decoder, loop.context)
     sets = _sets(recipe, index)
     seen = sum(s["tokens"] for s in sets.values())

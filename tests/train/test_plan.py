@@ -90,6 +90,7 @@ def test_a_mixture_is_read_by_its_shares() -> None:
 def test_an_adapter_trains_few_weights_and_needs_few_moments() -> None:
     full, small = tuning(), tuning(lora={"rank": 8})
     decoder = Decoder(ArchitectureRecipe(preset="4m").config(INDEX))
+    decoder.weights_from = "a test"
     lora.apply(decoder, lora.LoraConfig(8, 32.0), None)
     trained = sum(p.numel() for p in decoder.parameters() if p.requires_grad)
     assert small.trained == small.parameters["adapter"] == trained
