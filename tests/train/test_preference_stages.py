@@ -16,6 +16,7 @@ import pytest
 from artifacts import PROSE, TURNS, sign, write_tokenizer
 from training import CONTEXT
 
+from microlm.cli import main
 from microlm.core import runtime
 from microlm.core.artifact import Artifact, Workspace
 from microlm.core.errors import UserError
@@ -174,6 +175,25 @@ def write_recipe(file: Path, made: tuple[Artifact, Artifact], out: Path) -> Path
     ]
     file.write_text(json.dumps({"output": str(out), "parallel": ONE, "stages": stages}))
     return file
+
+
+def test_plan_and_overfit_know_them(
+    made: tuple[Artifact, Artifact], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before the first stage is run; then one batch of pairs is learnt by heart."""
+    recipe = write_recipe(tmp_path / "r.json", made, tmp_path / "out")
+    for words in (
+        ["plan", str(recipe), "--json"],
+        ["train", "overfit", str(recipe), "--steps", "60", "--json"],
+    ):
+        with pytest.raises(SystemExit) as e:
+            main(words)
+        assert not e.value.code
+    plans, learnt = map(json.loads, capsys.readouterr().out.splitlines())
+    first, second = plans["plans"]
+    assert first["lengths"]["chat"]["samples"] == 8 and first["too_long"] == "drop"
+    assert first["memory"]["teacher"] == 0 < second["memory"]["teacher"]
+    assert learnt["ok"] and learnt["first"] == pytest.approx(math.log(2), abs=1e-4)
 
 
 @pytest.mark.slow
