@@ -78,7 +78,12 @@ def test_both_prompts_are_cut_alike_and_answers_never(policy: str, fitting: int,
     """Into 28 positions: pairs of 32 and 36 lose 2 and 4 a side; the last one's prompts are too short."""
     tokens = token_set("chat", [ids for ids, _ in LONG], [mask for _, mask in LONG])
     pairs = pairs_of(tokens, 28, policy)  # type: ignore[arg-type]
-    assert (len(pairs.fitting(28)), pairs.cut, pairs.tokens_lost) == (fitting, cut, lost)
+    told = pairs.lengths
+    assert len(pairs.fitting(28)) == told.used == fitting
+    assert (told.samples, told.longer, told.dropped, told.cut) == (4, 3, 4 - fitting, cut)
+    assert told.tokens_lost == lost + sum(
+        len(side[0]) for i in range(4) if i not in pairs.fitting(28) for side in LONG[2 * i : 2 * i + 2]
+    )
     ends = np.asarray(pairs.tokens.ends)
     both = np.stack((pairs.middles, ends), 1).ravel()
     assert pairs.tokens.loss is not None
@@ -89,7 +94,7 @@ def test_both_prompts_are_cut_alike_and_answers_never(policy: str, fitting: int,
     gone = [len(before) - len(after) for (before, _), after in zip(LONG, ids, strict=True)]
     assert gone[::2] == gone[1::2]
     rows = pair_rows({"chat": tokens}, {}, 28, 0, policy)  # type: ignore[arg-type]
-    assert rows.lengths["chat"].dropped == 4 - fitting
+    assert rows.lengths == {"chat": told} and rows.too_long == policy
     with rows.batches(4) as stream:
         used = {pair for _ in range(6) for row in next(stream).samples for _, pair in row}
     assert used == set(pairs.fitting(28).tolist())

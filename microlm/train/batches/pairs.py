@@ -17,8 +17,10 @@ from torch import Tensor
 
 from microlm.text.shards import TokenSet
 from microlm.train.batches.batch import Batch
+from microlm.train.batches.lengths import Lengths
 from microlm.train.batches.packing import Piece
 from microlm.train.batches.rows import PackedRows
+from microlm.train.batches.spans import spans_of, unread
 
 TooLongPair = Literal["drop", "cut_left"]
 """What becomes of a pair that no row can hold: it is left out, or both prompts lose their beginning."""
@@ -29,13 +31,12 @@ REFERENCE = "reference"
 class PairSet:
     """`tokens` with a pair as one sample, and where in it the rejected conversation of each begins.
 
-    A pair of n tokens fills n - 1 positions; `cut` of them lost `tokens_lost` in all, of both prompts alike.
+    A pair of n tokens fills n - 1 positions; `lengths` tells what became of those that no row can hold.
     """
 
     tokens: TokenSet
     middles: NDArray[np.int64]
-    cut: int = 0
-    tokens_lost: int = 0
+    lengths: Lengths
 
     def fitting(self, context: int) -> NDArray[np.int64]:
         """The numbers of the pairs that a row of `context` positions holds."""
@@ -49,9 +50,10 @@ def pairs_of(tokens: TokenSet, context: int, policy: TooLongPair) -> PairSet:
     At least a token of each prompt stays. What cannot fit all the same is left to be dropped.
     """
     borders = np.asarray(tokens.ends, dtype=np.int64).reshape(-1, 2)
-    whole = PairSet(replace(tokens, ends=borders[:, 1]), borders[:, 0])
-    if policy == "drop" or len(whole.fitting(context)) == len(borders):
-        return whole
+    pairs = replace(tokens, ends=borders[:, 1])
+    lengths = _counted(pairs, context)
+    if policy == "drop" or not lengths.dropped:
+        return PairSet(pairs, borders[:, 0], lengths)
     starts = np.column_stack((np.concatenate(([0], borders[:-1, 1])), borders[:, 0]))
     excess = borders[:, 1] - starts[:, 0] - 1 - context
     wanted = np.maximum(0, -(-excess // 2))
@@ -62,10 +64,15 @@ def pairs_of(tokens: TokenSet, context: int, policy: TooLongPair) -> PairSet:
             kept[start : start + lost[pair]] = False
     assert tokens.loss is not None
     ends = (borders.ravel() - np.repeat(lost, 2).cumsum()).reshape(-1, 2)
-    shorter = TokenSet(
-        tokens.name, tokens.tokens[: len(kept)][kept], tokens.loss[: len(kept)][kept], ends[:, 1]
-    )
-    return PairSet(shorter, ends[:, 0], int((lost > 0).sum()), 2 * int(lost.sum()))
+    shorter = TokenSet(tokens.name, np.asarray(tokens.tokens)[kept], tokens.loss[kept], ends[:, 1])
+    after, cut = _counted(shorter, context), int((lost > 0).sum())
+    told = replace(lengths, dropped=after.dropped, labels_lost=after.labels_lost, cut=cut, pieces=cut)
+    gone = after.tokens_lost + 2 * int(lost.sum())
+    return PairSet(shorter, ends[:, 0], replace(told, tokens_lost=gone))
+
+
+def _counted(pairs: TokenSet, context: int) -> Lengths:
+    return spans_of(pairs, context, unread(document_mask=True), "drop")[1]
 
 
 def _prompt_sizes(tokens: TokenSet, starts: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -83,10 +90,16 @@ class PairRows(PackedRows):
     """
 
     def __init__(
-        self, pairs: Mapping[str, PairSet], weights: Mapping[str, float], context: int, seed: int
+        self,
+        pairs: Mapping[str, PairSet],
+        weights: Mapping[str, float],
+        context: int,
+        seed: int,
+        too_long: TooLongPair,
     ) -> None:
         super().__init__({name: some.tokens for name, some in pairs.items()}, weights, context, seed)
         self.pairs = {name: pairs[name] for name in self.names}
+        self.lengths, self.too_long = {name: some.lengths for name, some in self.pairs.items()}, too_long
         self.references = {name: torch.zeros(len(some.middles), 2) for name, some in self.pairs.items()}
 
     def assemble(self, rows: Sequence[Sequence[Piece]]) -> Batch:
@@ -131,7 +144,7 @@ def pair_rows(
 ) -> PairRows:
     """Rows of preference sets, in a seeded order, mixed by share of positions."""
     pairs = {name: pairs_of(tokens, context, too_long) for name, tokens in sets.items()}
-    return PairRows(pairs, weights, context, seed)
+    return PairRows(pairs, weights, context, seed, too_long)
 
 
 def held_out_pairs(
@@ -143,7 +156,7 @@ def held_out_pairs(
     shares = {name: weight for name, weight in weights.items() if name in found}
     if not found or (weights and not any(shares.values())):
         return None
-    return PairRows(found, shares, context, 0)
+    return PairRows(found, shares, context, 0, too_long)
 
 
 def pair_sums(values_RT: Tensor, segments_RT: Tensor, pairs: int) -> Tensor:

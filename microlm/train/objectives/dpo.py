@@ -43,7 +43,8 @@ def dpo(
     losses = -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
     if nll_share:
         losses = losses - nll_share * logps_RP2[..., 0] / labels_RP2[..., 0].clamp(min=1)
-    told = (*rewards_RP2.unbind(2), margin, (margin > 0).to(margin.dtype), *logps_RP2.unbind(2))
+    right = (1 + margin.sign()) / 2  # a tie is half right: at the start there are many
+    told = (*rewards_RP2.unbind(2), margin, right, *logps_RP2.unbind(2))
     sums = tuple(torch.where(real, values.detach(), 0.0).sum() for values in told)
     return Loss(torch.where(real, losses, 0.0).sum(), sums)
 

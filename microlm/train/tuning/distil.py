@@ -23,17 +23,18 @@ from microlm.model.config import ModelConfig
 from microlm.model.transformer import Decoder, initialise
 from microlm.text.shards import open_sets
 from microlm.train import memory
-from microlm.train.batches import PackedRows, held_out_rows
+from microlm.train.batches import PackedRows, TooLong, held_out_rows
 from microlm.train.job import Job, LoopRecipe, Sampler, fingerprint
 from microlm.train.loop import train
 from microlm.train.objectives import distil
 from microlm.train.optim import OptimRecipe
 from microlm.train.pretrain import TOKENIZER, finish, require_same_tokenizer
 from microlm.train.ranks import Ranks, launch, processes, warn_idle
-from microlm.train.reporter import write_summary
+from microlm.train.reporter import tell_lengths, write_summary
 from microlm.train.step import make_forward
+from microlm.train.tuning import lora_recipe
+from microlm.train.tuning.leaving import kind_of, weights_saver
 from microlm.train.tuning.lora_recipe import LoraRecipe
-from microlm.train.tuning.start import kind_of, load_model, weights_saver
 
 
 class DistilRecipe(StageRecipe):
@@ -57,6 +58,10 @@ class DistilRecipe(StageRecipe):
         default=1.0, gt=0, le=20, description="divides the logits of both before they are compared"
     )
     top_k: int = Field(default=0, ge=0, description="likeliest tokens of the teacher that count; 0: all")
+    too_long: TooLong = Field(
+        default="drop",
+        description="conversations longer than loop.context: left out, cut on one side, or split",
+    )
     lora: LoraRecipe | None = Field(
         default=None, description="train an adapter of this shape on `model`; none: all weights"
     )
@@ -120,6 +125,8 @@ def _rank(
 ) -> None:
     decoder, job = prepare(recipe, inputs, out)
     job.fingerprint, job.sampler = made_for, sample
+    if ranks.rank == 0:
+        tell_lengths(job)
     at = train(ranks, decoder, job)
     if ranks.rank == 0:
         job.save_weights(decoder, out)
@@ -130,11 +137,14 @@ def prepare(recipe: DistilRecipe, inputs: Mapping[str, Artifact], out: Path) -> 
     """The student as it begins, and the job that binds it to teacher, mixture and the folder `out`."""
     runtime.set_seed(recipe.seed)
     shards, model = inputs["shards"], inputs.get("model")
-    decoder = load_model(recipe, model) if model else from_scratch(recipe, shards)
+    if model:
+        decoder = lora_recipe.load(model.path, recipe.loop.compute_dtype(), recipe.lora, recipe.seed)
+    else:
+        decoder = from_scratch(recipe, shards)
     context, mask = recipe.loop.context, recipe.loop.document_mask
     sets, held_out = (open_sets(shards.path, "", split) for split in ("train", "validation"))
-    rows = PackedRows(sets, recipe.mixture, context, recipe.seed, mask)
-    validation = held_out_rows(held_out, recipe.mixture, context, mask)
+    rows = PackedRows(sets, recipe.mixture, context, recipe.seed, mask, recipe.too_long)
+    validation = held_out_rows(held_out, recipe.mixture, context, mask, recipe.too_long)
     mix = distil.Mix(recipe.alpha, recipe.temperature, recipe.top_k)
     objective = distil.make(load_teacher(recipe.loop, inputs["teacher"].path), mix, recipe.loop.compiles())
     job = Job(recipe.loop, recipe.optim, objective, rows, validation, out, "distil")
@@ -154,7 +164,7 @@ def from_scratch(recipe: DistilRecipe, shards: Artifact) -> Decoder:
 def load_teacher(loop: LoopRecipe, path: Path) -> distil.Teacher:
     """A frozen model in the products' precision, where it will stay, with a forward pass of its own."""
     dtype = loop.compute_dtype()
-    decoder = directory.load(path, dtype).to(runtime.device(), dtype).requires_grad_(False)
+    decoder = directory.load(path, dtype, weight_dtype=dtype).to(runtime.device()).requires_grad_(False)
     forward = make_forward(decoder, loop)
     return distil.Teacher(
         lambda batch: forward(batch.input_ids, batch.positions, forward.seen(batch)), decoder.lm_head.weight

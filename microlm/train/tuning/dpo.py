@@ -27,10 +27,11 @@ from microlm.train.objectives import dpo
 from microlm.train.optim import OptimRecipe
 from microlm.train.pretrain import TOKENIZER, finish, require_same_tokenizer
 from microlm.train.ranks import Ranks, launch, processes, warn_idle
-from microlm.train.reporter import write_summary
+from microlm.train.reporter import tell_lengths, write_summary
+from microlm.train.tuning import lora_recipe
+from microlm.train.tuning.leaving import kind_of, weights_saver
 from microlm.train.tuning.lora_recipe import LoraRecipe
 from microlm.train.tuning.reference import add_references
-from microlm.train.tuning.start import kind_of, load_model, weights_saver
 
 
 class DpoRecipe(StageRecipe):
@@ -100,6 +101,8 @@ def _rank(
 ) -> None:
     decoder, job = prepare(recipe, model, shards, out)
     job.fingerprint, job.sampler = made_for, sample
+    if ranks.rank == 0:
+        tell_lengths(job)
     add_references(ranks, decoder, job, reference_of(recipe, made_for))
     at = train(ranks, decoder, job)
     if ranks.rank == 0:
@@ -110,7 +113,7 @@ def _rank(
 def prepare(recipe: DpoRecipe, model: Artifact, shards: Path, out: Path) -> tuple[Decoder, Job]:
     """The decoder as tuning begins, and the job that binds it to the pairs and the folder `out`."""
     runtime.set_seed(recipe.seed)
-    decoder = load_model(recipe, model)
+    decoder = lora_recipe.load(model.path, recipe.loop.compute_dtype(), recipe.lora, recipe.seed)
     rows, validation = open_pairs(recipe, shards)
     objective = dpo.make(recipe.beta, recipe.label_smoothing, recipe.nll_share)
     job = Job(recipe.loop, recipe.optim, objective, rows, validation, out, "dpo")
