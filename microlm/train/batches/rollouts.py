@@ -168,7 +168,7 @@ def pack(
     size = (count, context)
     ids, labels = np.zeros(size, np.int64), np.full(size, IGNORE, np.int64)
     segments = np.full(size, -1, np.int64)
-    extras = {name: np.zeros(size, np.float32) for name in (*each, "engine")}
+    extras = {name: np.zeros(size) for name in (*each, "engine")}
     sums = np.zeros((count, told.shape[1]))
     for r, members in enumerate(rows):
         at = 0

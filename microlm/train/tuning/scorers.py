@@ -19,6 +19,7 @@ from microlm.train.batches import Batch
 from microlm.train.batches.rollouts import Scorer
 from microlm.train.job import LoopRecipe
 from microlm.train.objectives import plain
+from microlm.train.objectives.cross_entropy import wide
 from microlm.train.objectives.policy import tempered
 from microlm.train.ranks import Ranks
 from microlm.train.step import Forward, losses, make_forward
@@ -46,7 +47,7 @@ class Scores:
         return make_forward(self._decoder, self._loop)
 
     def __call__(self, batch: Batch) -> Tensor:
-        found = torch.zeros(batch.labels.shape)
+        found = torch.zeros(batch.labels.shape, dtype=wide(self._decoder.compute_dtype))
         size, ranks = self._loop.micro_rows, self._ranks
         with self._within():
             for start in range(ranks.rank * size, len(batch.labels), ranks.size * size):
