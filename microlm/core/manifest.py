@@ -94,7 +94,7 @@ def open_artifact(url: str) -> Artifact:
 
 
 def _checkpoint(url: str) -> Artifact | None:
-    """The part of a model or adapter that is a whole model itself: its files, its digest, the same lineage."""
+    """The part of a model or adapter that is a whole model itself: its files, digest, and lineage."""
     parent, _, name = url.rstrip("/").rpartition("/")
     if not parent or not name.strip(".") or not storage.exists(storage.join(parent, MANIFEST)):
         return None
