@@ -14,6 +14,8 @@ from microlm.model.transformer import Linear
 class Int8Linear(nn.Module):
     """What a `Linear` computes, its weights rounded to 255 steps of the largest of their row."""
 
+    scale: Tensor
+
     def __init__(self, matrix: Linear) -> None:
         super().__init__()
         self.in_features, self.out_features = matrix.in_features, matrix.out_features
