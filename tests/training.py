@@ -132,9 +132,9 @@ class Disturbed:
         return objectives.next_token(hidden, decoder, batch)
 
 
-def add_lora(decoder: Decoder, rank: int = 4) -> Decoder:
+def add_lora(decoder: Decoder, rank: int = 4, dropout: float = 0.0) -> Decoder:
     """The decoder with an adapter on every matrix."""
-    lora.apply(decoder, lora.LoraConfig(rank, 2.0 * rank), torch.Generator().manual_seed(1))
+    lora.apply(decoder, lora.LoraConfig(rank, 2.0 * rank, dropout=dropout), torch.Generator().manual_seed(1))
     return decoder
 
 

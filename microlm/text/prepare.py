@@ -77,7 +77,7 @@ class PrepareRecipe(StageRecipe):
         0, ge=0, description="longer documents are cut at ends of sentences, in characters; 0: not cut"
     )
     validation_share: float = Field(
-        0.02, ge=0, lt=1, description="share of documents and conversations for validation"
+        0.02, ge=0, lt=1, description="share of documents, conversations and preferences for validation"
     )
     test_share: float = Field(
         0.02, ge=0, lt=1, description="share of documents and of a user's extraction for the test"
@@ -95,7 +95,7 @@ class PrepareRecipe(StageRecipe):
             "documents": (self.validation_share, self.test_share),
             "conversations": (self.validation_share, 0.0),
             "extraction": (0.0, self.test_share),
-            "preferences": (0.0, 0.0),
+            "preferences": (self.validation_share, 0.0),
         }
 
     def words(self) -> list[str]:
@@ -120,7 +120,7 @@ def fingerprint(recipe: PrepareRecipe) -> dict[str, Any]:
     return found
 
 
-@stage("data", "data", version=2, fingerprint=fingerprint)
+@stage("data", "data", version=3, fingerprint=fingerprint)
 def run(recipe: PrepareRecipe, work: Workspace) -> None:
     """Refine the user's sources and what the factbook fills in → duplicates → held-out → files → audit."""
     check_shares(recipe.validation_share, recipe.test_share)

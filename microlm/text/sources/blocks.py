@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from microlm.core.records import Conversation
+from microlm.core.records import Conversation, Preference
 from microlm.text.read import Drop, Record
 from microlm.text.sources.arithmetic import Problems
 from microlm.text.sources.files import Texts, Unreadable
@@ -48,7 +48,7 @@ def read_block(block: Block) -> Iterator[Record | Drop]:
     """The records and drops of a block, as reading the whole source gives them."""
     for place, data in block.objects():
         record = data if isinstance(data, Drop) else parse_object(data, place, block.expected)
-        if block.task and isinstance(record, Conversation):
+        if block.task and isinstance(record, Conversation | Preference):
             record = replace(record, task=block.task)
         yield record
 

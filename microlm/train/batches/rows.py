@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,14 @@ class PackedRows:
     def batches(self, rows: int, state: dict[str, Any] | None = None, workers: int = 0) -> BatchStream:
         """Batches of `rows` rows, from the beginning or from a stream's `state()`; close it after use."""
         return BatchStream(Packer(self._mixture, self.seed, state), self.assemble, rows, workers)
+
+    def told(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """Epochs and share of each set up to a stream's `state()`; the counts of its samples."""
+        return {
+            "epochs": {name: round(times, 4) for name, times in self.epochs(state).items()},
+            "shares": {name: round(share, 4) for name, share in self.realised(state).items()},
+            "lengths": {name: asdict(found) for name, found in self.lengths.items()},
+        }
 
     def epochs(self, state: Mapping[str, Any]) -> dict[str, float]:
         """How often each set has been read up to a stream's `state()`."""

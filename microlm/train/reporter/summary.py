@@ -10,6 +10,7 @@ from typing import Any
 from microlm.core import runtime, storage
 from microlm.core.metrics import FILE, read_metrics
 from microlm.model.transformer import Decoder
+from microlm.train.batches import PackedRows
 from microlm.train.batches.lengths import sentences
 from microlm.train.checkpoint import Position
 from microlm.train.job import Job
@@ -22,15 +23,16 @@ LENGTHS = "lengths.json"
 
 def tell_lengths(job: Job) -> None:
     """What is trained on, and what of it no row can hold: on stderr and in `lengths.json`, before a step."""
-    sets = {"training": job.train} | ({"validation": job.validation} if job.validation else {})
-    told = {split: {n: asdict(found) for n, found in rows.lengths.items()} for split, rows in sets.items()}
-    listed = {"context": job.train.context, "too_long": job.train.too_long} | told
+    rows = {"training": job.train, "validation": job.validation}
+    sets = {split: some for split, some in rows.items() if isinstance(some, PackedRows)}
+    told = {split: {n: asdict(found) for n, found in some.lengths.items()} for split, some in sets.items()}
+    listed = {"context": job.loop.context, "too_long": sets["training"].too_long} | told
     job.logs.mkdir(parents=True, exist_ok=True)
     storage.write_atomic(
         job.logs / LENGTHS, (json.dumps(listed, ensure_ascii=False, indent=1) + "\n").encode()
     )
-    for split, rows in sets.items():
-        for line in sentences(rows.lengths, rows.context, rows.too_long):
+    for split, some in sets.items():
+        for line in sentences(some.lengths, some.context, some.too_long):
             sys.stderr.write(f"{job.name}: {split}: {line}\n")
 
 
@@ -41,8 +43,7 @@ def write_summary(job: Job, decoder: Decoder, at: Position) -> None:
         "parameters": sum(p.numel() for p in decoder.parameters()),
         "trained_parameters": sum(p.numel() for p in decoder.parameters() if p.requires_grad),
         "tokens": at.tokens,
-        "epochs": {name: round(times, 4) for name, times in job.train.epochs(at.data).items()},
-        "shares": {name: round(share, 4) for name, share in job.train.realised(at.data).items()},
+        **job.train.told(at.data),
         "padding_share": at.data["padding"] / max(1, at.data["rows"] * job.loop.context),
         "loss": _last(rows, "loss"),
         "validation_loss": _last(rows, "validation_loss"),
@@ -50,7 +51,6 @@ def write_summary(job: Job, decoder: Decoder, at: Position) -> None:
         **{name: _last(rows, name) for name in job.objective.metrics},
         **{name: _last(rows, name) for name in (f"validation_{m}" for m in job.objective.metrics)},
         **speed(rows),
-        "lengths": {name: asdict(found) for name, found in job.train.lengths.items()},
         "nonfinite_steps": len(at.nonfinite),
         "batches_left_out": at.left_out,
         "allowed_mismatches": at.mismatches,

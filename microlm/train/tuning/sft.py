@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import Field
 
 from microlm.core import runtime
@@ -28,6 +27,7 @@ from microlm.train.optim import OptimRecipe
 from microlm.train.pretrain import TOKENIZER, finish, require_same_tokenizer
 from microlm.train.ranks import Ranks, launch, processes, warn_idle
 from microlm.train.reporter import tell_lengths, write_summary
+from microlm.train.tuning import lora_recipe
 from microlm.train.tuning.lora_recipe import LoraRecipe
 
 
@@ -95,10 +95,7 @@ def _rank(
 def prepare(recipe: SftRecipe, model: Artifact, shards: Path, out: Path) -> tuple[Decoder, Job]:
     """The decoder as tuning begins, and the job that binds it to the mixture and the folder `out`."""
     runtime.set_seed(recipe.seed)
-    decoder = directory.load(model.path, recipe.loop.compute_dtype())
-    if recipe.lora:
-        generator = torch.Generator().manual_seed(runtime.derive_seed(recipe.seed, "lora"))
-        lora.apply(decoder, recipe.lora.config(), generator)
+    decoder = lora_recipe.load(model.path, recipe.loop.compute_dtype(), recipe.lora, recipe.seed)
     prefix = "" if recipe.mixture else "conversations-"
     context, mask = recipe.loop.context, recipe.loop.document_mask
     sets, held_out = (open_sets(shards, prefix, split) for split in ("train", "validation"))
