@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 from answering import recipe
 
-from microlm.cli.training.rewards import REWARDS, find, last_number
+from microlm.cli.training.rewards import REWARDS, find
 from microlm.core.errors import UserError
 from microlm.core.records import Completion, Conversation, FinishReason
+from microlm.text.sources.arithmetic import answer_of
 from microlm.train.batches.prompts import Prompt
 from microlm.train.tuning.grpo import RewardName
 
@@ -85,6 +86,9 @@ def test_a_schema_that_cannot_be_checked_is_refused(tmp_path: Path, text: str, s
         ("42", "nothing", 0),
         ("nothing", "nothing", 0),
         ("10", "5-10", 0),
+        ("答：8 个。", "<think>\n3 + 4 = 7\n</think>\n\n答：8 个。", 1),
+        ("7", "<think>\n3 + 4 = 7", 0),
+        ("7", "<think>\n3 + 4 = 7\n</think>\n\n", 0),
     ],
 )
 def test_arithmetic_compares_the_last_number(gold: str, text: str, right: float) -> None:
@@ -92,7 +96,7 @@ def test_arithmetic_compares_the_last_number(gold: str, text: str, right: float)
 
 
 def test_a_number_ends_before_a_full_stop() -> None:
-    assert last_number("It is 1,000.") == Decimal(1000) and last_number("12, 13") == Decimal(13)
+    assert answer_of("It is 1,000.") == Decimal(1000) and answer_of("12, 13") == Decimal(13)
 
 
 def test_form() -> None:

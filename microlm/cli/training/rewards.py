@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Mapping
-from decimal import Decimal
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +14,6 @@ if TYPE_CHECKING:
     from microlm.train.batches.answers import Reward
     from microlm.train.batches.prompts import Prompt
     from microlm.train.tuning.grpo import GrpoRecipe
-
-_NUMBER = re.compile(r"[-−]?\d[\d,]*(?:\.\d+)?")
 
 
 def find(name: str, recipe: GrpoRecipe) -> Reward:
@@ -53,8 +49,10 @@ def is_json(prompt: Prompt, answer: Completion, schema: Mapping[str, Any] | None
 
 
 def arithmetic(prompt: Prompt, answer: Completion) -> float:
-    """1 when the last number that is said equals the last one of the gold answer."""
-    said, gold = last_number(answer.text), last_number(prompt.gold)
+    """1 when the last number that is said, after the thinking, equals the last one of the gold answer."""
+    from microlm.text.sources.arithmetic import answer_of
+
+    said, gold = answer_of(answer.text), answer_of(prompt.gold)
     return float(gold is not None and said == gold)
 
 
@@ -74,12 +72,6 @@ REWARDS: dict[str, Callable[[Prompt, Completion], float]] = {
     "ended": ended,
     "length": length,
 }
-
-
-def last_number(text: str) -> Decimal | None:
-    """The number that a text says last; commas between digits do not count."""
-    found = _NUMBER.findall(text)
-    return Decimal(found[-1].replace(",", "").replace("−", "-")) if found else None
 
 
 def _schema(place: str) -> dict[str, Any]:

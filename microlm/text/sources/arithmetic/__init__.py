@@ -12,6 +12,7 @@ import operator
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ OPERATIONS: Mapping[str, Callable[[int, int], int]] = {
 }  # fmt: skip
 SIGNS = {"*": "×", "/": "÷"}
 _PLACE = re.compile(r"([1-9][0-9]{0,8})(?:@([0-9]{1,9}))?")
-_NUMBER = re.compile(r"-?\d+(?:,\d{3})*(?!\d)")
+_NUMBER = re.compile(r"[-−]?\d[\d,]*(?:\.\d+)?")
 _OPEN, _CLOSE = "<think>", "</think>"
 
 
@@ -108,18 +109,18 @@ def total() -> int:
     return sum(_size(computation) for computation in _tables()["computations"])
 
 
-def answer_of(text: str) -> int | None:
-    """The last whole number that an answer says, its thinking aside; None where it says none.
+def answer_of(text: str) -> Decimal | None:
+    """The last number that an answer says, its thinking aside; None where it says none.
 
-    Thinking that was not closed has no answer after it.
+    Commas between digits do not count. Thinking that was not closed has no answer after it.
     """
     if text.lstrip().startswith(_OPEN) and _CLOSE not in text:
         return None
     found = _NUMBER.findall(answered(text).content)
-    return int(found[-1].replace(",", "")) if found else None
+    return Decimal(found[-1].replace(",", "").replace("−", "-")) if found else None
 
 
-def gold(chat: Conversation) -> int:
+def gold(chat: Conversation) -> Decimal:
     """The answer of a problem: the number that its last message, the assistant's, ends with."""
     last = chat.messages[-1]
     found = answer_of(last.content) if last.role == "assistant" else None
