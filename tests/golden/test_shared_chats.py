@@ -69,6 +69,7 @@ def prefixes(chats: Iterator[Conversation]) -> Iterator[tuple[Conversation, Conv
             yield chat, Conversation(chat.messages[:i], tools=chat.tools)
 
 
+@pytest.mark.slow
 def test_prompts_of_training_engine_and_transformers_are_the_same(folder: Path) -> None:
     """A thousand conversations: 265 with tools, the rest chats and single questions."""
     tokenizer, theirs = Tokenizer.load(folder), AutoTokenizer.from_pretrained(folder)
