@@ -34,7 +34,7 @@ AllowMismatch = Annotated[
     bool,
     typer.Option("--allow-mismatch", help="go on from a checkpoint of other settings; the manifest tells it"),
 ]
-TRAINING = ("pretrain", "sft")  # their --dry-run tells what the run takes
+TRAINING = ("pretrain", "sft", "dpo", "distil", "grpo")  # their --dry-run tells what the run takes
 
 # command words → (stage type, what it does, example)
 COMMANDS: dict[str, tuple[str, str, str]] = {
@@ -50,6 +50,9 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     ),
     "pretrain": ("pretrain", "Train a model from token shards.", "pretrain.loop.tokens=1e6"),
     "sft": ("sft", "Tune a model on conversations, wholly or by LoRA.", "seed=1"),
+    "dpo": ("dpo", "Tune a model on pairs of a better and a worse answer.", "seed=1"),
+    "distil": ("distil", "Train a model on a larger one's probabilities.", "seed=1"),
+    "grpo": ("grpo", "Tune a model on rewards of its own answers.", "seed=1"),
     "eval predict": ("predict", "Let a model answer the held-out items.", "output=runs/mine"),
     "eval score": ("score", "Score predictions, with intervals and baselines.", "output=runs/mine"),
     "export merge": ("merge", "Merge a LoRA adapter into its model.", "output=runs/mine"),
@@ -211,13 +214,16 @@ def _show_summary(path: str) -> None:
     from microlm.eval.report import summary_rows
 
     table = Table(title="held-out scores (95 % interval)", box=SIMPLE, pad_edge=False)
-    for head in ("score", "value", "interval", "n", "gate", "regex", "nearest"):
+    rows = summary_rows(open_artifact(path))
+    has_before = any(row.get("before") is not None for row in rows)
+    more = ["before"] if has_before else []
+    for head in ("score", "value", "interval", "n", "gate", "regex", "nearest", *more):
         table.add_column(head, justify="left" if head == "score" else "right", no_wrap=True)
-    for row in summary_rows(open_artifact(path)):
+    for row in rows:
         gate = "" if row.get("gate") is None else f"{row['gate']:g} {'ok' if row['ok'] else 'MISSED'}"
         interval = "" if row["low"] is None else f"{row['low']:.3f}-{row['high']:.3f}"
-        values = [_figure(row.get(k)) for k in ("value", "regex", "nearest_template")]
-        table.add_row(row["name"], values[0], interval, str(row["n"]), gate, values[1], values[2])
+        values = [_figure(row.get(k)) for k in ("regex", "nearest_template", *more)]
+        table.add_row(row["name"], _figure(row["value"]), interval, str(row["n"]), gate, *values)
     Console(width=max(100, Console().width)).print(table)
 
 
