@@ -64,6 +64,8 @@ def test_a_recipe_runs_on_a_tiny_model_of_its_make(tmp_path: Path, name: str) ->
                               "taught.draw={max_tokens: 24, attempts: 1, stop: [a, e, i, o, u]}")  # fmt: skip
         assert made["taught"].manifest["metrics"]["teachers"]["tiny"] >= 20
         assert "unknown" in made["export"].manifest["licences"]
+        card = (made["export"].path / "README.md").read_text(encoding="utf-8")
+        assert "answers of the model tiny, asked over an endpoint" in card
     else:
         made = run_recipe(name, tmp_path / "run", *words, *BEFORE)
         assert all("before" in row for row in summary_rows(made["report"]))
