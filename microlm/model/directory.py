@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import nn
 
 from microlm.core import storage
 from microlm.core.errors import UserError
 from microlm.model.config import ModelConfig, id_list
-from microlm.model.transformer import Decoder
+from microlm.model.transformer import Decoder, rope_tables
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -58,9 +59,12 @@ def read_object(file: Path, folder: str) -> dict[str, Any]:
 
 
 def load(
-    path: Path, compute_dtype: torch.dtype = torch.float32, config: ModelConfig | None = None
+    path: Path,
+    compute_dtype: torch.dtype = torch.float32,
+    config: ModelConfig | None = None,
+    weight_dtype: torch.dtype = torch.float32,
 ) -> Decoder:
-    """A decoder with the directory's weights (kept as float32 masters when stored in any float type).
+    """A decoder with the directory's weights, stored in any float type and kept in `weight_dtype`.
 
     `config` stands in for the stored one: the same shape with more positions, say.
     """
@@ -75,12 +79,22 @@ def load(
             stored.pop("lm_head.weight", None)
         shapes = {name: tuple(opened.get_slice(name).get_shape()) for name, opened in stored.items()}
         with torch.device("meta"):  # a wrong size in config.json is found before it takes memory
-            _require_fit(path, dict(Decoder(config).named_parameters()), shapes)
-        decoder = Decoder(config, compute_dtype)
-        with torch.no_grad():
-            for name, weight in decoder.named_parameters():
-                weight.copy_(stored[name].get_tensor(name))
+            decoder = Decoder(config, compute_dtype)
+        weights = dict(decoder.named_parameters())
+        _require_fit(path, weights, shapes)
+        for name in weights:
+            _put(decoder, name, stored[name].get_tensor(name).to(weight_dtype, copy=True))
+    if config.tie_word_embeddings:
+        decoder.lm_head.weight = decoder.model.embed_tokens.weight
+    decoder.cos, decoder.sin = rope_tables(config)
+    decoder.weights_from = str(path)
     return decoder
+
+
+def _put(decoder: Decoder, name: str, weight: torch.Tensor) -> None:
+    """Give a decoder without content one of its weights."""
+    owner, _, attribute = name.rpartition(".")
+    setattr(decoder.get_submodule(owner), attribute, nn.Parameter(weight))
 
 
 def _require_fit(
