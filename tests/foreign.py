@@ -77,6 +77,7 @@ def drop_chatml(folder: Path) -> None:
     data = json.loads((folder / "tokenizer.json").read_bytes())
     words = {"<|im_start|>": "zA", "<|im_end|>": "zB", "<|endoftext|>": "zC"}
     data["added_tokens"] = [t for t in data["added_tokens"] if t["content"] not in words]
+    data["pre_tokenizer"] = json.loads(Pieces("gpt4", "runs").pre_tokenizer().__getstate__())
     data["model"]["vocab"] = {words.get(t, t): i for t, i in data["model"]["vocab"].items()}
     (folder / "tokenizer.json").write_text(json.dumps(data), encoding="utf-8")
     edit(folder, "tokenizer_config.json", eos_token="<|eot_id|>", pad_token="<|end_of_text|>",

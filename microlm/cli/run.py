@@ -214,13 +214,16 @@ def _show_summary(path: str) -> None:
     from microlm.eval.report import summary_rows
 
     table = Table(title="held-out scores (95 % interval)", box=SIMPLE, pad_edge=False)
-    for head in ("score", "value", "interval", "n", "gate", "regex", "nearest"):
+    rows = summary_rows(open_artifact(path))
+    has_before = any(row.get("before") is not None for row in rows)
+    more = ["before"] if has_before else []
+    for head in ("score", "value", "interval", "n", "gate", "regex", "nearest", *more):
         table.add_column(head, justify="left" if head == "score" else "right", no_wrap=True)
-    for row in summary_rows(open_artifact(path)):
+    for row in rows:
         gate = "" if row.get("gate") is None else f"{row['gate']:g} {'ok' if row['ok'] else 'MISSED'}"
         interval = "" if row["low"] is None else f"{row['low']:.3f}-{row['high']:.3f}"
-        values = [_figure(row.get(k)) for k in ("value", "regex", "nearest_template")]
-        table.add_row(row["name"], values[0], interval, str(row["n"]), gate, values[1], values[2])
+        values = [_figure(row.get(k)) for k in ("regex", "nearest_template", *more)]
+        table.add_row(row["name"], _figure(row["value"]), interval, str(row["n"]), gate, *values)
     Console(width=max(100, Console().width)).print(table)
 
 

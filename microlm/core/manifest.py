@@ -47,6 +47,11 @@ class Artifact:
         """What it holds: data, tokenizer, shards, model, adapter …"""
         return str(self.manifest["kind"])
 
+    @property
+    def which(self) -> dict[str, Any]:
+        """`checkpoint`: which one of its model this is; nothing of a whole artifact."""
+        return {k: v for k, v in self.manifest.items() if k == "checkpoint"}
+
     def file(self, name: str) -> Path:
         """The path of a file in it; a missing one is an error that names it."""
         path = self.path / name
@@ -64,6 +69,14 @@ def find(url: str) -> Artifact | None:
     if not storage.exists(storage.join(url, MANIFEST)):
         return _checkpoint(url)
     return open_artifact(url)
+
+
+def is_signed(url: str) -> bool:
+    """Whether there is a manifest, sound or not, or a checkpoint that one speaks of."""
+    try:
+        return storage.exists(storage.join(url, MANIFEST)) or _checkpoint(url) is not None
+    except UserError:  # the manifest that speaks of it is damaged: who opens it is told
+        return True
 
 
 def open_artifact(url: str) -> Artifact:

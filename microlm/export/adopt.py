@@ -58,7 +58,8 @@ def run(recipe: AdoptRecipe, work: Workspace) -> None:
     config = support.require_config(work.path)
     tokenizer = support.require_tokenizer(work.path, config)
     template, added = complete(work.path, tokenizer, config)
-    stated = licence.licence_of(work.path) if not found.is_gguf else origin.pop("licence", licence.UNKNOWN)
+    inside = origin.pop("licence", licence.UNKNOWN)
+    stated = licence.spdx(inside) if found.is_gguf else licence.licence_of(work.path)
     work.licences.add(recipe.licence or stated)
     facts = {
         "origin": origin,
@@ -70,7 +71,7 @@ def run(recipe: AdoptRecipe, work: Workspace) -> None:
         "changed": changed + added,
         "left_out": left_out[:_LEFT_OUT],
     }
-    work.metrics["adopted"] = facts
+    work.metrics |= {"adopted": facts, "vocab_size": tokenizer.vocab_size}
     tell(recipe.source, facts)
     check(recipe, work)
 

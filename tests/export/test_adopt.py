@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -14,10 +15,11 @@ import pytest
 import torch
 import transformers
 from foreign import CARD, edit, write_foreign
+from hub_mirror import COMMIT, mirror
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from microlm.core.artifact import Artifact, hash_file
+from microlm.core.artifact import Artifact, hash_file, open_artifact
 from microlm.core.errors import CheckFailed, UserError
 from microlm.core.records import Conversation, Message, Sampling
 from microlm.engine import Engine
@@ -52,7 +54,7 @@ def test_a_foreign_model_joins_as_it_is(tmp_path: Path, name: str) -> None:
     for file in source.iterdir():
         assert hash_file(made.path / file.name) == hash_file(file), file.name
     told, report = made.manifest["metrics"]["adopted"], made.json("logs/parity.json")
-    assert made.kind == "model" and made.manifest["licences"] == [told["licence"]] == ["apache-2.0"]
+    assert made.kind == "model" and made.manifest["licences"] == [told["licence"]] == ["Apache-2.0"]
     assert (told["changed"], told["left_out"], told["template"]) == ([], [], "its own")
     assert report == made.manifest["metrics"]["parity"] and report["ok"]
     assert report["logits_max_abs_difference"] <= parity.TOLERANCE and report["longest_prompt"] == 256
@@ -142,8 +144,8 @@ def test_answers_of_another_family_end_at_each_of_its_ends(tmp_path: Path) -> No
 
 
 LICENCES = {
-    "---\nlicense: mit\n---\n": "mit",
-    "---\nlicense: [apache-2.0, mit]\n---\n": "apache-2.0, mit",
+    "---\nlicense: mit\n---\n": "MIT",
+    "---\nlicense: [apache-2.0, mit]\n---\n": "Apache-2.0, MIT",
     "---\nlicense: other\nlicense_name: qwen-research\n---\n": "qwen-research",
     "---\n: [\n---\n": "llama3.2",
     "no front matter": "llama3.2",
@@ -325,6 +327,44 @@ def test_a_model_that_differs_is_not_signed(tmp_path: Path, monkeypatch: pytest.
     assert not (tmp_path / "model").exists()
 
 
+@pytest.mark.slow
+def test_a_name_on_the_hub(tmp_path: Path) -> None:
+    """From a mirror; then without a network, from the hub's cache; then with neither."""
+    source = write_foreign(tmp_path / "source", shards=True)
+    torch.save({}, source / "pytorch_model.bin")
+    with mirror(source) as server:
+        home = {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
+        done = command(tmp_path, "hf:owner/poems", "a", home)
+        assert done.returncode == 0, done.stderr
+        assert not any("pytorch_model.bin" in path for path in server.asked)
+    made = open_artifact(str(tmp_path / "a"))
+    assert made.manifest["metrics"]["adopted"]["origin"] == {"hub": "owner/poems", "commit": COMMIT}
+    for file in source.glob("model*"):
+        assert hash_file(made.path / file.name) == hash_file(file)
+    done = command(tmp_path, "hf:owner/poems", "b", home | {"HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 0 and open_artifact(str(tmp_path / "b")).digest == made.digest, done.stderr
+    done = command(tmp_path, "hf:owner/poems", "c", home | {"HF_HOME": str(tmp_path / "empty")})
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "source 'hf:owner/poems': cannot be loaded" in done.stderr and "give its folder" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_hub_model_of_pickles_is_refused_before_it_is_fetched(tmp_path: Path) -> None:
+    source = pickled(tmp_path / "source")
+    with mirror(source) as server:
+        home = {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
+        done = command(tmp_path, "hf:owner/poems", "a", home)
+        assert done.returncode == 2 and "hf:owner/poems: the weights are pickled" in done.stderr
+        assert not any("pytorch_model.bin" in path for path in server.asked)
+
+
+def command(folder: Path, source: str, out: str, environment: dict[str, str]) -> Any:
+    words = [sys.executable, "-m", "microlm", "adopt", source, str(folder / out)]
+    known = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+    return subprocess.run(words, capture_output=True, text=True, env=known | environment, timeout=200)
+
+
+@pytest.mark.slow
 def test_the_command_adopts(tmp_path: Path) -> None:
     source = write_foreign(tmp_path / "source")
     words = [sys.executable, "-m", "microlm", "adopt", str(source), str(tmp_path / "model"), "--json"]

@@ -189,7 +189,9 @@ def _config(staged: Staged, stages: Sequence[Staged], index: Mapping[str, Any]) 
     elif (maker := _maker(recipe.model, stages)) and maker.planned.stage in TRAINING:
         config, loop = _config(maker, stages, index), {"context": _trainable(maker).loop.context}
     else:
-        raise UserError(f"{recipe.model}: is not made yet, so its shape is unknown; make it first")
+        raise UserError(
+            f"{recipe.model}: is not made yet, so its shape is unknown; run the stages before this one first"
+        )
     extend = getattr(recipe, "extend", None)
     return extend.config(config, trained_positions(config, loop)) if extend else config
 

@@ -22,19 +22,10 @@ _WEIGHTS = ("model*.safetensors", "tokenizer.model")
 
 @cache
 def pinned(name: str, revision: str) -> str:
-    """What a revision (empty: the newest) stands for now; without a network what the cache holds."""
+    """The commit that a revision (empty: the newest) stands for now; without a network, in the cache."""
     if _COMMIT.fullmatch(revision):
         return revision
-    try:
-        return str(_asked(name, lambda hub: hub.HfApi().model_info(name, revision=revision or None).sha))
-    except UserError:
-        try:
-            found = _download(name, revision or None, ("config.json",), offline=True)
-        except UserError:
-            found = Path()
-        if _COMMIT.fullmatch(found.name):
-            return found.name
-        raise
+    return _download(name, revision or None, ("config.json",)).name
 
 
 @cache
@@ -55,13 +46,11 @@ def _require_adoptable(name: str, commit: str, folder: Path) -> None:
         raise support.pickled(f"hf:{name}", pickles[0])
 
 
-def _download(name: str, revision: str | None, patterns: tuple[str, ...], offline: bool = False) -> Path:
+def _download(name: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
+    """The folder of a revision, by the name of its commit; without a network, as the cache holds it."""
+
     def ask(hub: Any) -> str:
-        return str(
-            hub.snapshot_download(
-                name, revision=revision, allow_patterns=list(patterns), local_files_only=offline
-            )
-        )
+        return str(hub.snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
 
     return Path(_asked(name, ask))
 

@@ -29,17 +29,24 @@ def licence_of(folder: Path) -> str:
     """By the front matter of README.md, else by the text of LICENSE."""
     card = _card(folder)
     said = card.get("license")
-    said = ", ".join(map(str, said)) if isinstance(said, list) else said
+    said = ", ".join(map(spdx, said)) if isinstance(said, list) else said
     if said and said != "other":
-        return str(said)
+        return spdx(said)
     if name := card.get("license_name"):
         return str(name)
     for file in sorted(f for pattern in TEXTS[:2] for f in folder.glob(pattern) if f.is_file()):
         text = " ".join(_read(file).lower().split())
         for pattern, name in _BY_TEXT:
             if found := re.search(pattern, text):
-                return name.format(*found.groups())
+                return spdx(name.format(*found.groups()))
     return UNKNOWN
+
+
+def spdx(name: object) -> str:
+    """The hub's spelling of a licence as SPDX has it, so that equal licences are one."""
+    text = str(name).strip()
+    known = {"apache-2.0": "Apache-2.0", "mit": "MIT"}.get(text.lower())
+    return known or (text.upper() if text.lower().startswith("cc") else text)
 
 
 def _card(folder: Path) -> dict[str, Any]:

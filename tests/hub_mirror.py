@@ -56,12 +56,14 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.asked.append(self.path)
         path = unquote(url.path).strip("/").removeprefix("api/").removeprefix("v1/")
         match path.split("/"):
-            case ["datasets", "owner", "poems"] | ["datasets", "owner", "poems", "revision", _]:
+            case ["datasets" | "models", "owner", "poems", *more] if more[:1] in ([], ["revision"]):
                 siblings = [{"rfilename": f["path"]} for f in listing(self.server.root)]
                 self._json({"id": "owner/poems", "sha": COMMIT, "siblings": siblings, "private": False})
-            case ["datasets", "owner", "poems", "tree", _, *parts]:
+            case ["datasets" | "models", "owner", "poems", "tree", _, *parts]:
                 self._json(tree(self.server.root, "/".join(parts), asked["recursive"] == ["true"]))
             case ["datasets", "owner", "poems", "resolve", _, *parts]:
+                self._file("/".join(parts), COMMIT)
+            case ["owner", "poems", "resolve", _, *parts]:
                 self._file("/".join(parts), COMMIT)
             case ["datasets", "owner", "poems", "repo", "tree"]:
                 files = listing(self.server.root)
@@ -111,7 +113,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 class Mirror(ThreadingHTTPServer):
-    """Serves `root` as the dataset owner/poems of both hubs; `asked` are the paths so far."""
+    """Serves `root` as the dataset (and model) owner/poems of both hubs; `asked` are the paths so far."""
 
     def __init__(self, root: Path) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
