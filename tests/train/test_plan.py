@@ -114,7 +114,8 @@ def test_a_frozen_base_is_held_in_fewer_bytes() -> None:
         p.shape[0] for n, p in Decoder(config).model.layers.named_parameters() if n.endswith("proj.weight")
     )
     assert smaller.parameters == small.parameters and smaller.trained == small.trained == adapter
-    assert small.memory.activations < full.memory.activations  # no copies of the matrices
+    assert small.memory.activations < full.memory.activations  # no copies of the matrices,
+    assert small.memory.logits < full.memory.logits  # nor of the head
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
