@@ -70,7 +70,10 @@ class Progress:
         self._values |= values
         if self._bar is not None and self._task is not None:
             self._bar.update(
-                self._task, completed=int(self.done), values=f"{self._rate()} {self._shown_values()}"
+                self._task,
+                total=self.total,
+                completed=int(self.done),
+                values=f"{self._rate()} {self._shown_values()}",
             )
         elif time.monotonic() - self._shown >= LINE_EVERY_S:
             self._write_line()

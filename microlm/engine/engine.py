@@ -18,6 +18,7 @@ from microlm.core.records import Completion, Sampling
 from microlm.engine import loading
 from microlm.engine.asking import Asking
 from microlm.engine.cache.store import KVDtype
+from microlm.engine.following import follow
 from microlm.engine.forward import whole
 from microlm.engine.forward.batch import Span, batch_of
 from microlm.engine.forward.cached import cached_logprobs
@@ -35,7 +36,7 @@ class Engine:
     """A loaded model with a fixed pool of KV pages. Not for many threads: `EngineService` is.
 
     Weights that are in memory already come as `decoder`; the directory then gives the tokenizer only, and who
-    changes the weights calls `refresh`.
+    changes the weights calls `refresh`. With a `dtype` or `quantize` the engine runs on a copy of them.
     `kv_memory` is in bytes; `max_prefill_tokens` bounds a step; `speculate` is the longest draft, 0 for none;
     `batch_invariant`: an answer is bit for bit the same alone and in any company.
     """
@@ -45,7 +46,7 @@ class Engine:
         directory: str | Path,
         *,
         decoder: Decoder | None = None,
-        dtype: runtime.Dtype = "float32",
+        dtype: runtime.Dtype | None = None,
         max_seqs: int = 64,
         max_seq_len: int | None = None,
         max_prefill_tokens: int | None = None,
@@ -64,15 +65,16 @@ class Engine:
         )  # fmt: skip
         options.check()
         self.directory = Path(directory)
-        self._decoder = loading.load_decoder(self.directory, decoder, options)
+        self._decoder, self._source = loading.load_decoder(self.directory, decoder, options), decoder
         self.config = self._decoder.config
         self.tokenizer = loading.load_tokenizer(self.directory, self.config.vocab_size)
         self._runner, self._scheduler, self.max_seq_len = loading.build(
-            self._decoder, options, own=decoder is None or quantize != "none"
+            self._decoder, options, own=self._decoder is not decoder
         )
         self._options = options
         self._grammars = Grammars(self.tokenizer)
-        ends = {self.tokenizer.eos_id, self.tokenizer.pad_id, self.config.eos_token_id}
+        named = (self.config.eos_token_id, *self.config.more_eos_ids)
+        ends = {self.tokenizer.eos_id, self.tokenizer.pad_id, *named}
         self._postprocess = Postprocess(self.tokenizer, {i for i in ends if i is not None})
         self._asking = Asking(
             self.tokenizer, self.config, self._grammars, self._runner.adapters, self.max_seq_len, speculate,
@@ -119,12 +121,12 @@ class Engine:
 
     def refresh(self) -> None:
         """Take over weights that their owner has changed in place, forget what the old ones computed."""
-        if self._options.quantize != "none":
-            raise UserError("refresh: this engine runs on quantized copies of the weights; make a new engine")
         with self._lock:
             if self.busy:
                 raise UserError("refresh: requests wait or run; finish them, or cancel them first")
             self._scheduler.pool.forget_all()
+            if self._source is not None and self._source is not self._decoder:
+                follow(self._decoder, self._source)
             self._runner.refresh()
 
     def warm(self, tell: Callable[[str], None]) -> None:

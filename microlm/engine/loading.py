@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -14,6 +13,7 @@ from microlm.core.errors import UserError
 from microlm.engine.cache.memory import choose_size, free_bytes
 from microlm.engine.cache.pages import PagePool, pages_for
 from microlm.engine.cache.store import KVDtype, KVStore
+from microlm.engine.following import bare_copy
 from microlm.engine.forward.runner import Runner, Ways
 from microlm.engine.native.step import NativeStep
 from microlm.engine.native.weights import quantize as quantize_weights
@@ -32,7 +32,7 @@ _STEP_TOKENS = {"cpu": 512, "cuda": 8192}  # of a step: a prompt's piece must no
 class Options:
     """What `Engine` was asked for, but for directory and decoder."""
 
-    dtype: runtime.Dtype
+    dtype: runtime.Dtype | None
     max_seqs: int
     max_seq_len: int | None
     max_prefill_tokens: int | None
@@ -48,7 +48,8 @@ class Options:
     def check(self) -> None:
         """Refuse what has no meaning, by name."""
         for name, known in (("dtype", runtime.Dtype), ("kv_dtype", KVDtype), ("quantize", Quantize)):
-            if (value := getattr(self, name)) not in get_args(known):
+            value = getattr(self, name)
+            if value not in get_args(known) and (name, value) != ("dtype", None):
                 raise UserError(f"{name}: {value!r} is not known; choose from {', '.join(get_args(known))}")
         if self.max_seqs < 1:
             raise UserError(f"max_seqs: {self.max_seqs} is below 1; the engine needs room for a request")
@@ -77,12 +78,12 @@ def load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
 
 
 def load_decoder(path: Path, decoder: Decoder | None, options: Options) -> Decoder:
-    """The directory's weights as they were asked for, quantized or not; a given decoder stays as it is."""
+    """The directory's weights as they were asked for; a given decoder itself, or a copy as was asked for."""
     if decoder is None:
-        precision = runtime.torch_dtype(options.dtype)
+        precision = runtime.torch_dtype(options.dtype or "float32")
         decoder = hf_directory.load(path, precision).to(device=runtime.device(), dtype=precision).eval()
-    elif options.quantize != "none":
-        decoder = copy.deepcopy(decoder)
+    elif options.dtype or options.quantize != "none":
+        decoder = bare_copy(decoder, runtime.torch_dtype(options.dtype) if options.dtype else None)
     if options.quantize != "none":
         quantize_weights(decoder, options.quantize)
     return decoder

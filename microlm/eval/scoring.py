@@ -109,9 +109,8 @@ def conforms(value: Any, schema: Mapping[str, Any]) -> bool:
 
     Raises ValueError for a keyword it does not know: a check that skips a rule would be a false pass.
     """
-    unknown = set(schema) - {*_KEYWORDS, "description", "title"}
-    if unknown:
-        raise ValueError(f"schema keyword {sorted(unknown)[0]!r} is not checked by the scorer")
+    if unknown := _unknown(schema):
+        raise ValueError(f"schema keyword {unknown[0]!r} is not checked by the scorer")
     if "anyOf" in schema and not any(conforms(value, s) for s in schema["anyOf"]):
         return False
     if "enum" in schema and value not in schema["enum"]:
@@ -128,6 +127,18 @@ def conforms(value: Any, schema: Mapping[str, Any]) -> bool:
         within = schema.get("minItems", 0) <= size <= schema.get("maxItems", size)
         return within and all(conforms(v, schema.get("items", {})) for v in value)
     return True
+
+
+def unchecked(schema: Mapping[str, Any]) -> list[str]:
+    """The keywords anywhere in a schema for which `conforms` would raise."""
+    named = [schema.get(key, {}).values() for key in ("properties", "patternProperties")]
+    others = [schema.get("anyOf", ()), (schema.get("items"), schema.get("additionalProperties"))]
+    inner = [part for group in (*named, *others) for part in group if isinstance(part, Mapping)]
+    return [*_unknown(schema), *(word for part in inner for word in unchecked(part))]
+
+
+def _unknown(schema: Mapping[str, Any]) -> list[str]:
+    return sorted(set(schema) - {*_KEYWORDS, "description", "title"})
 
 
 _TYPES: Mapping[str, type] = {"object": dict, "array": list, "string": str}

@@ -18,7 +18,7 @@ from microlm.core.recipe import Recipe, StageRecipe, unkeyed
 from microlm.model import directory
 from microlm.model.transformer import Decoder
 from microlm.train import optim
-from microlm.train.batches import PackedRows
+from microlm.train.batches import Rows
 from microlm.train.checkpoint import SavePlan, SaveWeights
 from microlm.train.objectives import Objective
 
@@ -116,8 +116,8 @@ class Job:
     loop: LoopRecipe
     optim: optim.OptimRecipe
     objective: Objective
-    train: PackedRows
-    validation: PackedRows | None
+    train: Rows
+    validation: Rows | None
     folder: Path
     name: str
     save_weights: SaveWeights = directory.save

@@ -21,9 +21,9 @@ from microlm.train import optim
 from microlm.train.batches import Batch
 from microlm.train.checkpoint import Position, Saver, Trained, random_state, restore, set_random_state
 from microlm.train.job import Job
-from microlm.train.ranks import Ranks
+from microlm.train.ranks import Ranks, Stopped
 from microlm.train.reporter import Reporter
-from microlm.train.step import accumulate, make_forward, reduce, warm_up
+from microlm.train.step import accumulate, make_forward, raising, reduce, warm_up
 
 NONFINITE = "nonfinite.jsonl"
 
@@ -50,13 +50,18 @@ def train(ranks: Ranks, decoder: Decoder, job: Job) -> Position:
             Reporter(ranks, job, at, stream, decoder, stopped) as report,
         ):
             at.data = stream.state()
+            stream.watch(raising(stopped))
             report.begin(forward)
             set_random_state(at.random)  # what people see changes nothing
             saver.save(at, due=loop.nonfinite == "roll_back" and at.step == 0)
             while at.step < loop.steps:
                 saver.check()
                 factor = optim.set_rates(trained.optimizers, job.optim, at.step, loop.steps)
-                batch = next(stream)
+                try:
+                    batch = next(stream)
+                except Stopped:
+                    stop = True
+                    break
                 sums = accumulate(ranks, forward, decoder, batch, job, stopped)
                 totals, stop = reduce(ranks, parameters, sums, stopped())
                 if stop:
@@ -66,7 +71,7 @@ def train(ranks: Ranks, decoder: Decoder, job: Job) -> Position:
                 if math.isfinite(mean) and math.isfinite(norm):
                     trained.step()
                     at.step += 1
-                    at.tokens += loop.batch_rows * loop.context
+                    at.tokens += batch.labels.numel()
                     at.data, at.random = stream.state(), random_state()
                     report.step([mean, *means], factor, norm, forward)
                     set_random_state(at.random)

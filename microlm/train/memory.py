@@ -46,7 +46,10 @@ class TrainingRecipe(Protocol):
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one process. Activations and the optimizer's scratch are never there together."""
+    """Bytes of one process. Activations and the optimizer's scratch are never there together.
+
+    `teacher`: the weights of a second model that is only read, its forward pass and its logits.
+    """
 
     weights: int
     gradients: int
@@ -58,19 +61,28 @@ class Memory:
     snapshot: int
     runtime: int
     holes: float
+    teacher: int = 0
 
     @property
     def total(self) -> int:
         """The peak: what stays, the larger of the two phases, and the allocator's holes."""
-        stays = self.weights + self.gradients + self.moments + self.sums + self.snapshot
+        stays = self.weights + self.gradients + self.moments + self.sums + self.snapshot + self.teacher
         return self.runtime + round(self.holes * (stays + max(self.activations + self.logits, self.scratch)))
 
 
-def check(config: ModelConfig, recipe: TrainingRecipe, adapter: lora.LoraConfig | None = None) -> None:
+def check(
+    config: ModelConfig,
+    recipe: TrainingRecipe,
+    adapter: lora.LoraConfig | None = None,
+    teacher: ModelConfig | None = None,
+) -> None:
     """Refuse a run that cannot fit into what is free here, before it starts."""
     ranks = processes(recipe.parallel)
     decoder = shadow(config, recipe.loop, adapter)
-    require_fit(predict(decoder, recipe.loop, recipe.optim, ranks), recipe.loop, runtime.local_ranks(ranks))
+    memory = predict(decoder, recipe.loop, recipe.optim, ranks)
+    if teacher:
+        memory = replace(memory, teacher=teacher_bytes(teacher, recipe.loop))
+    require_fit(memory, recipe.loop, runtime.local_ranks(ranks))
 
 
 def shadow(config: ModelConfig, loop: LoopRecipe, adapter: lora.LoraConfig | None = None) -> Decoder:
@@ -111,6 +123,14 @@ def predict(decoder: Decoder, loop: LoopRecipe, rates: optim.OptimRecipe, ranks:
         runtime=0 if on_gpu else RUNTIME + (COMPILER if loop.compiles() else 0),
         holes=CUDA_HOLES if on_gpu else COMPILED_HOLES if loop.compiles() else EAGER_HOLES,
     )
+
+
+def teacher_bytes(config: ModelConfig, loop: LoopRecipe) -> int:
+    """A frozen model in the products' precision: weights, what one block holds, logits of a chunk."""
+    rows = min(loop.micro_rows, loop.batch_rows)
+    mask = rows * loop.context**2 if loop.document_mask else 0
+    held = block_bytes(config, loop, rows) + _head_bytes(config, loop, rows, None)
+    return (config.parameters + mask) * loop.compute_dtype().itemsize + held
 
 
 def _adapter(decoder: Decoder) -> lora.LoraConfig | None:

@@ -35,6 +35,10 @@ _AGAIN = "run the same command again to continue from the last checkpoint"
 _STOPS = {signal.SIGINT, signal.SIGTERM}
 
 
+class Stopped(Exception):
+    """Somebody wants the run to stop: what is being made for this step is given up."""
+
+
 class RankLost(UserError):
     """Another rank went away in the middle of a sum."""
 

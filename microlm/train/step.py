@@ -23,13 +23,9 @@ from microlm.model.transformer import Decoder, masked_attention
 from microlm.train.batches import Batch, document_mask
 from microlm.train.job import Job, LoopRecipe
 from microlm.train.objectives import Loss, Objective
-from microlm.train.ranks import Ranks
+from microlm.train.ranks import Ranks, Stopped
 
 BlockCall = Callable[[nn.Module, Tensor, Tensor, Tensor, Tensor | None], Tensor]
-
-
-class Stopped(Exception):
-    """Somebody wants the run to stop: a micro-batch is given up."""
 
 
 def _nothing() -> None:
@@ -140,23 +136,29 @@ def accumulate(
     computed once `stopped()`: a micro-batch may take longer than a person waits.
     """
 
-    def check() -> None:
-        if stopped():
-            raise Stopped
-
-    watched = replace(forward, check=check)
+    watched = replace(forward, check=raising(stopped))
     size = job.loop.micro_rows
     count = max(1, job.objective.count(batch))
     sums = torch.zeros(1 + len(job.objective.metrics), dtype=torch.float64, device=decoder.cos.device)
     seed = lora.draw_seed(decoder)
     with suppress(Stopped):
-        for start in range(ranks.rank * size, job.loop.batch_rows, ranks.size * size):
+        for start in range(ranks.rank * size, len(batch.labels), ranks.size * size):
             rows = batch.rows(start, start + size)
             with lora.dropping(decoder, seed, start, rows.input_ids.shape):
                 loss = losses(watched, decoder, rows, job.objective)
                 (loss.total / count).backward()
             sums += torch.stack([part.detach().to(sums) for part in (loss.total, *loss.sums)])
     return sums
+
+
+def raising(stopped: Callable[[], bool]) -> Callable[[], None]:
+    """A check that raises Stopped once somebody wants to stop."""
+
+    def check() -> None:
+        if stopped():
+            raise Stopped
+
+    return check
 
 
 def reduce(

@@ -265,9 +265,6 @@ def test_changed_weights_are_taken_over(long_model: Path, native: bool) -> None:
     engine.refresh()
     new = engine.generate([ids(70)], GREEDY)
     assert new == Engine(long_model, decoder=decoder, native=False).generate([ids(70)], GREEDY) != old
-    rounded = Engine(long_model, decoder=decoder, native=native, quantize="int8")
-    with pytest.raises(UserError, match="refresh: this engine runs on quantized copies"):
-        rounded.refresh()
 
 
 def test_scores_of_prompts_are_bounded_in_each_step(long_model: Path) -> None:

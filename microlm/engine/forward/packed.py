@@ -33,6 +33,11 @@ class PackedLinear(nn.Module):
         """The matrix itself."""
         return self.base.weight
 
+    @property
+    def bias(self) -> Tensor:
+        """What is added behind it, if anything is."""
+        return self.base.bias
+
     def forward(self, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.base.bias, "none", [], "")
 

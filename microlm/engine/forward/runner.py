@@ -62,7 +62,6 @@ class Runner:
         self._is_quantized = isinstance(decoder.lm_head, QuantizedLinear)
         self._cut_over = QUANTIZED_CUT_OVER if self._is_quantized else CUT_OVER[decoder.compute_dtype]
         native = ways.native and not adapted(decoder) and why_not(decoder) is None
-        self._ways = ways
         self.native = NativeStep(decoder, store, ways.threads, own=ways.own) if native else None
         self._graphs = DecodeGraphs(self.torch, table) if store.k.device.type == "cuda" else None
 
@@ -89,7 +88,7 @@ class Runner:
     def refresh(self) -> None:
         """Take over weights that were changed in place: what was copied from them is copied again."""
         if self.native is not None:
-            self.native = NativeStep(self.decoder, self.store, self._ways.threads, own=self._ways.own)
+            self.native.refresh()
         packed.refresh(self.decoder)
 
     def warm(self, tell: Callable[[str], None]) -> None:

@@ -111,14 +111,19 @@ class NativeStep:
         self._team = Team(threads)
         if own:  # an optimizer may hold the memory of a decoder that others use
             _lay_together([_stored(m) for m in _matrices(decoder)])
-        self._held = [_stored(m).data for m in _matrices(decoder)]  # their memory, whatever becomes of them
-        config = decoder.config
-        self._work = _buffers(config, store, threads)
+        self._work = _buffers(decoder.config, store, threads)
         self._cache = Cache(*(_view(t) for t in (store.k, store.v)), *_scales(store))
-        embedding = decoder.model.embed_tokens.weight
-        weights = _KINDS[_stored(_matrices(decoder)[0]).dtype]
-        self._kinds = (_view(embedding), np.empty(0, weights), np.empty(0, self._cache.k.dtype))
         self._model = _model(decoder, store, self._work, self._cache)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """See where the matrices lie, copy the small weights: all that changed weights ask for."""
+        matrices = _matrices(self._decoder)
+        self._held = [_stored(m).data for m in matrices]  # their memory, whatever becomes of them
+        weights = np.empty(0, _KINDS[_stored(matrices[0]).dtype])
+        embedding = _view(self._decoder.model.embed_tokens.weight)
+        self._kinds = (embedding, weights, np.empty(0, self._cache.k.dtype))
+        self._model = self._model._replace(**_weights(self._decoder))
 
     def run(self, tokens: IntArray, positions: IntArray, tables: IntArray, wanted: IntArray) -> Tensor:
         """Float32 logits [w,V] of the rows `wanted` [w] of T tokens at `positions` [T], page `tables` [T,M].
@@ -200,11 +205,6 @@ def _row(matrix: Any) -> list[int]:
 
 def _model(decoder: Decoder, store: KVStore, work: Work, cache: Cache) -> Model:
     c = decoder.config
-    blocks: list[Any] = list(decoder.model.layers)
-    norms = [n.weight for b in blocks for n in (b.input_layernorm, b.post_attention_layernorm)]
-    heads = [torch.stack((b.self_attn.q_norm.weight, b.self_attn.k_norm.weight)) for b in blocks if c.qk_norm]
-    projections = [(b.self_attn.q_proj, b.self_attn.k_proj, b.self_attn.v_proj) for b in blocks if c.qkv_bias]
-    biases = [torch.cat([p.bias for p in parts]) for parts in projections]
     cos, sin = (table[:, : c.head_dim // 2] for table in rope_tables(c))
     shape = (
         c.num_hidden_layers, c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim,
@@ -215,16 +215,29 @@ def _model(decoder: Decoder, store: KVStore, work: Work, cache: Cache) -> Model:
         cache.k, cache.v,
     )  # fmt: skip
     return Model(
-        np.array(shape, dtype=np.int64),
-        np.array([b.ctypes.data for b in buffers], dtype=np.int64),
-        np.array([_row(m) for m in _matrices(decoder)], dtype=np.int64),
-        _floats([*norms, decoder.model.norm.weight]),
-        np.float32(c.rms_norm_eps),
-        _floats(heads or [torch.zeros(0, 0)]),
-        _floats(biases or [torch.zeros(0)]),
-        _floats(list(cos)),
-        _floats(list(sin)),
+        shape=np.array(shape, dtype=np.int64),
+        at=np.array([b.ctypes.data for b in buffers], dtype=np.int64),
+        eps=np.float32(c.rms_norm_eps),
+        cos=_floats(list(cos)),
+        sin=_floats(list(sin)),
+        **_weights(decoder),
     )
+
+
+def _weights(decoder: Decoder) -> dict[str, Array]:
+    """What of a `Model` a change of weights changes: where the matrices lie, copies of all else."""
+    c = decoder.config
+    blocks: list[Any] = list(decoder.model.layers)
+    norms = [n.weight for b in blocks for n in (b.input_layernorm, b.post_attention_layernorm)]
+    heads = [torch.stack((b.self_attn.q_norm.weight, b.self_attn.k_norm.weight)) for b in blocks if c.qk_norm]
+    projections = [(b.self_attn.q_proj, b.self_attn.k_proj, b.self_attn.v_proj) for b in blocks if c.qkv_bias]
+    biases = [torch.cat([p.bias for p in parts]) for parts in projections]
+    return {
+        "matrices": np.array([_row(m) for m in _matrices(decoder)], dtype=np.int64),
+        "norms": _floats([*norms, decoder.model.norm.weight]),
+        "qk_norms": _floats(heads or [torch.zeros(0, 0)]),
+        "biases": _floats(biases or [torch.zeros(0)]),
+    }
 
 
 def _buffers(config: ModelConfig, store: KVStore, threads: int) -> Work:

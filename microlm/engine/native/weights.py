@@ -34,12 +34,21 @@ class QuantizedLinear(nn.Module):
     def __init__(self, linear: Linear, kind: Quantization) -> None:
         super().__init__()
         self.out_features, self.in_features, self.kind = linear.out_features, linear.in_features, kind
-        encode = _encode_int8 if kind == "int8" else _encode_int4
-        with torch.no_grad():
-            parts = [encode(rows.float()) for rows in linear.weight.split(_ROWS)]
-        self.register_buffer("codes", torch.cat([codes for codes, _ in parts]))
-        self.register_buffer("scales", torch.cat([scales for _, scales in parts]))
+        codes, scales = self._encoded(linear.weight)
+        self.register_buffer("codes", codes)
+        self.register_buffer("scales", scales)
         self.bias = linear.bias
+
+    def encode(self, weight: Tensor) -> None:
+        """Take over other floats [O,I] in place."""
+        for kept, new in zip((self.codes, self.scales), self._encoded(weight), strict=True):
+            kept.copy_(new)
+
+    @torch.no_grad()
+    def _encoded(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        encode = _encode_int8 if self.kind == "int8" else _encode_int4
+        parts = [encode(rows.float()) for rows in weight.split(_ROWS)]
+        return torch.cat([codes for codes, _ in parts]), torch.cat([scales for _, scales in parts])
 
     @property
     def weight(self) -> Tensor:

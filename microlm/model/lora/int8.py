@@ -14,6 +14,8 @@ from microlm.model.transformer import Linear
 class Int8Linear(nn.Module):
     """What a `Linear` computes, its weights rounded to 255 steps of the largest of their row."""
 
+    scale: Tensor
+
     def __init__(self, matrix: Linear) -> None:
         super().__init__()
         self.in_features, self.out_features = matrix.in_features, matrix.out_features
@@ -24,6 +26,10 @@ class Int8Linear(nn.Module):
         self.weight = nn.Parameter(codes, requires_grad=False)
         self.register_buffer("scale", scale)
         self.bias = None if matrix.bias is None else nn.Parameter(matrix.bias.detach(), requires_grad=False)
+
+    def wide(self) -> Tensor:
+        """The rounded matrix in float32."""
+        return self.weight.float() * self.scale[:, None]
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = _Product.apply(x, self.weight, self.scale)  # type: ignore[no-untyped-call]

@@ -57,6 +57,9 @@ class BatchStream:
     def __exit__(self, *error: object) -> None:
         self.close()
 
+    def watch(self, check: Callable[[], None]) -> None:
+        """Rows that are read are there at once: nothing is given up."""
+
     def state(self) -> dict[str, Any]:
         """The place after the last batch that was taken, as JSON values, for `PackedRows.batches`."""
         return self._state

@@ -8,15 +8,15 @@ from typing import Any
 
 from microlm.core.metrics import FILE, MetricsLog, Progress, read_metrics
 from microlm.model.transformer import Decoder
-from microlm.train.batches import BatchStream
+from microlm.train.batches import Stream
 from microlm.train.checkpoint import Position
 from microlm.train.job import Job
-from microlm.train.ranks import Ranks
+from microlm.train.ranks import Ranks, Stopped
 from microlm.train.reporter.samples import SampleLog
 from microlm.train.reporter.speed import Speed
 from microlm.train.reporter.trackers import Tracker
 from microlm.train.reporter.validation import token_byte_counts, validate
-from microlm.train.step import Forward, Stopped
+from microlm.train.step import Forward
 
 
 class Reporter:
@@ -27,7 +27,7 @@ class Reporter:
         ranks: Ranks,
         job: Job,
         at: Position,
-        stream: BatchStream,
+        stream: Stream,
         decoder: Decoder,
         stopped: Callable[[], bool],
     ) -> None:
@@ -78,11 +78,13 @@ class Reporter:
         """Report a finished step: loss and metrics, the share of the recipe's rate, the norm unclipped."""
         if not self.active:
             return
-        self.speed.step()
         loop, at = self.job.loop, self.at
+        positions = at.tokens - round(self.bar.done)
+        self.speed.step(positions)
         at.recent = [*at.recent, means][-loop.log_steps :]
         mean, *others = (sum(values) / len(values) for values in zip(*at.recent, strict=True))
-        self.bar.update(loop.batch_rows * loop.context, loss=mean)
+        self.bar.total = at.tokens / at.step * loop.steps  # rollouts do not know how many rows they will fill
+        self.bar.update(positions, loss=mean)
         timed = {}
         if at.step == loop.steps or at.step % loop.log_steps == 0 or self._validates():
             timed = self.speed.row()

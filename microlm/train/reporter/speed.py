@@ -7,7 +7,7 @@ import time
 from microlm.core import runtime
 from microlm.core.peak import peak_flops
 from microlm.model.transformer import Decoder
-from microlm.train.batches import BatchStream
+from microlm.train.batches import Stream
 from microlm.train.job import LoopRecipe
 
 TIMED = ("tokens_per_s", "mfu", "data_wait_share", "peak_memory_bytes")
@@ -15,10 +15,10 @@ TIMED = ("tokens_per_s", "mfu", "data_wait_share", "peak_memory_bytes")
 
 
 class Speed:
-    """Counts from `start()` on; `step()` after each step; `row()` tells and begins anew."""
+    """Counts from `start()` on; `step(n)` after each step; `row()` tells and begins anew."""
 
-    def __init__(self, decoder: Decoder, loop: LoopRecipe, stream: BatchStream, ranks: int) -> None:
-        self._stream, self._loop = stream, loop
+    def __init__(self, decoder: Decoder, loop: LoopRecipe, stream: Stream, ranks: int) -> None:
+        self._stream = stream
         self._body, self._head = position_flops(decoder, loop.context)
         self._peak = peak_flops(decoder.compute_dtype) * ranks
         self._forget()
@@ -27,10 +27,10 @@ class Speed:
         """Time runs from here: what came before (a validation, samples) was no step."""
         self._mark, self._waited = time.perf_counter(), self._stream.waited_s
 
-    def step(self) -> None:
-        """A step has ended."""
+    def step(self, positions: int) -> None:
+        """A step over so many positions has ended."""
         now = time.perf_counter()
-        self._steps += 1
+        self._positions += positions
         self._seconds += now - self._mark
         self._wait += self._stream.waited_s - self._waited
         self._mark, self._waited = now, self._stream.waited_s
@@ -38,10 +38,9 @@ class Speed:
     def row(self) -> dict[str, float]:
         """The `TIMED` columns of the steps since the last row."""
         seconds = max(self._seconds, 1e-9)
-        positions = self._steps * self._loop.batch_rows * self._loop.context
-        flops = positions * self._body + (self._stream.labels - self._labels) * self._head
+        flops = self._positions * self._body + (self._stream.labels - self._labels) * self._head
         values = (
-            positions / seconds,
+            self._positions / seconds,
             flops / seconds / self._peak,
             self._wait / seconds,
             float(runtime.peak_memory_bytes()),
@@ -50,7 +49,7 @@ class Speed:
         return dict(zip(TIMED, values, strict=True))
 
     def _forget(self) -> None:
-        self._steps, self._seconds, self._wait = 0, 0.0, 0.0
+        self._positions, self._seconds, self._wait = 0, 0.0, 0.0
         self._labels = self._stream.labels
         self.start()
 

@@ -34,8 +34,11 @@ def validate(
     objective = job.objective
     sums, count, text = [0.0] * (1 + len(objective.metrics)), 0, 0
     stream = job.validation.batches(job.loop.micro_rows)
+    stream.watch(check)
     for start in range(0, job.loop.validation_rows, job.loop.micro_rows):
         batch = next(stream).labelled(job.loop.validation_rows - start)
+        if not len(batch.labels):
+            break
         loss = losses(watched, decoder, batch, objective)
         sums = [a + float(b.detach()) for a, b in zip(sums, (loss.total, *loss.sums), strict=True)]
         count += objective.count(batch)

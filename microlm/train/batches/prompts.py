@@ -1,0 +1,72 @@
+"""A data artifact's conversations → questions for the model, each with the answer that the data gives."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from microlm.core.errors import UserError
+from microlm.core.recipe import nearest
+from microlm.core.records import Conversation, Message
+from microlm.text.chat import chat_ids
+from microlm.text.tokenizer import Tokenizer
+
+NO_QUESTION, TOO_LONG = "without a user's turn", "longer than the context allows"
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """The conversation up to its last user turn, its ids with the answer's turn opened, what followed."""
+
+    asked: Conversation
+    ids: tuple[int, ...]
+    gold: str
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What can be asked, and by reason how many conversations cannot be."""
+
+    asked: Sequence[Prompt]
+    dropped: dict[str, int]
+
+
+def make_prompts(
+    chats: Iterable[Conversation], tasks: Collection[str], tokenizer: Tokenizer, longest: int
+) -> Prompts:
+    """The questions of some tasks (none named: all); one of more than `longest` ids is dropped."""
+    made: list[Prompt] = []
+    known: set[str] = set()
+    dropped: Counter[str] = Counter()
+    for chat in chats:
+        known.add(chat.task)
+        if tasks and chat.task not in tasks:
+            continue
+        parts = split(chat)
+        if parts is None:
+            dropped[NO_QUESTION] += 1
+            continue
+        ids = chat_ids(tokenizer, parts[0], generation_prompt=True)
+        if len(ids) > longest:
+            dropped[TOO_LONG] += 1
+        else:
+            made.append(Prompt(parts[0], tuple(ids), parts[1]))
+    for task in set(tasks) - known:
+        raise UserError(f"tasks: the data holds no conversations of '{task}'; {nearest(task, known)}")
+    if not made:
+        why = "; ".join(f"{count} are {reason}" for reason, count in dropped.items()) or "there are none"
+        raise UserError(
+            f"data: no conversation can be asked ({why}); raise loop.context, or lower answers.max_tokens"
+        )
+    return Prompts(made, dict(dropped))
+
+
+def split(chat: Conversation) -> tuple[Conversation, str] | None:
+    """The conversation up to the last user turn, and the last thing that the assistant then says."""
+    turns = chat.messages
+    last = max((i for i, m in enumerate(turns) if m.role == "user"), default=None)
+    if last is None:
+        return None
+    said: list[Message] = [m for m in turns[last + 1 :] if m.role == "assistant"]
+    return replace(chat, messages=turns[: last + 1]), said[-1].content if said else ""

@@ -1,0 +1,92 @@
+"""The stage `grpo` as the command line runs it: from a model and conversations to a signed directory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from answering import recipe, write_artifacts
+
+from microlm.cli import stages
+from microlm.core.artifact import Artifact
+from microlm.core.errors import UserError
+from microlm.core.metrics import read_metrics
+from microlm.model import directory, lora
+from microlm.train.tuning import grpo
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Artifact, Artifact]:
+    return write_artifacts(tmp_path_factory.mktemp("made"))
+
+
+def run(out: Path, made: tuple[Artifact, Artifact], **fields: Any) -> Artifact:
+    model, data = made
+    return stages.load("grpo").run(recipe(out=str(out), model=model.url, data=data.url, **fields))
+
+
+def test_it_leaves_a_model_and_tells_its_figures(tmp_path: Path, made: tuple[Artifact, Artifact]) -> None:
+    fields: dict[str, Any] = {"rewards": {"length": 1.0, "ended": 0.5}, "loop": {"keep_best": True}}
+    first = run(tmp_path / "a", made, **fields)
+    assert (first.kind, first.manifest["inputs"].keys()) == ("model", {"model", "data"})
+    assert directory.load(first.path).config == directory.load(made[0].path).config
+    assert directory.load(first.path / "best").config == directory.load(made[0].path).config
+    told = first.manifest["metrics"]
+    assert told["epochs"] == {"prompts": 2.4} and told["samples_longer_than_context"] == {}
+    rows = read_metrics(first.path / "logs/metrics.jsonl")
+    assert [r["step"] for r in rows] == [0, 1, 2, 3, 4]
+    for row in rows[1:]:
+        assert row["reward"] == pytest.approx(row["reward_length"] + 0.5 * row["reward_ended"])
+        assert 0 <= row["rollout_gap"] < 1e-5 and row["clipped"] == 0 and "kl" not in row
+    for row in (rows[0], rows[2], rows[4]):  # greedy answers to held-out prompts
+        assert row["validation_loss"] == pytest.approx(-row["validation_reward"])
+        assert "bits_per_byte" not in row
+    assert run(tmp_path / "b", made, **fields).digest == first.digest
+    assert run(tmp_path / "c", made, **fields, seed=1).digest != first.digest
+
+
+def test_an_adapter_begins_at_its_base(tmp_path: Path, made: tuple[Artifact, Artifact]) -> None:
+    found = run(tmp_path / "a", made, lora={"rank": 4}, kl_weight=0.1, answers={"updates": 2}, steps=3)
+    assert found.kind == "adapter"
+    lora.load_adapter(directory.load(made[0].path), found.path, made[0].digest)
+    rows = read_metrics(found.path / "logs/metrics.jsonl")
+    assert rows[0]["validation_kl"] == rows[1]["kl"] == 0.0 < rows[-1]["kl"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"loop": {"tokens": 99}}, "loop.tokens follows from the answers here; set steps"),
+        ({"loop": {"document_mask": False}}, "loop.document_mask must be true"),
+        ({"answers": {"max_tokens": 64}}, "leaves no room for a prompt in loop.context 64"),
+        ({"answers": {"group": 1}}, "answers.group"),
+        ({"rewards": {}}, "none has a weight above 0"),
+    ],
+)
+def test_what_cannot_be_is_refused_at_once(fields: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        recipe(**fields)
+
+
+def test_what_is_missing_is_named(tmp_path: Path, made: tuple[Artifact, Artifact]) -> None:
+    model, data = made
+    asked = recipe(out=str(tmp_path / "a"), model=model.url, data=data.url)
+    with pytest.raises(UserError, match="needs somebody who answers and who judges"):
+        grpo.run(asked)
+    with pytest.raises(UserError, match="no conversations of 'chats'; did you mean 'chat'"):
+        run(tmp_path / "b", made, tasks=["chats"])
+    with pytest.raises(UserError, match=r"json_schema: .* is no file"):
+        run(tmp_path / "c", made, json_schema=str(tmp_path / "none.json"))
+    with pytest.raises(UserError, match="5 are longer than the context allows"):
+        run(tmp_path / "d", made, answers={"max_tokens": 60})
+
+
+def test_a_schema_is_part_of_the_key(tmp_path: Path, made: tuple[Artifact, Artifact]) -> None:
+    schema = tmp_path / "schema.json"
+    keys = []
+    for text in ({"type": "object"}, {"type": "object", "maxProperties": 1}):
+        schema.write_text(json.dumps(text))
+        keys.append(run(tmp_path / "a", made, rewards={"json": 1}, json_schema=str(schema), steps=1).key)
+    assert keys[0] != keys[1]
