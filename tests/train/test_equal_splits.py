@@ -23,7 +23,7 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
 def gradients(
-    folder: Path, dtype: torch.dtype, micro_rows: int, dropout: float = 0.0
+    folder: Path, dtype: torch.dtype, micro_rows: int, dropout: float = 0.0, recomputed: bool = False
 ) -> tuple[float, dict[str, torch.Tensor]]:
     """The summed loss and gradients of the first batch, `micro_rows` rows at a time.
 
@@ -39,7 +39,9 @@ def gradients(
     if dtype == torch.float64:
         decoder.double()
     decoder.compute_dtype = dtype
-    job = make_job(folder, tiny_loop(batch_rows=ROWS, micro_rows=micro_rows))
+    job = make_job(
+        folder, tiny_loop(batch_rows=ROWS, micro_rows=micro_rows, activation_checkpointing=recomputed)
+    )
     batch = next(job.train.batches(ROWS))
     forward = make_forward(decoder, job.loop)
     torch.manual_seed(0)
@@ -62,9 +64,11 @@ def test_micro_batches_give_the_gradients_of_the_whole(
         assert float((split[1][name] - gradient).abs().max()) <= TOLERANCE[dtype] * scale, name
 
 
+@pytest.mark.parametrize("recomputed", [False, True])
 @pytest.mark.parametrize("micro_rows", [4, 3, 1])
-def test_dropout_is_the_same_in_any_micro_batch(tmp_path: Path, micro_rows: int) -> None:
-    whole, split = (gradients(tmp_path, torch.float64, size, dropout=0.5) for size in (ROWS, micro_rows))
+def test_dropout_is_the_same_in_any_micro_batch(tmp_path: Path, micro_rows: int, recomputed: bool) -> None:
+    whole = gradients(tmp_path, torch.float64, ROWS, dropout=0.5)
+    split = gradients(tmp_path, torch.float64, micro_rows, 0.5, recomputed)
     assert split[0] == pytest.approx(whole[0], rel=1e-12)
     assert split[0] != pytest.approx(gradients(tmp_path, torch.float64, ROWS)[0], rel=1e-3)
     for name, gradient in whole[1].items():

@@ -134,6 +134,25 @@ def test_an_adapter_trains_few_weights_and_needs_few_moments() -> None:
     assert small.flops_per_token < full.flops_per_token
 
 
+def test_a_frozen_base_is_held_in_fewer_bytes() -> None:
+    loop = {"dtype": "bfloat16"}
+    full, small, smaller = (
+        tuning(loop=loop, **({"lora": {"rank": 8, "base_dtype": base}} if base else {}))
+        for base in (None, "auto", "int8")
+    )
+    parts, config = full.config.parameter_parts(), full.config
+    adapter, blocks = small.parameters["adapter"], parts["attention"] + parts["mlp"]
+    assert full.memory.weights == 4 * config.parameters
+    assert small.memory.weights == 2 * config.parameters + 4 * adapter
+    rows = (small.memory.weights - smaller.memory.weights - blocks) / -4  # a scale of four bytes each
+    assert rows == sum(
+        p.shape[0] for n, p in Decoder(config).model.layers.named_parameters() if n.endswith("proj.weight")
+    )
+    assert smaller.parameters == small.parameters and smaller.trained == small.trained == adapter
+    assert small.memory.activations < full.memory.activations  # no copies of the matrices,
+    assert small.memory.logits < full.memory.logits  # nor of the head
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
 def test_what_a_block_keeps_is_counted_without_computing_it(kind: str, dtype: str) -> None:
