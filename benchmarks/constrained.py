@@ -9,19 +9,16 @@ with every string copied from the record's text, or from a text of 2,000 charact
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import os
 import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from parts import result_file
 from parts.inputs import real_lines
+from parts.result_file import Rows
 
-from microlm.core import runtime
 from microlm.core.records import Constraint, Extraction, Triple
 from microlm.engine.grammar import Grammars
 from microlm.text import extraction
@@ -38,7 +35,6 @@ GOALS: dict[str, result_file.Goal] = {
 }
 LONG = 2_000  # characters to copy from
 TOGETHER = 32
-Rows = list[dict[str, Any]]
 Asked = tuple[Constraint, list[int]]
 
 
@@ -52,18 +48,7 @@ def main() -> None:
         for kind in ("", ".copied", f".copied_{LONG}"):
             asked = list(questions(tokenizer, records, kind))
             measure(rows, name + kind, tokenizer, asked)
-    values = {row["name"]: row["value"] for row in rows}
-    result = {
-        "schema_version": 1,
-        "benchmark": "constrained-quick" if options.quick else "constrained",
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": runtime.code_commit(),
-        "machine": result_file.machine(runtime.environment(1)),
-        "versions": {name: runtime.package_version(name) for name in PACKAGES},
-        "load": round(os.getloadavg()[0], 1),
-        "rows": rows,
-        "goals": [] if options.quick else result_file.goals(GOALS, values),
-    }
+    result = result_file.result("constrained", rows, GOALS, PACKAGES, options.quick)
     result_file.write(result, options.out)
 
 

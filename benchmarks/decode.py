@@ -10,22 +10,21 @@ gguf. --quick takes two layers and has no goals.
 from __future__ import annotations
 
 import argparse
-import datetime
 import gc
-import os
 import statistics
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from parts import decode_features as features
+from parts import decode_ways as ways
 from parts import result_file
 from parts.decode_inputs import config_of, prompts, write_gguf, write_model
 from parts.decode_players import Player, huggingface, llamacpp, ours
+from parts.result_file import Rows, add
 
-from microlm.core import runtime
 from microlm.model import directory
 
 PACKAGES = ("microlm", "torch", "transformers", "numba", "xllamacpp", "gguf")
@@ -51,7 +50,6 @@ GOALS: dict[str, result_file.Goal] = {
     "bits_per_byte_lost.kv_int4": (0.02, "min", "issue 6"),
     "kv_memory_share.int4": (0.30, "min", "issue 6: of bf16's"),
 }
-Rows = list[dict[str, Any]]
 
 
 class Plan(NamedTuple):
@@ -78,18 +76,7 @@ def main() -> None:
         measure_batches(rows, plan)
         torch.set_num_threads(1)
         measure_features(rows, plan, options)
-    values = {row["name"]: row["value"] for row in rows}
-    result = {
-        "schema_version": 1,
-        "benchmark": "decode-quick" if options.quick else "decode",
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": runtime.code_commit(),
-        "machine": result_file.machine(runtime.environment(1)),
-        "versions": {name: runtime.package_version(name) for name in PACKAGES},
-        "load": round(os.getloadavg()[0], 1),
-        "rows": rows,
-        "goals": [] if options.quick else result_file.goals(GOALS, values),
-    }
+    result = result_file.result("decode", rows, GOALS, PACKAGES, options.quick)
     result_file.write(result, options.out)
 
 
@@ -176,6 +163,8 @@ def measure_features(rows: Rows, plan: Plan, options: argparse.Namespace) -> Non
     features.prefix(plan.model, enter, plan.rounds)
     features.constraint(plan.model, enter, plan.rounds)
     features.memory(plan.model, enter)
+    ways.invariant(plan.model, enter, plan.rounds)
+    ways.cut_over(plan.model, enter, plan.rounds, ways.ROWS[:2] if plan.quick else ways.ROWS)
     if options.model:
         features.trained(options.model, enter, plan.rounds)
 
@@ -227,14 +216,6 @@ def race(rows: Rows, players: list[Player], size: int, rounds: int, where: str) 
 def ratios(mine: list[float], theirs: list[float]) -> list[float]:
     """One over the other, round by round."""
     return [a / b for a, b in zip(mine, theirs, strict=True)]
-
-
-def add(rows: Rows, name: str, values: list[float], unit: str) -> None:
-    """Enter the figure of one or more runs, and their median."""
-    value = statistics.median(values)
-    extremes = {"min": min(values), "max": max(values)}
-    rows.append({"name": name, "value": value, "unit": unit, "runs": len(values), **extremes})
-    print(f"{name}: {value:.4g} {unit}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -8,10 +8,7 @@ fit whole. --quick takes fewer rows and steps, and has no goals.
 from __future__ import annotations
 
 import argparse
-import datetime
 import itertools
-import os
-import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -21,8 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 from parts import result_file
+from parts.result_file import Rows, add
 
-from microlm.core import runtime
 from microlm.core.manifest import open_artifact
 from microlm.core.recipe import build
 from microlm.text.shards import TokenSet, open_sets
@@ -40,7 +37,6 @@ GOALS: dict[str, result_file.Goal] = {
     "enter_far_s": (1.0, "min", "the place after 9.9 million samples of 10, no replay"),
     "data_wait_share": (0.01, "min", "issue 5: less than 1 % of a step, a 4M model on this machine"),
 }
-Rows = list[dict[str, Any]]
 
 
 def main() -> None:
@@ -52,18 +48,7 @@ def main() -> None:
     measure_far_place(rows)
     for workers in (0, 1):
         measure_wait(rows, options.shards, workers, 5 if options.quick else 30)
-    values = {row["name"]: row["value"] for row in rows}
-    result = {
-        "schema_version": 1,
-        "benchmark": "train_data-quick" if options.quick else "train_data",
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": runtime.code_commit(),
-        "machine": result_file.machine(runtime.environment(1)),
-        "versions": {name: runtime.package_version(name) for name in PACKAGES},
-        "load": round(os.getloadavg()[0], 1),
-        "rows": rows,
-        "goals": [] if options.quick else result_file.goals(GOALS, values),
-    }
+    result = result_file.result("train_data", rows, GOALS, PACKAGES, options.quick)
     result_file.write(result, options.out)
 
 
@@ -85,7 +70,11 @@ def mixtures(shards: Path) -> Iterator[tuple[str, dict[str, TokenSet], dict[str,
 
 
 def measure_packing(
-    rows: Rows, name: str, sets: Mapping[str, TokenSet], weights: Mapping[str, float], batches: int
+    rows: Rows,
+    name: str,
+    sets: Mapping[str, TokenSet],
+    weights: Mapping[str, float],
+    batches: int,
 ) -> None:
     """Padding and labels of the first batches, and the processor time that they take."""
     packed = PackedRows(sets, weights, CONTEXT, seed=0)
@@ -154,13 +143,6 @@ def measure_wait(rows: Rows, shards: Path, workers: int, steps: int) -> None:
     suffix = "" if workers else ".workers_0"
     add(rows, f"data_wait_share{suffix}", [metrics["data_wait_share"]], "share of a step")
     add(rows, f"tokens_per_s{suffix}", [metrics["tokens_per_s"]], "tokens/s")
-
-
-def add(rows: Rows, name: str, values: list[float], unit: str) -> None:
-    """Enter the figure of one or more runs, and their median."""
-    extremes = {"min": min(values), "max": max(values)}
-    value = statistics.median(values)
-    rows.append({"name": name, "value": value, "unit": unit, "runs": len(values), **extremes})
 
 
 if __name__ == "__main__":

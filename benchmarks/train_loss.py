@@ -10,9 +10,7 @@ for the best rate and the next lower one a whole run, then the better of them wi
 from __future__ import annotations
 
 import argparse
-import datetime
 import math
-import os
 import statistics
 import sys
 from pathlib import Path
@@ -20,8 +18,8 @@ from typing import Any, NamedTuple
 
 from parts import result_file
 from parts.loss_runs import BASELINE, OURS, RATES, Result, Run, Shape, execute, make_shards
+from parts.result_file import Rows, add
 
-from microlm.core import runtime
 from microlm.core.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,7 +31,6 @@ GOALS: dict[str, result_file.Goal] = {
     "time_to_baseline": (0.7, "min", "issue 5: time to the baseline's final loss (aim 0.5)"),
     "tokens_each": (10_000_000, "max", "issue 5: tokens of a run"),
 }
-Rows = list[dict[str, Any]]
 
 
 class Plan(NamedTuple):
@@ -67,20 +64,15 @@ def main() -> None:
     best = sweep(rows, plan, done)
     if not options.sweep:
         compare(rows, plan, best, done)
-    values = {row["name"]: row["value"] for row in rows}
-    result = {
-        "schema_version": 1,
-        "benchmark": "train_loss-quick" if options.quick else "train_loss",
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": runtime.code_commit(),
-        "machine": result_file.machine(runtime.environment(1)),
-        "versions": {name: runtime.package_version(name) for name in PACKAGES},
-        "load": round(os.getloadavg()[0], 1),
-        "shape": plan.shape._asdict(),
-        "rows": rows,
-        "goals": [] if options.quick or options.sweep else result_file.goals(GOALS, values),
-        "curves": curves,
-    }
+    result = result_file.result(
+        "train_loss",
+        rows,
+        {} if options.sweep else GOALS,
+        PACKAGES,
+        options.quick,
+        shape=plan.shape._asdict(),
+        curves=curves,
+    )
     result_file.write(result, options.out)
 
 
@@ -214,14 +206,6 @@ def interval(values: list[float]) -> tuple[float, float]:
     mean = statistics.fmean(values)
     half = STUDENT[len(values) - 1] * statistics.stdev(values) / math.sqrt(len(values))
     return mean - half, mean + half
-
-
-def add(rows: Rows, name: str, values: list[float], unit: str) -> None:
-    """Enter the figure of one or more runs, and their median."""
-    value = statistics.median(values)
-    extremes = {"min": min(values), "max": max(values)}
-    rows.append({"name": name, "value": value, "unit": unit, "runs": len(values), **extremes})
-    print(f"{name}: {value:.5g} {unit}", file=sys.stderr)
 
 
 if __name__ == "__main__":

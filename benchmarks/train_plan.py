@@ -6,17 +6,16 @@ Each shape is trained for three steps in a process of its own, on random tokens.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from parts import result_file
+from parts.result_file import Rows, add
 
 from microlm.core import runtime
 from microlm.core.artifact import LOGS, RESUME
@@ -47,7 +46,6 @@ GOALS: dict[str, result_file.Goal] = {
     "largest_miss": (0.2, "min", "issue 5: predicted within 20 % of the measured peak"),
 }
 Shape = tuple[str, int, int, str, bool]
-Rows = list[dict[str, Any]]
 
 
 def main() -> None:
@@ -64,20 +62,11 @@ def main() -> None:
         name = ".".join(
             ["compiled" if word is True else "eager" if word is False else str(word) for word in shape]
         )
-        add(rows, f"predicted_bytes.{name}", predicted, "bytes")
-        add(rows, f"measured_bytes.{name}", measured, "bytes")
-        add(rows, f"predicted_over_measured.{name}", predicted / measured, "ratio")
-    add(rows, "largest_miss", max(misses), "share of the measured peak")
-    result = {
-        "schema_version": 1,
-        "benchmark": "train_plan-quick" if options.quick else "train_plan",
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": runtime.code_commit(),
-        "machine": result_file.machine(runtime.environment(1)),
-        "versions": {name: runtime.package_version(name) for name in PACKAGES},
-        "rows": rows,
-        "goals": result_file.goals(GOALS, {"largest_miss": max(misses)}),
-    }
+        add(rows, f"predicted_bytes.{name}", [predicted], "bytes")
+        add(rows, f"measured_bytes.{name}", [measured], "bytes")
+        add(rows, f"predicted_over_measured.{name}", [predicted / measured], "ratio")
+    add(rows, "largest_miss", [max(misses)], "share of the measured peak")
+    result = result_file.result("train_plan", rows, GOALS, PACKAGES, options.quick)
     result_file.write(result, options.out)
 
 
@@ -132,11 +121,6 @@ def train_once(shape: Shape) -> int:
         job = Job(loop, OptimRecipe(), objective, rows, None, Path(name), "plan")
         train(Ranks(0, 1), decoder, job)
     return runtime.peak_memory_bytes()
-
-
-def add(rows: Rows, name: str, value: float, unit: str) -> None:
-    """Enter a figure of one run."""
-    rows.append({"name": name, "value": value, "unit": unit, "runs": 1, "min": value, "max": value})
 
 
 if __name__ == "__main__":

@@ -8,16 +8,14 @@ changes. --plot FILE.png draws the curves; --quick takes fewer and smaller point
 from __future__ import annotations
 
 import argparse
-import datetime
-import os
 import statistics
-import sys
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from parts import result_file
+from parts.result_file import Rows, add
 from parts.step_inputs import job_of, rows_of
 
 from microlm.core import runtime
@@ -33,7 +31,6 @@ SIZES = (4_000_000, 10_000_000, 26_000_000, 64_000_000, 110_000_000)
 CONTEXTS = (128, 256, 512, 1024, 2048)
 ROWS = (1, 2, 4, 8, 16)
 STEPS = 3
-Rows = list[dict[str, Any]]
 
 
 class Point(NamedTuple):
@@ -56,18 +53,7 @@ def main() -> None:
         name = f"{point.size / 1e6:g}m.context_{point.context}.rows_{point.rows}"
         add(rows, f"tokens_per_s.{name}", speeds, "tokens/s")
         add(rows, f"peak_share.{name}", [share], "share of the measured peak")
-    result = {
-        "schema_version": 1,
-        "benchmark": "train_scale-quick" if options.quick else "train_scale",
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": runtime.code_commit(),
-        "machine": result_file.machine(runtime.environment(1)),
-        "versions": {name: runtime.package_version(name) for name in PACKAGES},
-        "threads": options.threads,
-        "load": round(os.getloadavg()[0], 1),
-        "rows": rows,
-        "goals": [],
-    }
+    result = result_file.result("train_scale", rows, {}, PACKAGES, options.quick, threads=options.threads)
     if options.plot:
         plot(curves, found, options.plot)
     result_file.write(result, options.out)
@@ -159,14 +145,6 @@ def plot(curves: dict[str, list[Point]], found: dict[Point, tuple[list[float], f
     axes[0].set_ylabel("tokens a second")
     figure.suptitle("Training speed on one core; below each speed the share of its peak in bf16")
     figure.savefig(file, dpi=150)
-
-
-def add(rows: Rows, name: str, values: list[float], unit: str) -> None:
-    """Enter the figure of one or more runs, and their median."""
-    value = statistics.median(values)
-    extremes = {"min": min(values), "max": max(values)}
-    rows.append({"name": name, "value": value, "unit": unit, "runs": len(values), **extremes})
-    print(f"{name}: {value:.4g} {unit}", file=sys.stderr)
 
 
 if __name__ == "__main__":

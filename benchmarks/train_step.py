@@ -9,10 +9,7 @@ peak of the 25.8M model comes beside them. --quick takes a smaller shape, and ha
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import os
-import statistics
 import subprocess
 import sys
 import time
@@ -23,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from parts import result_file
 from parts.plain_step import PlainAdamW, PlainModel, cross_entropy
+from parts.result_file import Rows, add
 from parts.step_inputs import ADAMW, RATE, Step, batch_of, gpu_step, job_of, state_of
 from torch.nn import functional as F
 
@@ -50,7 +48,6 @@ GOALS: dict[str, result_file.Goal] = {
 GPU_GOALS: dict[str, result_file.Goal] = {
     "mfu.26m": (0.25, "max", "issue 5: 25.8M weights, 512 tokens of context, one GPU (aim 41 %)"),
 }
-Rows = list[dict[str, Any]]
 
 
 class Plan(NamedTuple):
@@ -78,20 +75,8 @@ def main() -> None:
     on_gpu = runtime.device().type == "cuda"
     if on_gpu:
         measure_gpu(rows, 10 if options.quick else 100)
-    values = {row["name"]: row["value"] for row in rows}
     goals = GOALS | (GPU_GOALS if on_gpu else {})
-    result = {
-        "schema_version": 1,
-        "benchmark": "train_step-quick" if options.quick else "train_step",
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": runtime.code_commit(),
-        "machine": result_file.machine(runtime.environment(1)),
-        "versions": {name: runtime.package_version(name) for name in PACKAGES},
-        "threads": options.threads,
-        "load": round(os.getloadavg()[0], 1),
-        "rows": rows,
-        "goals": [] if options.quick else result_file.goals(goals, values),
-    }
+    result = result_file.result("train_step", rows, goals, PACKAGES, options.quick, threads=options.threads)
     result_file.write(result, options.out)
 
 
@@ -309,14 +294,6 @@ def measure_gpu(rows: Rows, steps: int) -> None:
     seconds = (_clock() - used) / steps
     add(rows, "tokens_per_s.26m", [positions / seconds], "tokens/s")
     add(rows, "mfu.26m", [flops / seconds / peak_flops(torch.bfloat16)], "share of the measured peak")
-
-
-def add(rows: Rows, name: str, values: list[float], unit: str) -> None:
-    """Enter the figure of one or more runs, and their median."""
-    value = statistics.median(values)
-    extremes = {"min": min(values), "max": max(values)}
-    rows.append({"name": name, "value": value, "unit": unit, "runs": len(values), **extremes})
-    print(f"{name}: {value:.4g} {unit}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -91,6 +91,7 @@ def random_decoder(config: ModelConfig, seed: int = 0) -> Decoder:
                 weight.normal_(0.0, 0.2, generator=generator)
             else:
                 weight.uniform_(0.5, 1.5, generator=generator)
+    decoder.weights_from = "a test"
     return decoder
 
 

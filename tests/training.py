@@ -53,6 +53,18 @@ def random_set(name: str, seed: int, count: int = 60, conversations: bool = Fals
     return token_set(name, samples, masks)
 
 
+def uneven_set(count: int = 60) -> TokenSet:
+    """Conversations of which one teaches one token, the next all but one, the third more than a row holds."""
+    plain = random_set("talk", 2, count, conversations=True)
+    starts = np.concatenate(([0], plain.ends[:-1]))
+    samples, masks = [], []
+    for number, (start, end) in enumerate(zip(starts, plain.ends, strict=True)):
+        ids = [*plain.tokens[start:end], *plain.tokens[start:end]] * (1 + number % 3 // 2)
+        samples.append(ids)
+        masks.append([int(i == len(ids) - 1 if number % 3 == 0 else i > 0) for i in range(len(ids))])
+    return token_set("talk", samples, masks)
+
+
 def tiny_decoder(seed: int = 0, **fields: Any) -> Decoder:
     """A fresh decoder as pretraining starts it."""
     config = tiny_config(vocab_size=VOCAB, max_position_embeddings=CONTEXT, **fields)
@@ -120,9 +132,9 @@ class Disturbed:
         return objectives.next_token(hidden, decoder, batch)
 
 
-def add_lora(decoder: Decoder, rank: int = 4) -> Decoder:
+def add_lora(decoder: Decoder, rank: int = 4, dropout: float = 0.0) -> Decoder:
     """The decoder with an adapter on every matrix."""
-    lora.apply(decoder, lora.LoraConfig(rank, 2.0 * rank), torch.Generator().manual_seed(1))
+    lora.apply(decoder, lora.LoraConfig(rank, 2.0 * rank, dropout=dropout), torch.Generator().manual_seed(1))
     return decoder
 
 
@@ -130,6 +142,15 @@ def train_on_rank(ranks: Ranks, folder: Path, loop: LoopRecipe) -> None:
     """Train the tiny model on every rank; rank 0 saves it."""
     decoder = tiny_decoder()
     train(ranks, decoder, make_job(folder, loop))
+    if ranks.rank == 0:
+        directory.save(decoder, folder)
+
+
+def train_sft_on_rank(ranks: Ranks, folder: Path, loop: LoopRecipe) -> None:
+    """The same with conversations whose labels are far from even."""
+    decoder = tiny_decoder()
+    rows = PackedRows({"talk": uneven_set()}, {}, CONTEXT, 0, too_long="cut_left")
+    train(ranks, decoder, make_job(folder, loop, train=rows, validation=None))
     if ranks.rank == 0:
         directory.save(decoder, folder)
 

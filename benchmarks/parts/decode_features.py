@@ -15,10 +15,10 @@ from microlm.engine import Engine
 from microlm.engine.native.weights import quantize, weight_bytes
 from microlm.model import directory
 from microlm.model.transformer import Decoder, causal_attend
+from microlm.text.vocab import domains
 
 Add = Callable[[str, list[float], str], None]
 LENGTHS, ANSWERS = (16, 64, 256), (32, 128, 256)
-TEXT = Path(__file__).parents[2] / "docs" / "architecture.md"
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -101,7 +101,8 @@ def memory(model: Path, add: Add) -> None:
 
 def trained(model: Path, add: Add, rounds: int) -> None:
     """On a trained model: bits per byte of text by kind of weights and cache; drafts where it copies."""
-    text = TEXT.read_text(encoding="utf-8")[:8000]
+    texts = domains.samples()
+    text = "\n\n".join(text for domain in texts.values() for text in domain)
     bits = {}
     for name, options in {
         "bf16": {}, "weights_int8": {"quantize": "int8"}, "weights_int4": {"quantize": "int4"},
@@ -113,10 +114,14 @@ def trained(model: Path, add: Add, rounds: int) -> None:
         nats = -sum(sum(values) for values in engine.logprobs(pieces))
         scored = len(engine.tokenizer.decode([i for piece in pieces for i in piece[1:]]).encode())
         bits[name] = nats / 0.6931471805599453 / scored
-        add(f"bits_per_byte.{name}", [bits[name]], f"bits, {scored} bytes of {TEXT.name}")
+        add(
+            f"bits_per_byte.{name}",
+            [bits[name]],
+            f"bits, {scored} bytes of the samples that come with MicroLM",
+        )
         if name != "bf16":
             add(f"bits_per_byte_lost.{name}", [bits[name] / bits["bf16"] - 1], "share")
-    drafts(model, text, add, rounds)
+    drafts(model, "\n".join(texts["English"]), add, rounds)
 
 
 def drafts(model: Path, text: str, add: Add, rounds: int) -> None:

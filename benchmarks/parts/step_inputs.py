@@ -66,12 +66,21 @@ def job_of(
     documents: bool = False,
     **fields: Any,
 ) -> Step:
-    """The loop's own step over a batch, as `train` makes it; all rows at once without `micro_rows`."""
+    """The loop's own step over one batch, as `train` makes it; all rows at once without `micro_rows`."""
     count, context = batch.input_ids.shape
     loop = LoopRecipe(
         context=context, batch_rows=count, micro_rows=micro_rows or count, document_mask=documents,
         **{"dtype": "bfloat16", **fields},
     )  # fmt: skip
+    rows = rows_of(config, context, documents, 8 * batch.input_ids.numel())
+    step = loop_step(config, loop, rows, matrices)
+    return lambda: step(batch)
+
+
+def loop_step(
+    config: ModelConfig, loop: LoopRecipe, rows: PackedRows, matrices: str = "adamw"
+) -> Callable[[Batch], float]:
+    """The loop's own step over any batch; it returns the mean loss before it."""
     rates = OptimRecipe(
         matrices=matrices, matrix_lr=RATE, embedding_lr=RATE, head_lr=RATE,
         adam_beta1=ADAMW["betas"][0], adam_beta2=ADAMW["betas"][1], adam_eps=ADAMW["eps"],
@@ -81,13 +90,12 @@ def job_of(
     decoder.to(runtime.device())
     runtime.keep_memory()
     trained = Trained(decoder, optim.make(decoder, rates))
-    train = rows_of(config, context, documents, 8 * batch.input_ids.numel())
     objective = objectives.make(loop.compiles())
-    job = Job(loop, rates, objective, train, None, Path(tempfile.gettempdir()), "step")
+    job = Job(loop, rates, objective, rows, None, Path(tempfile.gettempdir()), "step")
     forward, alone = make_forward(decoder, loop), Ranks(0, 1)
     parameters = list(trained.parameters.values())
 
-    def step() -> float:
+    def step(batch: Batch) -> float:
         sums = accumulate(alone, forward, decoder, batch, job, lambda: False)
         torch.nn.utils.clip_grad_norm_(parameters, rates.clip_norm)
         trained.step()

@@ -13,7 +13,7 @@ import typer
 import typer.core
 
 from microlm import __version__
-from microlm.cli import compare, data, inspect, run, serve, tokenizer
+from microlm.cli import adopt, compare, data, inspect, run, serve, tokenizer
 from microlm.cli.answers import chat
 from microlm.cli.training import commands as training
 from microlm.core.errors import CheckFailed, UserError
@@ -57,7 +57,7 @@ def make_app() -> typer.Typer:
         add_completion=False,
     )
     app.callback()(_top)
-    for room in (run, data, tokenizer, training, compare, inspect, chat, serve):
+    for room in (run, data, tokenizer, training, adopt, compare, inspect, chat, serve):
         room.register(app)
     return app
 

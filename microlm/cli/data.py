@@ -1,4 +1,4 @@
-"""`microlm data audit` and `microlm data show`: data that is there, looked at. `data prepare` is in `run`."""
+"""`microlm data audit`: data that is there, counted anew. `data show` is in `show`, `prepare` in `run`."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-if TYPE_CHECKING:
-    from rich.text import Text
+from microlm.cli.show import plain, show
 
 Where = Annotated[
     list[str],
@@ -32,11 +31,6 @@ Out = Annotated[Path | None, typer.Option("--out", metavar="FILE.html", help="wr
 Processes = Annotated[int, typer.Option("--processes", min=0, help="0: one a core, one for small data")]
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout")]
 SMALL_BYTES = 32 << 20
-MAX_CHARS, MAX_WIDTH = 1_000, 100
-COLOURS = {
-    "system": "magenta", "user": "cyan", "assistant": "green", "tool": "yellow", "chosen": "green",
-    "rejected": "red", "relation": "yellow", "text": "blue",
-}  # fmt: skip
 
 
 def register(app: typer.Typer) -> None:
@@ -88,7 +82,7 @@ def audit(
         rows = page.rows(told)
         width = max(len(name) for name, _ in rows)
         for name, value in rows:
-            typer.echo(f"{_plain(name):<{width}}  {_plain(value)}")
+            typer.echo(f"{plain(name):<{width}}  {plain(value)}")
     _require(told)
 
 
@@ -102,72 +96,6 @@ def _require(told: Mapping[str, Any]) -> None:
         lines = told["examples"].get(gate["name"], [])
         typer.echo(f"{gate['gate']}: {figure(gate['name'], gate['value'])}, first {len(lines)}:", err=True)
         for line in lines:
-            typer.echo(f"  {_plain(line)}", err=True)
+            typer.echo(f"  {plain(line)}", err=True)
     if failed:
         raise CheckFailed(", ".join(f"{g['name']} is {figure(g['name'], g['value'])}" for g in failed))
-
-
-def show(
-    where: Annotated[str, typer.Argument(metavar="WHERE", help="a data artifact, a folder, or a file")],
-    kind: Annotated[str | None, typer.Option(help="documents, conversations, extraction, …")] = None,
-    split: Annotated[str | None, typer.Option(help="train, validation or test")] = None,
-    n: Annotated[int, typer.Option("--n", min=1, help="records at most")] = 5,
-    seed: Annotated[int, typer.Option(help="other records for another seed")] = 0,
-    contains: Annotated[str | None, typer.Option(help="only records that contain this text")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Print some records, drawn by seed from all of them. Without --kind and --split: the first there is.
-
-    \b
-    Examples:
-      microlm data show runs/quickstart/data --kind conversations --split validation
-      microlm data show my.jsonl.zst --contains 李白 --n 2
-    """
-    from microlm.core.errors import UserError
-    from microlm.core.records import to_json
-    from microlm.text.inspection import parts
-    from microlm.text.inspection import show as records
-
-    part = parts.choose(parts.find([where]), kind, split)
-    sample = records.draw(part, n, seed, contains)
-    if sample.unreadable:
-        typer.echo(f"{part.name}: {sample.unreadable:,} lines cannot be read", err=True)
-    if not sample.matched:
-        what = "record" if contains is None else f"record that contains '{_plain(contains)}'"
-        raise UserError(f"{where}: {part.name} holds no {what}; choose another text, --kind or --split")
-    if as_json:
-        found = [{"place": place, **to_json(record)} for place, record in sample.records]
-        head = {"schema": 1, "part": part.name, "matched": sample.matched, "unreadable": sample.unreadable}
-        typer.echo(json.dumps(head | {"records": found}, ensure_ascii=False))
-        return
-    _print(
-        part.name, sample.matched, [(p, records.head(r), list(records.turns(r))) for p, r in sample.records]
-    )
-
-
-def _print(name: str, matched: int, found: list[tuple[str, str, list[tuple[str, str]]]]) -> None:
-    from rich.console import Console
-
-    console = Console(highlight=False, soft_wrap=False)
-    console.width = min(MAX_WIDTH, console.width)
-    for place, head, turns in found:
-        console.rule(_plain(place), align="left", style="dim")
-        console.print(_plain(head), style="dim", markup=False)
-        for role, words in turns:
-            console.print(_turn(role, words))
-    console.print(f"{name}: {len(found)} of {matched:,}", style="dim", markup=False)
-
-
-def _turn(role: str, words: str) -> Text:
-    """A role in its colour and what it says, not longer than is read on a screen."""
-    from rich.text import Text
-
-    more = f" … ({len(words) - MAX_CHARS:,} more characters)" if len(words) > MAX_CHARS else ""
-    return Text.assemble(
-        (f"{role} ", COLOURS.get(role, "bold")), _plain(words[:MAX_CHARS], kept="\n"), (more, "dim")
-    )
-
-
-def _plain(text: str, kept: str = "") -> str:
-    """Text of a corpus for a terminal: control characters are shown, not obeyed."""
-    return "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text)

@@ -168,6 +168,9 @@ def _place(value: Any, places: Mapping[str, str], names: list[str], where: str) 
     """The directory that an input field means: an earlier stage's, or the path that is written there."""
     if not isinstance(value, str) or value in places:
         return places.get(value, value) if isinstance(value, str) else value
+    head, _, kept = value.partition("/")
+    if head in places and kept:  # a checkpoint that an earlier stage keeps: sft/best
+        return storage.join(places[head], kept)
     if value in names:
         raise UserError(f"{where}: stage '{value}' does not run before this one; move it up in the list")
     if value and "/" not in value and not value.startswith((".", storage.BUILTIN)):

@@ -34,7 +34,7 @@ AllowMismatch = Annotated[
     bool,
     typer.Option("--allow-mismatch", help="go on from a checkpoint of other settings; the manifest tells it"),
 ]
-TRAINING = ("pretrain", "sft")  # their --dry-run tells what the run takes
+TRAINING = ("pretrain", "sft", "dpo", "distil", "grpo")  # their --dry-run tells what the run takes
 
 # command words → (stage type, what it does, example)
 COMMANDS: dict[str, tuple[str, str, str]] = {
@@ -50,6 +50,9 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     ),
     "pretrain": ("pretrain", "Train a model from token shards.", "pretrain.loop.tokens=1e6"),
     "sft": ("sft", "Tune a model on conversations, wholly or by LoRA.", "seed=1"),
+    "dpo": ("dpo", "Tune a model on pairs of a better and a worse answer.", "seed=1"),
+    "distil": ("distil", "Train a model on a larger one's probabilities.", "seed=1"),
+    "grpo": ("grpo", "Tune a model on rewards of its own answers.", "seed=1"),
     "eval predict": ("predict", "Let a model answer the held-out items.", "output=runs/mine"),
     "eval score": ("score", "Score predictions, with intervals and baselines.", "output=runs/mine"),
     "export merge": ("merge", "Merge a LoRA adapter into its model.", "output=runs/mine"),

@@ -52,7 +52,7 @@ def serve(
     Example:
       microlm serve runs/quickstart --port 8000
     """
-    from microlm.core import runtime
+    from microlm.core import manifest, runtime
     from microlm.core.endpoint import is_loopback, read_key
     from microlm.serve import listen
 
@@ -77,7 +77,16 @@ def serve(
         engine, name, api_key, Limits(max_queue=max_queue, loopback_hosts_only=is_loopback(host))
     )
     url = listen.address_of(listener)
-    card = {"schema": 1, "url": url, "model": name, "directory": str(model_dir), "window": engine.max_seq_len}
+    signed = manifest.find(str(model_dir))
+    card = {
+        "schema": 1,
+        "url": url,
+        "model": name,
+        "directory": str(model_dir),
+        "window": engine.max_seq_len,
+        "digest": signed.digest if signed else None,
+        "checkpoint": signed.manifest.get("checkpoint") if signed else None,
+    }
     door = listen.make_door(app, lambda: _announce(card, as_json=as_json, has_key=bool(api_key)))
     door.run([listener])
     if door.interrupted:

@@ -20,7 +20,10 @@ STAGES: dict[str, str] = {
     "tokenize": "microlm.text.shards:TokenizeRecipe:run",
     "pretrain": "microlm.train.pretrain:PretrainRecipe:run",
     "sft": "microlm.train.tuning.sft:SftRecipe:run",
+    "dpo": "microlm.train.tuning.dpo:DpoRecipe:run",
+    "distil": "microlm.train.tuning.distil:DistilRecipe:run",
     "grpo": "microlm.train.tuning.grpo:GrpoRecipe:run",
+    "adopt": "microlm.export.adopt:AdoptRecipe:run",
     "merge": "microlm.export.merge:MergeRecipe:run",
     "predict": "microlm.eval.predict:PredictRecipe:run",
     "score": "microlm.eval.score:ScoreRecipe:run",
@@ -34,6 +37,8 @@ STAGES: dict[str, str] = {
 TOOLS: dict[str, dict[str, str]] = {
     "pretrain": {"sample": "microlm.cli.training.samples:sample"},
     "sft": {"sample": "microlm.cli.training.samples:sample"},
+    "dpo": {"sample": "microlm.cli.training.samples:sample"},
+    "distil": {"sample": "microlm.cli.training.samples:sample"},
     "grpo": {
         "rollout": "microlm.cli.training.rollouts:open_rollout",
         "reward": "microlm.cli.training.rewards:find",

@@ -113,7 +113,7 @@ def _source_word(word: str) -> str:
     from microlm.text import sources
     from microlm.text.sources.files import SUFFIXES, suffix
 
-    if word.partition(":")[0] in sources.KINDS or (Path(word) / MANIFEST).is_file():
+    if sources.is_word(word) or (Path(word) / MANIFEST).is_file():
         return word
     kind = next(
         (k for k in ("jsonl", "parquet", "csv", "markdown") if suffix(Path(word)) in SUFFIXES[k]), "text"

@@ -308,14 +308,19 @@ def _sign(head: dict[str, Any], recipe: StageRecipe, work: Workspace, started: f
     storage.write_atomic(work.path / MANIFEST, text.encode())
 
 
-def _reference(out: str, artifact: Artifact) -> dict[str, str]:
-    """An input as the manifest names it: relative to our parent folder when both are local."""
+def _reference(out: str, artifact: Artifact) -> dict[str, Any]:
+    """An input as the manifest names it: relative to our parent folder when both are local.
+
+    Of a checkpoint that a model keeps it is told which one it is.
+    """
     place = artifact.url
     if not storage.is_remote(place) and not place.startswith(storage.BUILTIN):
         path = storage.local_path(place).resolve()
         here = storage.local_path(out).absolute().parent.resolve()
         place = str(path) if storage.is_remote(out) else os.path.relpath(path, here)
-    return {"path": place, "key": artifact.key, "digest": artifact.digest}
+    found = {"path": place, "key": artifact.key, "digest": artifact.digest}
+    kept = artifact.manifest.get("checkpoint")
+    return found | {"checkpoint": kept} if kept else found
 
 
 def _finish(out: str, folder: Path) -> Artifact:

@@ -52,7 +52,7 @@ def tree(url: str, *, verify: bool = True) -> Node:
 
 def forest(url: str, *, verify: bool = True) -> list[Node]:
     """The trees of the artifact at `url`, or of those under it that none of the others was made from."""
-    urls = [url] if storage.exists(storage.join(url, manifest.MANIFEST)) else list(find_artifacts(url))
+    urls = [url] if manifest.find(url) else list(find_artifacts(url))
     if not urls:
         raise UserError(f"{url}: no artifact there or below; give a run directory or a stage's directory")
     made: dict[str, Node] = {}
@@ -141,7 +141,7 @@ def _node(url: str, made: dict[str, Node], verify: bool) -> Node:
 
 def _add_input(node: Node, name: str, reference: dict[str, str], made: dict[str, Node], verify: bool) -> None:
     place = input_url(node.url, reference["path"])
-    if not storage.exists(storage.join(place, manifest.MANIFEST)):
+    if manifest.find(place) is None:
         node.notes.append(f"input {name} ({reference['path']}, digest {reference['digest'][:12]}) is gone")
         return
     child = node.inputs[name] = _node(place, made, verify)

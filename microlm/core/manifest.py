@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +17,7 @@ from microlm.core.errors import UserError
 
 FORMAT = 1
 MANIFEST = storage.MANIFEST
+CHECKPOINT = "checkpoint.json"  # of which step and validation loss the weights beside it are
 Kind = Literal[
     "data", "tokenizer", "shards", "model", "adapter", "predictions", "scores", "verdict", "report"
 ]
@@ -61,16 +62,21 @@ class Artifact:
 def find(url: str) -> Artifact | None:
     """The artifact at `url`, or None when there is no manifest."""
     if not storage.exists(storage.join(url, MANIFEST)):
-        return None
+        return _checkpoint(url)
     return open_artifact(url)
 
 
 def open_artifact(url: str) -> Artifact:
-    """The finished artifact at `url`; an error sentence when there is none or its format is unknown."""
+    """The finished artifact at `url`; an error sentence when there is none or its format is unknown.
+
+    A checkpoint that a trained model keeps (`runs/a/sft/best`) is an artifact too, by its model's manifest.
+    """
     manifest_url = storage.join(url, MANIFEST)
     try:
         manifest = json.loads(storage.read_bytes(manifest_url))
     except (FileNotFoundError, NotADirectoryError):
+        if kept := _checkpoint(url):
+            return kept
         unfinished = storage.exists(url.rstrip("/") + ".tmp")
         hint = "the stage that makes it has not finished" if unfinished else "check the path"
         raise UserError(f"{url}: no {MANIFEST} there, so no finished artifact; {hint}") from None
@@ -85,6 +91,40 @@ def open_artifact(url: str) -> Artifact:
     if not _well_formed(manifest):
         raise UserError(f"{manifest_url}: a field is missing or of the wrong type; {_AGAIN}")
     return Artifact(url, storage.fetch(url), manifest)
+
+
+def _checkpoint(url: str) -> Artifact | None:
+    """The part of a model or adapter that is a whole model itself: its files, digest, and lineage."""
+    parent, _, name = url.rstrip("/").rpartition("/")
+    if not parent or not name.strip(".") or not storage.exists(storage.join(parent, MANIFEST)):
+        return None
+    owner = open_artifact(parent)
+    files = [
+        {**f, "path": f["path"].removeprefix(f"{name}/")}
+        for f in owner.manifest["files"]
+        if f["path"].startswith(f"{name}/")
+    ]
+    if owner.kind not in ("model", "adapter") or not any(f["path"] == CHECKPOINT for f in files):
+        return None
+    head = json.loads((owner.path / name / CHECKPOINT).read_bytes())
+    told = {"name": name, "of": owner.digest} | {k: head.get(k) for k in ("step", "validation_loss")}
+    changed: dict[str, Any] = {
+        "key": sha256(f"{owner.key} {name}".encode()),
+        "digest": payload_digest(files),
+        "files": files,
+        "inputs": {k: {**i, "path": _below(i["path"])} for k, i in owner.manifest["inputs"].items()},
+        "checkpoint": told,
+    }
+    manifest = {k: v for k, v in {**owner.manifest, **changed}.items() if k != "seal"}
+    if owner.manifest.get("seal") == seal(owner.manifest):  # else its own is missing, and so it is damaged
+        manifest["seal"] = seal(manifest)
+    return Artifact(url, owner.path / name, manifest)
+
+
+def _below(path: str) -> str:
+    """An input's place as a folder one deeper names it."""
+    fixed = storage.is_remote(path) or path.startswith(storage.BUILTIN) or Path(path).is_absolute()
+    return path if fixed else f"../{path}"
 
 
 def _well_formed(manifest: Mapping[str, Any]) -> bool:
@@ -125,6 +165,12 @@ def require_intact(artifact: Artifact) -> Artifact:
     for name, what in damages(artifact).items():
         raise UserError(f"{artifact.url}/{name}: {what} since the manifest was written; {_AGAIN}")
     return artifact
+
+
+def folder_digest(folder: Path, files: Iterable[Path]) -> str:
+    """The payload digest of files that are not signed yet."""
+    rows = [(f.relative_to(folder).as_posix(), hash_file(f)) for f in sorted(files)]
+    return payload_digest([{"path": name, "sha256": found, "payload": True} for name, found in rows])
 
 
 def payload_digest(files: list[dict[str, Any]]) -> str:

@@ -53,7 +53,10 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True)
 class Preference:
-    """A prompt with a preferred and a rejected answer; thinking and calls stand in the answers as text."""
+    """A prompt with a preferred and a rejected answer; thinking and calls stand in the answers as text.
+
+    `task` names what it teaches, as a conversation's does.
+    """
 
     prompt: tuple[Message, ...]
     chosen: str
@@ -61,6 +64,7 @@ class Preference:
     source: str = ""
     licence: str = ""
     tools: tuple[str, ...] = ()
+    task: str = "chat"
 
 
 @dataclass(frozen=True, slots=True)

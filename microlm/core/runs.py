@@ -145,9 +145,10 @@ def _dependent(doomed: list[Path], root: Path) -> tuple[str, Path] | None:
         except UserError:
             continue
         for reference in inputs.values():
-            parent = Path(lineage.input_url(url, reference["path"]))
-            if parent in doomed:
-                return url, parent
+            place = Path(lineage.input_url(url, reference["path"]))
+            for parent in (place, place.parent):  # a checkpoint lies in its model's folder
+                if parent in doomed:
+                    return url, parent
     return None
 
 

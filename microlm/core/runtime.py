@@ -14,7 +14,10 @@ import signal
 import subprocess
 import sys
 import sysconfig
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
 from importlib import metadata
@@ -22,6 +25,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
+    from types import FrameType
+
     import torch
 
 Dtype = Literal["float32", "bfloat16"]
@@ -187,6 +192,32 @@ def die_with_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None and os.getppid() != parent.pid:  # it died before we could ask
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """A Ctrl-C in the block is never lost, but raised at its end if need be.
+
+    Python drops what is raised in a callback from C: numba calls back to keep what it compiles.
+    """
+    interrupted = False
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        nonlocal interrupted
+        interrupted = True
+        raise KeyboardInterrupt
+
+    on_main = threading.current_thread() is threading.main_thread()
+    if not on_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield  # somebody else minds it
+        return
+    signal.signal(signal.SIGINT, remember)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if interrupted:
+        raise KeyboardInterrupt
 
 
 def give_memory_back() -> None:

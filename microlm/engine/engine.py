@@ -73,7 +73,8 @@ class Engine:
         )
         self._options = options
         self._grammars = Grammars(self.tokenizer)
-        ends = {self.tokenizer.eos_id, self.tokenizer.pad_id, self.config.eos_token_id}
+        named = (self.config.eos_token_id, *self.config.more_eos_ids)
+        ends = {self.tokenizer.eos_id, self.tokenizer.pad_id, *named}
         self._postprocess = Postprocess(self.tokenizer, {i for i in ends if i is not None})
         self._asking = Asking(
             self.tokenizer, self.config, self._grammars, self._runner.adapters, self.max_seq_len, speculate,

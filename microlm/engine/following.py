@@ -42,7 +42,10 @@ def _plain_weights(source: Decoder) -> dict[str, Tensor]:
     """Hugging Face's names → weights, each adapter's update added to its matrix."""
     named = source.named_parameters(remove_duplicate=False)
     found: dict[str, Tensor] = {n.replace(".base.", "."): p for n, p in named if "lora_" not in n}
+    for name, module in source.named_modules():
+        if isinstance(module, lora.Int8Linear):
+            found[f"{name.removesuffix('.base')}.weight"] = module.wide()
     for name, module in lora.adapted(source).items():
         update = module.lora_B.float() @ module.lora_A.float() * module.scale
-        found[f"{name}.weight"] = module.base.weight.float() + update
+        found[f"{name}.weight"] = found[f"{name}.weight"].float() + update
     return found

@@ -7,8 +7,8 @@ from pathlib import Path
 from microlm.core import storage
 from microlm.core.errors import UserError
 
-STAGES = ("export", "merge", "sft", "pretrain")  # best first
-BASE = "pretrain"
+STAGES = ("export", "merge", "sft", "pretrain", "adopt")  # best first
+BASES = ("pretrain", "adopt")
 CONFIG = "config.json"
 
 
@@ -21,11 +21,11 @@ def resolve_model_dir(place: str | Path, base: bool = False) -> Path:
         )
     if (path / CONFIG).exists():
         return _base_beside(path, place) if base else path
-    for stage in (BASE,) if base else STAGES:
+    for stage in BASES if base else STAGES:
         folder = path / stage
         if (folder / storage.MANIFEST).exists() and (folder / CONFIG).exists():
             return folder
-    wanted = f"'{BASE}' stage" if base else f"stage of {', '.join(STAGES)}"
+    wanted = f"stage of {', '.join(BASES if base else STAGES)}"
     raise UserError(
         f"{place}: no model there: neither {CONFIG} nor a finished {wanted}; "
         "finish the run with 'microlm run', or check the path"
@@ -38,10 +38,12 @@ def is_model_dir(place: str | Path) -> bool:
 
 
 def _base_beside(path: Path, place: str | Path) -> Path:
-    """The pretrained model of the run that a stage's directory belongs to."""
-    folder = path if path.name == BASE else path.resolve().parent / BASE
-    if not (folder / CONFIG).exists():
-        raise UserError(
-            f"{place}: belongs to no run with a finished '{BASE}' stage; name the run, or leave --base out"
-        )
-    return folder
+    """The pretrained or adopted model of the run that a stage's directory belongs to."""
+    beside = [path.resolve().parent / stage for stage in BASES]
+    for folder in [path] if path.name in BASES else beside:
+        if (folder / CONFIG).exists():
+            return folder
+    raise UserError(
+        f"{place}: belongs to no run with a finished stage of {', '.join(BASES)}; name the run, or leave "
+        "--base out"
+    )

@@ -25,14 +25,17 @@ class ExportRecipe(StageRecipe):
     scores: str | None = artifact_input(
         None, kinds=("scores",), description="scores artifact of this very model, for the model card"
     )
-    name: str = Field("MicroLM", pattern=r"^[\w.\- ]+$", description="the model's name on its card")
+    title: str = Field("MicroLM", pattern=r"^[\w.\- ]+$", description="the model's name on its card")
     dtype: runtime.Dtype = Field("float32", description="precision of the stored weights")
     parity_texts: int = Field(
         500, ge=0, description="held-out texts, and conversations, compared with transformers"
     )
+    parity_tokens: int | None = Field(
+        None, ge=16, description="longest sequence compared with transformers; none: the whole window"
+    )
 
 
-@stage("export", kind="model", version=3)
+@stage("export", kind="model", version=4)
 def run(recipe: ExportRecipe, work: Workspace) -> None:
     """Check that this model was the one evaluated, write it with its card, compare with transformers."""
     model, scores = work.inputs["model"], work.inputs.get("scores")
@@ -43,7 +46,11 @@ def run(recipe: ExportRecipe, work: Workspace) -> None:
     copy_files(model.path, work.path)
     history = ancestors(model)
     facts = card.Facts(
-        recipe.name, recipe.dtype, decoder.config, sum(p.numel() for p in decoder.parameters())
+        recipe.title,
+        recipe.dtype,
+        decoder.config,
+        sum(p.numel() for p in decoder.parameters()),
+        parity.longest(decoder.config, recipe.parity_tokens),
     )
     found = licences.find(history, work.licences)
     licences.warn(found)
@@ -51,7 +58,7 @@ def run(recipe: ExportRecipe, work: Workspace) -> None:
     del decoder  # the check loads the written files, twice
     texts, conversations = held_out(history, recipe.parity_texts)
     dtypes = {"stored_dtype": recipe.dtype, "compared_dtype": "float32"}
-    report = dtypes | parity.compare(work.path, texts, conversations)
+    report = dtypes | parity.compare(work.path, texts, conversations, recipe.parity_tokens)
     work.write_json("logs/parity.json", report)
     work.metrics |= report
     if found:

@@ -19,7 +19,7 @@ class MergeRecipe(StageRecipe):
 
 @stage("merge", kind="model", version=1)
 def run(recipe: MergeRecipe, work: Workspace) -> None:
-    """Load both, fold W + alpha/rank · B A in float32, write weights and tokenizer."""
+    """Load both, fold W + scale · B A in float32, write weights and tokenizer."""
     model, adapter = work.inputs["model"], work.inputs["adapter"]
     adapter.file(lora.ADAPTER_CONFIG)
     decoder = directory.load(model.path)

@@ -14,15 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 
-from microlm.core.errors import CheckFailed
+from microlm.core.errors import CheckFailed, UserError
 from microlm.core.records import Conversation, Message, ToolCall
 from microlm.model import directory
 from microlm.model.config import ModelConfig
 from microlm.model.transformer import Decoder
 from microlm.text.chat import chat_ids
+from microlm.text.chat.directory import read_sources
 from microlm.text.chat.protection import template_message
+from microlm.text.chat.renderer import TODAY
 from microlm.text.read import texts_of
 from microlm.text.tokenizer import Tokenizer
 
@@ -67,17 +70,25 @@ CONVERSATIONS = (
 )
 
 
-def compare(path: Path, texts: Sequence[str], conversations: Sequence[Conversation]) -> dict[str, Any]:
-    """Compare on the fixed lines and the given ones; the first difference of each kind is in the report."""
+def compare(
+    path: Path, texts: Sequence[str], conversations: Sequence[Conversation], most: int | None = None
+) -> dict[str, Any]:
+    """Compare on the fixed lines and the given ones; the first difference of each kind is in the report.
+
+    `most`: tokens of the longest sequence; none: the window. A model without template has no conversations.
+    """
     tokenizer = Tokenizer.load(path)
-    lines, chats = [*TEXTS, *texts], [*CONVERSATIONS, *conversations]
-    with _quiet_transformers():
+    has_template = bool(read_sources(path)) or tokenizer.has_chatml
+    lines, chats = [*TEXTS, *texts], [*CONVERSATIONS, *conversations] if has_template else []
+    with quiet_transformers():
         theirs = _auto_tokenizer(path)
         report = _compare_tokens(theirs, tokenizer, lines) | _compare_chats(theirs, tokenizer, chats)
-        report |= _compare_logits(path, _prompts(path, tokenizer, texts, conversations))
+        talks = conversations if has_template else []
+        report |= _compare_logits(path, _prompts(path, tokenizer, texts, talks, most))
     difference = report["logits_max_abs_difference"]
     small = difference is not None and difference <= TOLERANCE
-    report["ok"] = small and report["texts_unequal"] == report["conversations_unequal"] == 0
+    unequal = ("texts_unequal", "controls_unequal", "conversations_unequal")
+    report["ok"] = small and not any(report[name] for name in unequal)
     return report
 
 
@@ -87,54 +98,85 @@ def require(report: dict[str, Any], where: str) -> None:
         difference = report["logits_max_abs_difference"]
         shown = "are not finite" if difference is None else f"differ by up to {difference:.3g}"
         raise CheckFailed(
-            f"{where}: transformers does not agree with us: {report['texts_unequal']} texts and "
+            f"{where}: transformers does not agree with us: {report['texts_unequal']} texts, "
+            f"{report['controls_unequal']} control tokens and "
             f"{report['conversations_unequal']} conversations have other ids, logits {shown} "
             f"(allowed {TOLERANCE:g}); see logs/parity.json"
         )
 
 
 def _compare_tokens(theirs: Any, tokenizer: Tokenizer, texts: Sequence[str]) -> dict[str, Any]:
-    """Ids of texts; control tokens typed in them stay text on both sides."""
+    """Ids of texts (control tokens typed in them stay text on both sides), and of the control tokens."""
     ids = [theirs(t, add_special_tokens=False, split_special_tokens=True)["input_ids"] for t in texts]
     unequal = [t for t, a, b in zip(texts, tokenizer.encode_batch(texts), ids, strict=True) if a != b]
     return {
         "texts": len(texts),
         "texts_unequal": len(unequal),
         "first_unequal_text": next(iter(unequal), None),
+        "controls_unequal": sum(tokenizer.control.get(t) != i for t, i in theirs.get_added_vocab().items()),
     }
 
 
 def _compare_chats(theirs: Any, tokenizer: Tokenizer, chats: Sequence[Conversation]) -> dict[str, Any]:
-    """Ids of conversations by our walk and by the saved Jinja template; a generation prompt after a user."""
+    """Ids of conversations by our walk and by the saved Jinja template; a generation prompt after a user.
+
+    Those that the template refuses (tool calls, say) must be refused on both sides.
+    """
     plain = [c for c in chats if not any(token in t for token in tokenizer.control for t in texts_of(c))]
-    unequal: list[str] = []
+    refused, unequal = 0, list[str]()
     for chat in plain:
-        ask = chat.messages[-1].role == "user"
-        turns = [template_message(m) for m in chat.messages]
-        tools = [json.loads(tool) for tool in chat.tools] or None
-        ids = theirs.apply_chat_template(turns, tools, add_generation_prompt=ask, return_dict=False)
-        if ids != chat_ids(tokenizer, chat, generation_prompt=ask):
+        ids, known = _their_ids(theirs, chat), _our_ids(tokenizer, chat)
+        refused += ids is known is None
+        if ids != known:
             unequal.append(chat.messages[0].content)
     first = next(iter(unequal), None)
     return {
-        "conversations": len(plain),
+        "conversations": len(plain) - refused,
+        "conversations_refused": refused,
         "conversations_unequal": len(unequal),
         "first_unequal_conversation": first,
     }
 
 
-def longest(config: ModelConfig) -> int:
-    """Tokens of the longest sequence that is compared: the window, unless memory forbids."""
-    return min(config.max_position_embeddings, MAX_LOGITS // config.vocab_size)
+def _their_ids(theirs: Any, chat: Conversation) -> list[int] | None:
+    """What transformers makes of a conversation on the day of ours; None where the template refuses it."""
+    ask = chat.messages[-1].role == "user"
+    turns = [template_message(m) for m in chat.messages]
+    tools = [json.loads(tool) for tool in chat.tools] or None
+    day = TODAY.strftime("%d %b %Y")
+    try:
+        ids: list[int] = theirs.apply_chat_template(
+            turns, tools, add_generation_prompt=ask, return_dict=False, date_string=day
+        )
+    except (TemplateError, TypeError):  # what Jinja raises, and what its filters do
+        return None
+    return ids
+
+
+def _our_ids(tokenizer: Tokenizer, chat: Conversation) -> list[int] | None:
+    try:
+        return chat_ids(tokenizer, chat, generation_prompt=chat.messages[-1].role == "user")
+    except UserError:
+        return None
+
+
+def longest(config: ModelConfig, most: int | None = None) -> int:
+    """Tokens of the longest sequence that is compared: the window or `most`, unless memory forbids."""
+    window = config.max_position_embeddings
+    return min(window, most or window, MAX_LOGITS // config.vocab_size)
 
 
 def _prompts(
-    path: Path, tokenizer: Tokenizer, texts: Sequence[str], conversations: Sequence[Conversation]
+    path: Path,
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    conversations: Sequence[Conversation],
+    most_tokens: int | None,
 ) -> list[list[int]]:
     """The beginnings of fixed lines, held-out texts and chats; then all lines as one long sequence."""
-    most = longest(directory.read_config(path))
+    most = longest(directory.read_config(path), most_tokens)
     lines = tokenizer.encode_batch([*TEXTS, *texts[:HELD_OUT_TEXTS]])
-    chats = [chat_ids(tokenizer, c) for c in conversations[:HELD_OUT_CHATS]]
+    chats = [_our_ids(tokenizer, c) or [] for c in conversations[:HELD_OUT_CHATS]]
     filling = cycle(chain.from_iterable([*line, tokenizer.eos_id] for line in lines))
     short = [ids[: min(PROMPT_TOKENS, most)] for ids in (*lines, *chats) if ids]
     return [*short, list(islice(filling, most))]
@@ -175,7 +217,7 @@ def _auto_tokenizer(path: Path) -> Any:
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """No loading bars and no advice on a person's terminal, by transformers' own switches."""
     from transformers.utils import logging
 

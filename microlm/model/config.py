@@ -10,7 +10,7 @@ from microlm.core.errors import UserError
 from microlm.model.rope import RopeScaling, read_scaling
 
 ModelType = Literal["llama", "qwen2", "qwen3"]
-_CLASS: dict[ModelType, str] = {
+CLASS: dict[ModelType, str] = {
     "llama": "LlamaForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
@@ -42,6 +42,7 @@ class ModelConfig:
     tie_word_embeddings: bool = False
     eos_token_id: int | None = None
     pad_token_id: int | None = None
+    more_eos_ids: tuple[int, ...] = ()  # that end an answer too: HF's lists of eos_token_id
 
     @property
     def qkv_bias(self) -> bool:
@@ -72,12 +73,22 @@ class ModelConfig:
         """All weights, a tied table once."""
         return sum(self.parameter_parts().values())
 
+    @property
+    def hf_eos(self) -> int | list[int] | None:
+        """The ids that end an answer as HF writes them: a list only where there are several."""
+        if self.eos_token_id is None or not self.more_eos_ids:
+            return self.eos_token_id
+        return [self.eos_token_id, *self.more_eos_ids]
+
     def to_hf(self, dtype: str) -> dict[str, Any]:
         """The `config.json` that transformers, vLLM and llama.cpp's converter read."""
         scaling = self.rope_scaling.to_hf() if self.rope_scaling else None
+        fields = asdict(self)
+        del fields["more_eos_ids"]
         return {
-            "architectures": [_CLASS[self.model_type]],
-            **asdict(self),
+            "architectures": [CLASS[self.model_type]],
+            **fields,
+            "eos_token_id": self.hf_eos,
             "rope_scaling": scaling,  # older readers take this and rope_theta, newer ones rope_parameters
             "rope_parameters": {**(scaling or {"rope_type": "default"}), "rope_theta": self.rope_theta},
             "hidden_act": "silu",
@@ -106,6 +117,7 @@ class ModelConfig:
             hidden = int(data["hidden_size"])
             rope = data.get("rope_parameters") or data.get("rope_scaling") or {}
             positions = int(data["max_position_embeddings"])
+            eos = id_list(data.get("eos_token_id"))
             config = cls(
                 vocab_size=int(data["vocab_size"]),
                 hidden_size=hidden,
@@ -120,8 +132,9 @@ class ModelConfig:
                 model_type=kind,
                 rms_norm_eps=float(data["rms_norm_eps"]),
                 tie_word_embeddings=bool(data.get("tie_word_embeddings", False)),
-                eos_token_id=_first(data.get("eos_token_id")),
-                pad_token_id=_first(data.get("pad_token_id")),
+                eos_token_id=next(iter(eos), None),
+                pad_token_id=next(iter(id_list(data.get("pad_token_id"))), None),
+                more_eos_ids=eos[1:],
             )
         except KeyError as e:
             raise UserError(
@@ -164,7 +177,7 @@ def _implied_head_dim(kind: ModelType, hidden: int, heads: int) -> int:
     return 128 if kind == "qwen3" else hidden // heads
 
 
-def _first(value: Any) -> int | None:
-    if isinstance(value, list):
-        value = value[0] if value else None
-    return None if value is None else int(value)
+def id_list(value: Any) -> tuple[int, ...]:
+    """HF's one id, list of ids or null, each once."""
+    values = value if isinstance(value, list) else [] if value is None else [value]
+    return tuple(dict.fromkeys(map(int, values)))

@@ -8,28 +8,41 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import nn
 
 from microlm.core import storage
 from microlm.core.errors import UserError
-from microlm.model.config import ModelConfig
-from microlm.model.transformer import Decoder
+from microlm.model.config import ModelConfig, id_list
+from microlm.model.transformer import Decoder, rope_tables
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+GENERATION = "generation_config.json"
+_EXPECTED = "a Hugging Face model directory"
+_COMPUTED = ".rotary_emb.inv_freq"  # old Llama directories store what follows from rope_theta
 SHARD_BYTES = 5_000_000_000
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
 def read_config(path: Path) -> ModelConfig:
-    """The `config.json` of an HF directory."""
+    """The `config.json` of an HF directory, with all ids that `generation_config.json` ends answers at."""
     file = path / "config.json"
-    return ModelConfig.from_hf(read_object(file, "a Hugging Face model directory"), str(file))
+    config = ModelConfig.from_hf(read_object(file, _EXPECTED), str(file))
+    if not (path / GENERATION).is_file():
+        return config
+    said = read_object(path / GENERATION, _EXPECTED).get("eos_token_id")
+    try:
+        ends = id_list([*id_list(config.hf_eos), *id_list(said)])
+    except (TypeError, ValueError):
+        raise UserError(f"{path / GENERATION}: eos_token_id {said!r} holds no ids; correct it") from None
+    return replace(config, eos_token_id=next(iter(ends), None), more_eos_ids=ends[1:])
 
 
 def read_object(file: Path, folder: str) -> dict[str, Any]:
@@ -46,29 +59,42 @@ def read_object(file: Path, folder: str) -> dict[str, Any]:
 
 
 def load(
-    path: Path, compute_dtype: torch.dtype = torch.float32, config: ModelConfig | None = None
+    path: Path,
+    compute_dtype: torch.dtype = torch.float32,
+    config: ModelConfig | None = None,
+    weight_dtype: torch.dtype = torch.float32,
 ) -> Decoder:
-    """A decoder with the directory's weights (kept as float32 masters when stored in any float type).
+    """A decoder with the directory's weights, stored in any float type and kept in `weight_dtype`.
 
     `config` stands in for the stored one: the same shape with more positions, say.
     """
     config = config or read_config(path)
     with ExitStack() as stack:
         stored: dict[str, Any] = {}  # name → the open file that holds it
-        for file in _weight_files(path):
-            opened = _open(file)
+        for file in weight_files(path):
+            opened = open_weights(file)
             stack.enter_context(opened)
-            stored |= dict.fromkeys(opened.keys(), opened)
+            stored |= {name: opened for name in opened.keys() if not name.endswith(_COMPUTED)}  # noqa: SIM118
         if config.tie_word_embeddings:
             stored.pop("lm_head.weight", None)
         shapes = {name: tuple(opened.get_slice(name).get_shape()) for name, opened in stored.items()}
         with torch.device("meta"):  # a wrong size in config.json is found before it takes memory
-            _require_fit(path, dict(Decoder(config).named_parameters()), shapes)
-        decoder = Decoder(config, compute_dtype)
-        with torch.no_grad():
-            for name, weight in decoder.named_parameters():
-                weight.copy_(stored[name].get_tensor(name))
+            decoder = Decoder(config, compute_dtype)
+        weights = dict(decoder.named_parameters())
+        _require_fit(path, weights, shapes)
+        for name in weights:
+            _put(decoder, name, stored[name].get_tensor(name).to(weight_dtype, copy=True))
+    if config.tie_word_embeddings:
+        decoder.lm_head.weight = decoder.model.embed_tokens.weight
+    decoder.cos, decoder.sin = rope_tables(config)
+    decoder.weights_from = str(path)
     return decoder
+
+
+def _put(decoder: Decoder, name: str, weight: torch.Tensor) -> None:
+    """Give a decoder without content one of its weights."""
+    owner, _, attribute = name.rpartition(".")
+    setattr(decoder.get_submodule(owner), attribute, nn.Parameter(weight))
 
 
 def _require_fit(
@@ -110,16 +136,16 @@ def save(
         if len(shards) > 1:
             total = sum(p.numel() for shard in shards for p in shard.values()) * dtype.itemsize
             owners = {n: name for name, shard in zip(names, shards, strict=True) for n in shard}
-            _write(
+            write_json(
                 path / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(owners.items()))}
             )
-        _write(path / "config.json", config.to_hf(_NAMES[dtype]))
+        write_json(path / "config.json", config.to_hf(_NAMES[dtype]))
         generation = {
-            "eos_token_id": config.eos_token_id,
+            "eos_token_id": config.hf_eos,
             "pad_token_id": config.pad_token_id,
             "do_sample": False,
         }
-        _write(path / "generation_config.json", generation)
+        write_json(path / GENERATION, generation)
 
 
 def _shards(
@@ -138,11 +164,12 @@ def _shards(
     return shards
 
 
-def _write(path: Path, value: object) -> None:
+def write_json(path: Path, value: object) -> None:
+    """A JSON file as HF directories hold it."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _weight_files(path: Path) -> list[Path]:
+def weight_files(path: Path) -> list[Path]:
     """The file of the weights, or those that the index names."""
     if (path / WEIGHTS).exists():
         return [path / WEIGHTS]
@@ -151,7 +178,7 @@ def _weight_files(path: Path) -> list[Path]:
         raise UserError(
             f"{path}: no {WEIGHTS} there; expected a Hugging Face model directory with safetensors"
         )
-    owners = read_object(index, "a Hugging Face model directory").get("weight_map")
+    owners = read_object(index, _EXPECTED).get("weight_map")
     if not isinstance(owners, dict) or not owners or not all(isinstance(v, str) for v in owners.values()):
         raise UserError(f"{index}: holds no 'weight_map' of names to files; export the model again")
     names = sorted(set(owners.values()))
@@ -161,7 +188,7 @@ def _weight_files(path: Path) -> list[Path]:
     return [path / name for name in names]
 
 
-def _open(file: Path) -> Any:
+def open_weights(file: Path) -> Any:
     """An open safetensors file, its header read."""
     try:
         return safe_open(file, framework="pt")

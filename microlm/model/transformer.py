@@ -113,7 +113,10 @@ class Trunk(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A stock causal language model; `compute_dtype` is the precision of the products, not of the weights."""
+    """A stock causal language model; `compute_dtype` is the precision of the products, not of the weights.
+
+    `weights_from` says where the weights came from; while it is None they are what the constructor left.
+    """
 
     cos: Tensor
     sin: Tensor
@@ -122,6 +125,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.compute_dtype = compute_dtype
+        self.weights_from: str | None = None
         self.model = Trunk(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
@@ -201,3 +205,4 @@ def initialise(decoder: Decoder, generator: torch.Generator, plain: bool = False
                 weight.normal_(0.0, 0.02 if outer else 0.4 * weight.shape[1] ** -0.5, generator=generator)
             else:
                 weight.fill_(1.0)
+    decoder.weights_from = "a random start"

@@ -170,8 +170,10 @@ def clean(document: Document, steps: dict[str, Rule], effects: Effects) -> tuple
 
 
 def tidied(record: Record) -> tuple[Record, str | None]:
-    """The tidy record, or why to drop it: a text of which nothing visible is left."""
+    """The tidy record, or why to drop it: nothing visible is left of a text, or nothing is preferred."""
     after = tidy(record)
+    if isinstance(after, Preference) and after.chosen == after.rejected:
+        return after, "equal_answers"
     return after, "nothing_visible" if _said(after) < _said(record) else None
 
 

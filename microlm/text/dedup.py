@@ -109,14 +109,19 @@ def _may_join(char: str) -> bool:
 
 
 def record_digest(record: Record) -> bytes:
-    """The digest of what a record says: its text, or all turns of a conversation or preference."""
+    """The digest of what a record says: its text, or all turns of a conversation or preference.
+
+    The half of a preference's that places it in a split is its prompt's: no prompt is in two splits.
+    """
     if isinstance(record, Document | Extraction):
         return digest(record.text)
     turns = record.messages if isinstance(record, Conversation) else record.prompt
     said = [*record.tools, *(part for turn in turns for part in (turn.role, *words_of(turn)))]
-    if not isinstance(record, Conversation):
-        said += [record.chosen, record.rejected]
-    return digest(_BETWEEN.join(said))
+    asked = digest(_BETWEEN.join(said))
+    if isinstance(record, Conversation):
+        return asked
+    half = DIGEST_BYTES // 2
+    return digest(_BETWEEN.join([*said, record.chosen, record.rejected]))[:half] + asked[half:]
 
 
 class DigestSet:

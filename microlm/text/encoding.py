@@ -1,12 +1,12 @@
 """Files → token sets: samples of ids in a row, in any number of processes, always the same bytes.
 
-A set is `NAME.tokens.bin`, `NAME.loss.bin` (conversations), `NAME.ends.bin` (int64); `index.json` lists them.
+A set is `NAME.tokens.bin`, `NAME.loss.bin` (not of documents), `NAME.ends.bin` (int64); `index.json` lists
+them. In a set of preferences sample 2k is the chosen conversation of pair k, sample 2k + 1 the rejected one.
 """
 
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import sys
 import tempfile
@@ -22,12 +22,13 @@ import numpy as np
 from microlm.core import storage
 from microlm.core.errors import UserError
 from microlm.core.metrics import Progress
-from microlm.core.records import Conversation, Document
+from microlm.core.records import Conversation, Document, Extraction, Preference
 from microlm.text import sources
 from microlm.text.chat import encode_chats
+from microlm.text.chat.pairs import encode_pairs
 from microlm.text.corpus.pool import open_pool
-from microlm.text.corpus.token_sets import CONVERSATIONS, DOCUMENTS, Samples, TokenSets
-from microlm.text.read import Drop, Fault, Record, builder
+from microlm.text.corpus.token_sets import CONVERSATIONS, DOCUMENTS, PREFERENCES, Samples, TokenSets
+from microlm.text.read import Drop, Fault, builder
 from microlm.text.sources import Block, Source, Tally
 from microlm.text.sources.jsonl import read_lines
 from microlm.text.tokenizer import Tokenizer, copy_files
@@ -36,7 +37,10 @@ INDEX = "index.json"
 SPLITS = ("train", "validation")
 _CHATS = 512  # encoded at once
 _PROCESS_BYTES = 16 << 20  # of input that are worth a process
-_TASK = re.compile(r"[\w-]{1,64}")
+
+Encodable = Document | Conversation | Preference
+Rows = dict[str, list[tuple[list[int], list[int]]]]
+"""Ids and mask of samples, by the name of their set."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +49,7 @@ class File:
 
     split: str
     place: Path | Source
-    kind: type[Document] | type[Conversation] | None = None
+    kind: type[Encodable] | None = None
 
     @property
     def size_bytes(self) -> int:
@@ -88,8 +92,10 @@ class Found:
 
 
 def files_of_data(folder: Path, splits: Sequence[str]) -> list[File]:
-    """The documents and conversations of a data artifact; a corpus without one of them has no such file."""
-    kinds: dict[str, type[Document] | type[Conversation]] = {DOCUMENTS: Document, CONVERSATIONS: Conversation}
+    """Documents, conversations and preferences of a data artifact; a corpus may lack a file of them."""
+    kinds: dict[str, type[Encodable]] = {
+        DOCUMENTS: Document, CONVERSATIONS: Conversation, PREFERENCES: Preference,
+    }  # fmt: skip
     places = [
         (split, folder / name / f"{split}.jsonl", kind) for split in splits for name, kind in kinds.items()
     ]
@@ -163,18 +169,20 @@ def write_sets(
     return written.index(tokenizer, (file.split for file in files)), found
 
 
-def _tell(source: Path | Source, tally: Tally, found: Found) -> None:
-    """A user's source is read: refuse one that is of no use, note the others, and say what was dropped."""
-    if isinstance(source, Path):
+def _tell(place: Path | Source, tally: Tally, found: Found) -> None:
+    """A file is read: refuse a user's source that is of no use, and say what was dropped."""
+    word = f"{place.parent.name}/{place.name}" if isinstance(place, Path) else place.word
+    if not isinstance(place, Path):
+        found.licences.update(tally.licences)
+        tally.check()
+        sources.require_usable(place, tally)
+    elif not tally.dropped:
         return
-    found.tallies[source.word] = tally
-    found.licences.update(tally.licences)
-    tally.check()
-    sources.require_usable(source, tally)
+    found.tallies[word] = tally
     if tally.dropped:
         reasons = ", ".join(f"{reason} {count}" for reason, count in tally.dropped.most_common(5))
         sys.stderr.write(
-            f"tokenize {source.word}: {tally.read - tally.kept} of {tally.read} records dropped ({reasons})\n"
+            f"tokenize {word}: {tally.read - tally.kept} of {tally.read} records dropped ({reasons})\n"
         )
 
 
@@ -201,17 +209,21 @@ def _load(directory: Path, stamp: tuple[int, int]) -> Tokenizer:
 def _encode_block(task: _Task) -> _Encoded:
     """The samples of a block, by the name of their set."""
     tokenizer = _load(task.tokenizer, task.stamp)
-    tally, texts, chats = Tally(), [], []
+    tally, texts = Tally(), []
+    chats: list[Conversation] = []
+    pairs: list[Preference] = []
     for record in _records(task):
         if isinstance(record, Drop):
             tally.drop(record.reason, f"{record.place}: {record.detail}")
-            continue
-        tally.keep(record.licence)
-        if isinstance(record, Document):
-            texts.append(record.text)
+        elif isinstance(record, Preference):
+            pairs.append(record)
         else:
-            chats.append(record)
-    sets = _conversations(tokenizer, chats, task.file)
+            tally.keep(record.licence)
+            texts.append(record.text) if isinstance(record, Document) else chats.append(record)
+    rows: Rows = {}
+    _add_conversations(rows, tokenizer, chats, task.file)
+    _add_pairs(rows, tokenizer, pairs, task.file, tally)
+    sets = {name: _in_a_row(some, tokenizer.dtype) for name, some in rows.items()}
     if texts:
         ids, ends = tokenizer.encode_arrays(texts, tokenizer.eos_id)
         sets[f"{DOCUMENTS}-{task.file.split}"] = Samples(ids, np.diff(ends, prepend=0), None)
@@ -220,10 +232,10 @@ def _encode_block(task: _Task) -> _Encoded:
     return _Encoded(task.number, sets, tally, task.block.consumed)
 
 
-def _records(task: _Task) -> Iterator[Document | Conversation | Drop]:
+def _records(task: _Task) -> Iterator[Encodable | Drop]:
     if task.file.kind is None:
         for record in sources.read_block(task.block):
-            yield record if isinstance(record, Document | Conversation | Drop) else _unsuitable(record)
+            yield _unsuitable(record) if isinstance(record, Extraction) else record
         return
     build = builder(task.file.kind)  # type: ignore[arg-type]
     for place, data in task.block.objects():
@@ -235,19 +247,32 @@ def _records(task: _Task) -> Iterator[Document | Conversation | Drop]:
             raise UserError(f"{place}: {fault.detail}; make the file again") from None
 
 
-def _unsuitable(record: Record) -> Drop:
-    name = type(record).__name__.lower()
-    return Drop(f"{name}_record", record.source, "the record is no document and no conversation")
+def _unsuitable(record: Extraction) -> Drop:
+    return Drop(
+        "extraction_record", record.source, "is no document, conversation or preference; prepare it (data)"
+    )
 
 
-def _conversations(tokenizer: Tokenizer, chats: Sequence[Conversation], file: File) -> dict[str, Samples]:
+def _add_conversations(rows: Rows, tokenizer: Tokenizer, chats: Sequence[Conversation], file: File) -> None:
     """Ids and masks by task."""
-    groups: dict[str, list[tuple[list[int], list[int]]]] = {}
     for start in range(0, len(chats), _CHATS):
         some = chats[start : start + _CHATS]
         for chat, encoded in zip(some, encode_chats(tokenizer, some), strict=True):
-            groups.setdefault(_name(chat, file), []).append(encoded)
-    return {name: _in_a_row(rows, tokenizer.dtype) for name, rows in groups.items()}
+            rows.setdefault(_name(CONVERSATIONS, chat.task, file), []).append(encoded)
+
+
+def _add_pairs(
+    rows: Rows, tokenizer: Tokenizer, pairs: Sequence[Preference], file: File, tally: Tally
+) -> None:
+    """Both sides of each pair by task; where they are the same to this tokenizer, nothing is preferred."""
+    for start in range(0, len(pairs), _CHATS):
+        some = pairs[start : start + _CHATS]
+        for pair, (chosen, rejected) in zip(some, encode_pairs(tokenizer, some), strict=True):
+            if chosen == rejected:
+                tally.drop("equal_answers", f"{pair.source}: both answers have the same ids")
+                continue
+            tally.keep(pair.licence)
+            rows.setdefault(_name(PREFERENCES, pair.task, file), []).extend((chosen, rejected))
 
 
 def _in_a_row(rows: list[tuple[list[int], list[int]]], dtype: np.dtype[Any]) -> Samples:
@@ -256,11 +281,11 @@ def _in_a_row(rows: list[tuple[list[int], list[int]]], dtype: np.dtype[Any]) -> 
     return Samples(ids, sizes, np.frombuffer(b"".join(bytes(mask) for _, mask in rows), dtype=np.uint8))
 
 
-def _name(chat: Conversation, file: File) -> str:
-    if not _TASK.fullmatch(chat.task) or chat.task == DOCUMENTS:  # it becomes a file's name
+def _name(kind: str, task: str, file: File) -> str:
+    if not sources.is_task(task):
         place = file.place if isinstance(file.place, Path) else file.place.word
         raise UserError(
-            f"{place}: task {chat.task[:80]!r} cannot name a token set; use letters, digits, '_', '-', "
+            f"{place}: task {task[:80]!r} cannot name a token set; use letters, digits, '_', '-', "
             f"at most 64 of them, and not '{DOCUMENTS}'"
         )
-    return f"{CONVERSATIONS}-{chat.task}-{file.split}"
+    return f"{kind}-{task}-{file.split}"

@@ -61,7 +61,8 @@ class PrepareRecipe(StageRecipe):
 
     source: str | list[str] = unkeyed(
         "factbook",
-        description="factbook, jsonl:PATH, parquet:, csv:, text:, markdown:, hf:NAME[:split], ms:, or a list",
+        description="factbook, arithmetic:COUNT, jsonl:PATH, parquet:, csv:, text:, markdown:, hf:NAME, "
+        "ms:, or a list; NAME= before it names a task",
     )
     entities: str | None = unkeyed(None, description="entity file that replaces the factbook's own tables")
     strict: bool = Field(
@@ -76,7 +77,7 @@ class PrepareRecipe(StageRecipe):
         0, ge=0, description="longer documents are cut at ends of sentences, in characters; 0: not cut"
     )
     validation_share: float = Field(
-        0.02, ge=0, lt=1, description="share of documents and conversations for validation"
+        0.02, ge=0, lt=1, description="share of documents, conversations and preferences for validation"
     )
     test_share: float = Field(
         0.02, ge=0, lt=1, description="share of documents and of a user's extraction for the test"
@@ -94,7 +95,7 @@ class PrepareRecipe(StageRecipe):
             "documents": (self.validation_share, self.test_share),
             "conversations": (self.validation_share, 0.0),
             "extraction": (0.0, self.test_share),
-            "preferences": (0.0, 0.0),
+            "preferences": (self.validation_share, 0.0),
         }
 
     def words(self) -> list[str]:
@@ -119,7 +120,7 @@ def fingerprint(recipe: PrepareRecipe) -> dict[str, Any]:
     return found
 
 
-@stage("data", "data", version=2, fingerprint=fingerprint)
+@stage("data", "data", version=3, fingerprint=fingerprint)
 def run(recipe: PrepareRecipe, work: Workspace) -> None:
     """Refine the user's sources and what the factbook fills in → duplicates → held-out → files → audit."""
     check_shares(recipe.validation_share, recipe.test_share)

@@ -1,6 +1,6 @@
 """Stage `tokenize`: prepared records, or raw files → token sets; and their reader.
 
-A set is ids in a row (uint16, uint32 for large vocabularies), a loss mask (conversations), ends of samples.
+A set is ids in a row (uint16, uint32 for large vocabularies), a loss mask (documents: none), ends of samples.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from microlm.core.artifact import Workspace, stage
 from microlm.core.errors import UserError
 from microlm.core.recipe import StageRecipe, artifact_input, unkeyed
 from microlm.text import sources
-from microlm.text.corpus.token_sets import CONVERSATIONS
+from microlm.text.corpus.token_sets import CONVERSATIONS, DOCUMENTS, PREFERENCES
 from microlm.text.encoding import INDEX, SPLITS, files_of_data, files_of_words, write_sets
 from microlm.text.tokenizer import copy_files
 
@@ -57,9 +57,9 @@ def fingerprint(recipe: TokenizeRecipe) -> Mapping[str, Any]:
     return {"sources": [[word.kind, word.fingerprint()] for word in words]} if words else {}
 
 
-@stage("tokenize", "shards", version=1, fingerprint=fingerprint)
+@stage("tokenize", "shards", version=2, fingerprint=fingerprint)
 def run(recipe: TokenizeRecipe, work: Workspace) -> None:
-    """Encode documents (EOS after each) and conversations (with loss mask), one set for each task."""
+    """Encode documents (EOS after each), conversations and preferences (with loss mask), a set each task."""
     if bool(recipe.words()) == bool(recipe.data):
         raise UserError("tokenize: takes either data (an artifact) or source (raw files); give one of them")
     directory = work.inputs["tokenizer"].path
@@ -79,11 +79,20 @@ def run(recipe: TokenizeRecipe, work: Workspace) -> None:
 
 
 def open_sets(path: Path, prefix: str, split: str) -> dict[str, TokenSet]:
-    """The token sets of a shards directory whose name starts with `prefix`, by task (or `documents`)."""
+    """The token sets of a shards directory whose name starts with `prefix`, by task (or `documents`).
+
+    An empty prefix takes documents and conversations; preferences are asked for as `preferences-`.
+    """
     index = json.loads((path / INDEX).read_bytes())
-    wanted = [n for n in index["sets"] if n.startswith(prefix) and n.endswith("-" + split)]
-    task = {n: n.removesuffix("-" + split).removeprefix(f"{CONVERSATIONS}-") for n in wanted}
-    return {task[n]: _open(path, n, index["dtype"]) for n in wanted}
+    kinds = (prefix,) if prefix else (DOCUMENTS, CONVERSATIONS)
+    wanted = [n for n in index["sets"] if n.startswith(kinds) and n.endswith("-" + split)]
+    return {task_of(n): _open(path, n, index["dtype"]) for n in wanted}
+
+
+def task_of(name: str) -> str:
+    """The task of a token set's name, `documents` for theirs: `conversations-a-b-train` is of task `a-b`."""
+    task = name.rpartition("-")[0]
+    return task.removeprefix(f"{CONVERSATIONS}-" if task.startswith(CONVERSATIONS) else f"{PREFERENCES}-")
 
 
 def _open(path: Path, name: str, dtype: str) -> TokenSet:

@@ -28,7 +28,7 @@ SPLITS: Mapping[Kind, tuple[Split, ...]] = {
     "documents": ("train", "validation", "test"),
     "conversations": ("train", "validation"),
     "extraction": ("train", "test"),
-    "preferences": ("train",),
+    "preferences": ("train", "validation"),
 }
 KINDS: tuple[Kind, ...] = tuple(TYPES)
 _SCALE = 1 << 32

@@ -61,10 +61,12 @@ class Tokenizer:
         self.path = path
         self.vocab_size: int = known.size
         self.dtype = np.dtype("<u2" if known.size <= 0xFFFF else "<u4")
-        self.pad_id, self.start_id, self.eos_id = (self._special(t) for t in SPECIAL)
-        own = zip(SPECIAL, (self.pad_id, self.start_id, self.eos_id), strict=True)
+        pad, start, end = self._own()
+        own = {token: known.number(token) for token in (pad, start, end) if token}
+        self.pad_id, self.eos_id = own[pad], own[end]
+        self.start_id = own.get(start) if start else None
         self._asked = 0  # characters of many or long texts, so far
-        self.control: dict[str, int] = {**{t.content: t.id for t in known.added}, **dict(own)}
+        self.control: dict[str, int] = {**{t.content: t.id for t in known.added}, **own}
 
     @classmethod
     def load(cls, path: Path) -> Tokenizer:
@@ -85,13 +87,26 @@ class Tokenizer:
                 )
         return cls(inner, known, path)
 
-    def _special(self, token: str) -> int:
-        number = self._controlled.token_to_id(token)
-        if number is None:
+    def _own(self) -> tuple[str, str | None, str]:
+        """What pads, opens a turn, ends: ChatML's tokens, or (no turns) those that the directory names."""
+        ids = self._controlled.token_to_id
+        if None not in map(ids, SPECIAL):
+            return SPECIAL
+        from microlm.text.chat.directory import special_tokens  # that room reads tokenizers itself
+
+        named = {name: token for name, token in special_tokens(self.path).items() if ids(token) is not None}
+        end = named.get("eos_token")
+        if end is None:
             raise UserError(
-                f"{self.path}: the tokenizer has no {token}; MicroLM needs ChatML's control tokens"
+                f"{self.path}: the tokenizer lacks ChatML's control tokens and names no eos_token, "
+                "so that no text would end; name one in tokenizer_config.json"
             )
-        return int(number)
+        return named.get("pad_token", end), START if ids(START) is not None else None, end
+
+    @property
+    def has_chatml(self) -> bool:
+        """Whether our own template's turns can be written with it."""
+        return self.start_id is not None and self.control.get(END) == self.eos_id
 
     @cached_property
     def _plain(self) -> HFTokenizer:
@@ -213,7 +228,7 @@ class Tokenizer:
     def token_bytes(self) -> list[bytes]:
         """The bytes of every id; b"" for special tokens and for ids that no token has."""
         table: list[bytes] = [b""] * self.vocab_size
-        hidden = {self.pad_id, self.start_id, self.eos_id} | {t.id for t in self._known.added}
+        hidden = {self.pad_id, self.eos_id, self.start_id} | {t.id for t in self._known.added}
         for token, number in self._known.ids.items():
             if number in hidden:
                 continue

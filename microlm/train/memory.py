@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -20,7 +20,7 @@ from microlm.core.recipe import Parallel
 from microlm.model import lora
 from microlm.model.attention import stripe
 from microlm.model.config import ModelConfig
-from microlm.model.transformer import Block, Decoder, masked_attention
+from microlm.model.transformer import Decoder, masked_attention
 from microlm.train import optim
 from microlm.train.job import LoopRecipe
 from microlm.train.objectives.cross_entropy import chunk_size
@@ -46,7 +46,10 @@ class TrainingRecipe(Protocol):
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one process. Activations and the optimizer's scratch are never there together."""
+    """Bytes of one process. Activations and the optimizer's scratch are never there together.
+
+    `teacher`: the weights of a second model that is only read, its forward pass and its logits.
+    """
 
     weights: int
     gradients: int
@@ -58,19 +61,28 @@ class Memory:
     snapshot: int
     runtime: int
     holes: float
+    teacher: int = 0
 
     @property
     def total(self) -> int:
         """The peak: what stays, the larger of the two phases, and the allocator's holes."""
-        stays = self.weights + self.gradients + self.moments + self.sums + self.snapshot
+        stays = self.weights + self.gradients + self.moments + self.sums + self.snapshot + self.teacher
         return self.runtime + round(self.holes * (stays + max(self.activations + self.logits, self.scratch)))
 
 
-def check(config: ModelConfig, recipe: TrainingRecipe, adapter: lora.LoraConfig | None = None) -> None:
+def check(
+    config: ModelConfig,
+    recipe: TrainingRecipe,
+    adapter: lora.LoraConfig | None = None,
+    teacher: ModelConfig | None = None,
+) -> None:
     """Refuse a run that cannot fit into what is free here, before it starts."""
     ranks = processes(recipe.parallel)
     decoder = shadow(config, recipe.loop, adapter)
-    require_fit(predict(decoder, recipe.loop, recipe.optim, ranks), recipe.loop, runtime.local_ranks(ranks))
+    memory = predict(decoder, recipe.loop, recipe.optim, ranks)
+    if teacher:
+        memory = replace(memory, teacher=teacher_bytes(teacher, recipe.loop))
+    require_fit(memory, recipe.loop, runtime.local_ranks(ranks))
 
 
 def shadow(config: ModelConfig, loop: LoopRecipe, adapter: lora.LoraConfig | None = None) -> Decoder:
@@ -78,9 +90,14 @@ def shadow(config: ModelConfig, loop: LoopRecipe, adapter: lora.LoraConfig | Non
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode(), torch.device(runtime.device()):
-        decoder = Decoder(config, loop.compute_dtype())
-        if adapter:
-            lora.apply(decoder, adapter, None)
+        return _empty(config, loop, adapter)
+
+
+def _empty(config: ModelConfig, loop: LoopRecipe, adapter: lora.LoraConfig | None) -> Decoder:
+    decoder = Decoder(config, loop.compute_dtype())
+    decoder.weights_from = "nowhere: it has no content"
+    if adapter:
+        lora.apply(decoder, adapter, None)
     return decoder
 
 
@@ -90,16 +107,16 @@ def predict(decoder: Decoder, loop: LoopRecipe, rates: optim.OptimRecipe, ranks:
     groups = [(o, p) for o in optimizers for g in o.param_groups for p in g["params"]]
     trained = sum(p.numel() for _, p in groups)
     moments = sum(p.numel() * (1 if isinstance(o, optim.Muon) else 2) for o, p in groups)
-    item = loop.compute_dtype().itemsize
+    item, adapter = loop.compute_dtype().itemsize, _adapter(decoder)
     rows = min(loop.micro_rows, loop.batch_rows)
     on_gpu = runtime.device().type == "cuda"  # snapshots, and python's own memory, lie in the host's
     saves = not on_gpu and (loop.checkpoint_steps < loop.steps or loop.keep_best)
     return Memory(
-        weights=MASTER * sum(p.numel() for p in decoder.parameters()),
+        weights=sum(t.nbytes for t in (*decoder.parameters(), *decoder.model.buffers())),
         gradients=MASTER * trained,
         moments=MASTER * moments,
-        activations=_activations(config, loop, rows),
-        logits=_head_bytes(config, loop, rows),
+        activations=_activations(config, loop, rows, adapter),
+        logits=_head_bytes(config, loop, rows, adapter),
         scratch=_scratch(optimizers, item),
         sums=MASTER * trained if ranks > 1 else 0,
         snapshot=MASTER * (trained + moments) if saves else 0,
@@ -108,29 +125,49 @@ def predict(decoder: Decoder, loop: LoopRecipe, rates: optim.OptimRecipe, ranks:
     )
 
 
-def _activations(config: ModelConfig, loop: LoopRecipe, rows: int) -> int:
+def teacher_bytes(config: ModelConfig, loop: LoopRecipe) -> int:
+    """A frozen model in the products' precision: weights, what one block holds, logits of a chunk."""
+    rows = min(loop.micro_rows, loop.batch_rows)
+    mask = rows * loop.context**2 if loop.document_mask else 0
+    held = block_bytes(config, loop, rows) + _head_bytes(config, loop, rows, None)
+    return (config.parameters + mask) * loop.compute_dtype().itemsize + held
+
+
+def _adapter(decoder: Decoder) -> lora.LoraConfig | None:
+    return next((m.config for m in lora.adapted(decoder).values()), None)
+
+
+def _copied(adapter: lora.LoraConfig | None) -> bool:
+    """Whether products need a copy of the matrices in their own precision."""
+    return adapter is None or adapter.base == "as_loaded"
+
+
+def _activations(config: ModelConfig, loop: LoopRecipe, rows: int, adapter: lora.LoraConfig | None) -> int:
     """What all blocks keep, or one of them and the inputs of the others, and the mask."""
     item, layers = loop.compute_dtype().itemsize, config.num_hidden_layers
     mask = rows * loop.context**2 * item if loop.document_mask else 0
+    block = block_bytes(config, loop, rows, adapter)
     if not loop.activation_checkpointing:
-        return layers * block_bytes(config, loop, rows) + mask
-    return block_bytes(config, loop, rows) + layers * rows * loop.context * config.hidden_size * item + mask
+        return layers * block + mask
+    return block + layers * rows * loop.context * config.hidden_size * item + mask
 
 
-def _head_bytes(config: ModelConfig, loop: LoopRecipe, rows: int) -> int:
+def _head_bytes(config: ModelConfig, loop: LoopRecipe, rows: int, adapter: lora.LoraConfig | None) -> int:
     """Logits of a chunk and their gradient (written out: in fp32 too); copy of the matrix, gradient of x."""
     item, positions = loop.compute_dtype().itemsize, rows * loop.context
     wide = 0 if loop.compiles() else 3 * 4
-    table = config.vocab_size * config.hidden_size
+    table = config.vocab_size * config.hidden_size * _copied(adapter)
     logits = min(positions, chunk_size(runtime.device())) * config.vocab_size * (2 * item + wide)
     return logits + (table + positions * config.hidden_size) * item
 
 
-def block_bytes(config: ModelConfig, loop: LoopRecipe, rows: int) -> int:
+def block_bytes(
+    config: ModelConfig, loop: LoopRecipe, rows: int, adapter: lora.LoraConfig | None = None
+) -> int:
     """What one block keeps for its backward pass, with its copies of the matrices in the products' dtype."""
     item = loop.compute_dtype().itemsize
     if not loop.compiles():
-        return _kept_by_eager_block(config, loop, rows)
+        return _kept_by_eager_block(config, loop, rows, adapter)
     c, positions = config, rows * loop.context
     wide = c.num_attention_heads * c.head_dim
     stripes = -(-loop.context // stripe(loop.context))
@@ -138,11 +175,13 @@ def block_bytes(config: ModelConfig, loop: LoopRecipe, rows: int) -> int:
     if runtime.device().type == "cuda":
         scores = 0  # FlashAttention keeps none
     matrices = sum(c.parameter_parts()[part] for part in ("attention", "mlp")) // c.num_hidden_layers
-    kept = positions * (4 * c.hidden_size + 4 * wide + 3 * c.intermediate_size) + scores + matrices
-    return kept * item
+    kept = positions * (4 * c.hidden_size + 4 * wide + 3 * c.intermediate_size) + scores
+    return (kept + matrices * _copied(adapter)) * item
 
 
-def _kept_by_eager_block(config: ModelConfig, loop: LoopRecipe, rows: int) -> int:
+def _kept_by_eager_block(
+    config: ModelConfig, loop: LoopRecipe, rows: int, adapter: lora.LoraConfig | None
+) -> int:
     """Counted on tensors without content: every tensor that autograd keeps of a forward pass, once."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -153,13 +192,13 @@ def _kept_by_eager_block(config: ModelConfig, loop: LoopRecipe, rows: int) -> in
         return tensor
 
     with FakeTensorMode(), torch.device(runtime.device()):
-        block = Block(config)
+        block = _empty(replace(config, num_hidden_layers=1), loop, adapter).model.layers[0]
         x = torch.empty(rows, loop.context, config.hidden_size, dtype=dtype, requires_grad=True)
         angles = torch.empty(rows, 1, loop.context, config.head_dim, dtype=dtype)
         mask = torch.empty(rows, 1, loop.context, loop.context, dtype=dtype)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
             block(x, (angles, angles), 0, lambda layer, q, k, v: masked_attention(q, k, v, mask))
-    shared = {t.untyped_storage()._cdata for t in (*block.parameters(), angles, mask)}
+    shared = {t.untyped_storage()._cdata for t in (*block.parameters(), *block.buffers(), angles, mask)}
     return sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in shared)
 
 

@@ -20,9 +20,12 @@ from microlm.train import pretrain
 from microlm.train.batches import Batch, PackedRows
 from microlm.train.job import Job, SamplesRecipe
 from microlm.train.loop import train
-from microlm.train.pretrain import PretrainRecipe
+from microlm.train.plan import Trainable
 from microlm.train.ranks import Ranks, launch
-from microlm.train.tuning import sft
+from microlm.train.tuning import distil, dpo, sft
+from microlm.train.tuning.distil import DistilRecipe
+from microlm.train.tuning.dpo import DpoRecipe
+from microlm.train.tuning.reference import add_references
 from microlm.train.tuning.sft import SftRecipe
 
 STEPS, ROWS, TARGET = 300, 2, 0.05
@@ -78,9 +81,7 @@ class Overfit:
         )
 
 
-def overfit(
-    recipe: PretrainRecipe | SftRecipe, steps: int = STEPS, rows: int = ROWS, target: float = TARGET
-) -> Overfit:
+def overfit(recipe: Trainable, steps: int = STEPS, rows: int = ROWS, target: float = TARGET) -> Overfit:
     """Train on the first `rows` rows alone, at full rates: what is sound learns them by heart."""
     loop = recipe.loop.model_copy(
         update={"tokens": steps * rows * recipe.loop.context, "batch_rows": rows, "micro_rows": rows}
@@ -102,7 +103,7 @@ def require_overfit(found: Overfit) -> None:
         raise CheckFailed(found.sentence())
 
 
-def tokens_per_s(recipe: PretrainRecipe | SftRecipe) -> float:
+def tokens_per_s(recipe: Trainable) -> float:
     """The speed of some real steps of a run, on its own processes, after the first ones."""
     loop = recipe.loop
     timed = loop.model_copy(update={"tokens": TIMED_STEPS * loop.batch_rows * loop.context})
@@ -111,7 +112,7 @@ def tokens_per_s(recipe: PretrainRecipe | SftRecipe) -> float:
     return statistics.median(speeds[COLD_STEPS:])
 
 
-def trial(recipe: PretrainRecipe | SftRecipe, repeat: bool) -> Rows:
+def trial(recipe: Trainable, repeat: bool) -> Rows:
     """Train by a recipe in a folder that is thrown away; the rows of every step. `repeat`: one batch only."""
     quiet = {
         "log_steps": 1, "validation_rows": 0, "checkpoint_steps": recipe.loop.steps + 1, "keep": 1,
@@ -126,22 +127,28 @@ def trial(recipe: PretrainRecipe | SftRecipe, repeat: bool) -> Rows:
         return read_metrics(folder / LOGS / FILE)
 
 
-def _rank(ranks: Ranks, recipe: PretrainRecipe | SftRecipe, repeat: bool, folder: Path) -> None:
+def _rank(ranks: Ranks, recipe: Trainable, repeat: bool, folder: Path) -> None:
     decoder, job = _prepare(recipe, folder)
     job.validation = job.tokenizer = None
     if repeat:
+        if isinstance(recipe, DpoRecipe):
+            add_references(ranks, decoder, job, {})
         assert isinstance(job.train, PackedRows)
         job.train = OneBatch(job.train, recipe.loop.batch_rows)
     train(ranks, decoder, job)
 
 
-def _prepare(recipe: PretrainRecipe | SftRecipe, folder: Path) -> tuple[Decoder, Job]:
+def _prepare(recipe: Trainable, folder: Path) -> tuple[Decoder, Job]:
     shards = open_artifact(recipe.shards)
     model = open_artifact(recipe.model) if recipe.model else None
     if model:
         pretrain.require_same_tokenizer(model, shards)
-    if isinstance(recipe, SftRecipe):
+    if isinstance(recipe, SftRecipe | DpoRecipe):
         assert model
+        if isinstance(recipe, DpoRecipe):
+            return dpo.prepare(recipe, model, shards.path, folder)
         return sft.prepare(recipe, model, shards.path, folder)
+    if isinstance(recipe, DistilRecipe):
+        return distil.prepare(recipe, {k: open_artifact(v) for k, v in recipe.inputs().items()}, folder)
     config = pretrain.configuration(recipe, shards, model)
     return pretrain.prepare(recipe, config, model.path if model else None, shards.path, folder)

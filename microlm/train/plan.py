@@ -1,31 +1,43 @@
 """What a training run takes, before it starts: weights, memory, arithmetic, data, time.
 
-Enters: a recipe, the configuration it trains and the shards' index. Leaves: a `Plan`.
+Enters: a recipe, the configuration it trains and the shards, as far as they are there. Leaves: a `Plan`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from microlm.core import runtime
 from microlm.core.peak import peak_flops
+from microlm.model import lora
 from microlm.model.config import ModelConfig
-from microlm.train.memory import Memory, available, predict, shadow
+from microlm.text.corpus.token_sets import PREFERENCES
+from microlm.text.shards import open_sets, task_of
+from microlm.train.batches import TooLong
+from microlm.train.batches.lengths import Lengths, sentences
+from microlm.train.batches.pairs import pairs_of
+from microlm.train.batches.spans import spans_of, unread
+from microlm.train.job import LoopRecipe
+from microlm.train.memory import Memory, available, predict, shadow, teacher_bytes
 from microlm.train.pretrain import PretrainRecipe
 from microlm.train.ranks import limited_threads, processes
 from microlm.train.reporter.speed import position_flops
+from microlm.train.tuning.distil import DistilRecipe
+from microlm.train.tuning.dpo import DpoRecipe
 from microlm.train.tuning.sft import SftRecipe
 
 DOCUMENTS = "documents"
+Trainable = PretrainRecipe | SftRecipe | DpoRecipe | DistilRecipe
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Counts of weights, bytes a process, FLOPs, positions; `epochs` by set, empty without shards."""
+    """Counts of weights, bytes a process, FLOPs, positions; of shards that are there epochs and lengths."""
 
     config: ModelConfig
     parameters: dict[str, int]
@@ -41,6 +53,9 @@ class Plan:
     flops_per_token: float
     epochs: dict[str, float]
     peak_flops: float | None
+    lengths: dict[str, Lengths]
+    context: int
+    too_long: TooLong
     tokens_per_s: float | None = None
 
     @property
@@ -84,6 +99,8 @@ class Plan:
         steps = f"{self.steps:,} steps of {self.batch_tokens:,}"
         epochs = ", ".join(f"{n} {e:.2f}" for n, e in self.epochs.items()) or "unknown, no shards are there"
         yield f"data        {self.tokens:,} tokens in {steps}; epochs: {epochs}"
+        for line in sentences(self.lengths, self.context, self.too_long):
+            yield f"samples     {line}"
         yield f"time        {self._time()}"
 
     def _time(self) -> str:
@@ -99,24 +116,37 @@ class Plan:
 
 
 def plan(
-    recipe: PretrainRecipe | SftRecipe, config: ModelConfig, index: Mapping[str, Any], peak: bool = True
+    recipe: Trainable,
+    config: ModelConfig,
+    index: Mapping[str, Any],
+    shards: Path | None = None,
+    teacher: ModelConfig | None = None,
+    peak: bool = True,
 ) -> Plan:
-    """What `recipe` takes to train `config` on shards with this index; `peak`: time the device as well."""
+    """What `recipe` takes to train `config` on shards with this index; their samples are counted if there.
+
+    `teacher` computes a forward pass beside each; `peak`: time the device as well.
+    """
     loop, ranks = recipe.loop, processes(recipe.parallel)
-    adapter = recipe.lora.config() if isinstance(recipe, SftRecipe) and recipe.lora else None
+    adapter = None if isinstance(recipe, PretrainRecipe) or not recipe.lora else recipe.lora.config()
     decoder = shadow(config, loop, adapter)
+    memory = predict(decoder, loop, recipe.optim, ranks)
     weights = {p: p.numel() for p in decoder.parameters()}
-    added = sum(weights.values()) - config.parameters
+    added = sum(p.numel() for p in lora.adapter_parameters(decoder))
     body, head = position_flops(decoder, loop.context)
     sets = _sets(recipe, index)
     seen = sum(s["tokens"] for s in sets.values())
     labelled = sum(s["labels"] for s in sets.values()) / seen if seen else 1.0
     batch_tokens = loop.batch_rows * loop.context
+    flops = body + labelled * head
+    if teacher:
+        memory = replace(memory, teacher=teacher_bytes(teacher, loop))
+        flops += _forward_flops(teacher, loop, labelled)
     return Plan(
         config=config,
         parameters=config.parameter_parts() | ({"adapter": added} if added else {}),
         trained=sum(n for p, n in weights.items() if p.requires_grad),
-        memory=predict(decoder, loop, recipe.optim, ranks),
+        memory=memory,
         memory_free=available(),
         processes=ranks,
         dtype=str(loop.compute_dtype()).removeprefix("torch."),
@@ -124,18 +154,27 @@ def plan(
         steps=loop.steps,
         batch_tokens=batch_tokens,
         tokens=loop.steps * batch_tokens,
-        flops_per_token=body + labelled * head,
+        flops_per_token=flops,
         epochs=_epochs(recipe, sets, loop.steps * batch_tokens),
+        lengths=_lengths(recipe, shards, sets) if shards else {},
+        context=loop.context,
+        too_long=_too_long(recipe),
         peak_flops=_peak(recipe) if peak else None,
     )
 
 
-def _sets(recipe: PretrainRecipe | SftRecipe, index: Mapping[str, Any]) -> dict[str, dict[str, int]]:
+def _forward_flops(config: ModelConfig, loop: LoopRecipe, labelled: float) -> float:
+    """Of a model that is only asked: a third of a training step."""
+    body, head = position_flops(shadow(config, loop), loop.context)
+    return (body + labelled * head) / 3
+
+
+def _sets(recipe: Trainable, index: Mapping[str, Any]) -> dict[str, dict[str, int]]:
     """Task (or `documents`) → counts of the training sets that the recipe reads."""
     found = {}
     for name, counts in index.get("sets", {}).items():
-        task = name.removesuffix("-train").removeprefix("conversations-")
-        if not name.endswith("-train"):
+        task, are_pairs = task_of(name), name.startswith(PREFERENCES)
+        if not name.endswith("-train") or are_pairs != isinstance(recipe, DpoRecipe):
             continue
         wanted = getattr(recipe, "mixture", {DOCUMENTS: 1.0})
         if wanted.get(task, 0.0) > 0 or (not wanted and task != DOCUMENTS):
@@ -143,16 +182,28 @@ def _sets(recipe: PretrainRecipe | SftRecipe, index: Mapping[str, Any]) -> dict[
     return found
 
 
-def _epochs(
-    recipe: PretrainRecipe | SftRecipe, sets: Mapping[str, Mapping[str, int]], tokens: int
-) -> dict[str, float]:
+def _too_long(recipe: Trainable) -> TooLong:
+    return "split" if isinstance(recipe, PretrainRecipe) else recipe.too_long
+
+
+def _lengths(recipe: Trainable, shards: Path, wanted: Iterable[str]) -> dict[str, Lengths]:
+    """What becomes of the samples (or pairs) of each training set that the recipe reads."""
+    context, rest = recipe.loop.context, unread(recipe.loop.document_mask)
+    if isinstance(recipe, DpoRecipe):
+        pairs = open_sets(shards, f"{PREFERENCES}-", "train")
+        return {n: pairs_of(pairs[n], context, recipe.too_long).lengths for n in sorted(wanted)}
+    sets = open_sets(shards, "", "train")
+    return {n: spans_of(sets[n], context, rest, _too_long(recipe))[1] for n in sorted(wanted)}
+
+
+def _epochs(recipe: Trainable, sets: Mapping[str, Mapping[str, int]], tokens: int) -> dict[str, float]:
     """How often each set is read, by its share of the positions."""
     mixture = getattr(recipe, "mixture", {})
     total = sum(mixture.get(n, 1.0) for n in sets)
     return {n: tokens * mixture.get(n, 1.0) / total / max(1, s["tokens"]) for n, s in sets.items()}
 
 
-def _peak(recipe: PretrainRecipe | SftRecipe) -> float:
+def _peak(recipe: Trainable) -> float:
     """Of one process, with its threads."""
     with limited_threads(recipe.parallel.threads):
         return peak_flops(recipe.loop.compute_dtype())

@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 from microlm.core import runtime
 from microlm.core.artifact import Workspace, stage
 from microlm.core.errors import UserError
-from microlm.core.manifest import Artifact, hash_file
+from microlm.core.manifest import CHECKPOINT, Artifact, folder_digest, hash_file
 from microlm.core.recipe import Recipe, StageRecipe, artifact_input
 from microlm.model import directory
 from microlm.model.architecture import ArchitectureRecipe
@@ -164,8 +164,12 @@ def require_same_tokenizer(model: Artifact, shards: Artifact) -> None:
 def finish(work: Workspace, tokenizer: Path) -> None:
     """Put the tokenizer beside the weights, and what is to be told into the manifest."""
     copy_files(tokenizer, work.path)
-    if publish_best(work.resume, work.path / BEST):
-        copy_files(tokenizer, work.path / BEST)
+    best = work.path / BEST
+    if publish_best(work.resume, best):
+        copy_files(tokenizer, best)
+        head = json.loads((best / CHECKPOINT).read_bytes())
+        told = {k: head[k] for k in ("step", "validation_loss")}
+        work.metrics[BEST] = told | {"digest": folder_digest(best, best.iterdir())}
     work.metrics.update(json.loads((work.logs / SUMMARY).read_bytes()))
 
 

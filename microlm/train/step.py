@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from microlm.core import runtime
 from microlm.core.metrics import Progress
+from microlm.model import lora
 from microlm.model.attention import document_borders, spelled_attention, varlen_attention
 from microlm.model.transformer import Decoder, masked_attention
 from microlm.train.batches import Batch, document_mask
@@ -47,6 +48,8 @@ class Forward:
 
     def __call__(self, input_ids: Tensor, positions: Tensor, seen: Tensor | None) -> Tensor:
         x, (cos, sin) = self.decoder.embed(input_ids, positions)
+        if torch.is_grad_enabled() and not x.requires_grad:
+            x.requires_grad_()  # under an adapter too all blocks are alike, and compiled once
         for block in self.decoder.model.layers:
             self.check()
             if self.recomputed and torch.is_grad_enabled():
@@ -95,7 +98,7 @@ def _spelled_block(block: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, seen: 
 
 
 def _checkpointed(block_call: BlockCall, *args: Any) -> Tensor:
-    """Keep a block's input alone, and compute the rest again in the backward pass; nothing here is random."""
+    """Keep a block's input alone, and compute the rest again in the backward pass; no generator is asked."""
     y: Tensor = checkpoint(block_call, *args, use_reentrant=False, preserve_rng_state=False)
     return y
 
@@ -110,7 +113,8 @@ def warm_up(ranks: Ranks, forward: Forward, decoder: Decoder, job: Job) -> None:
     batch = next(job.train.batches(job.loop.batch_rows)).rows(0, job.loop.micro_rows)
     for turn in range(min(2, ranks.size)):
         if (ranks.rank == 0) == (turn == 0):
-            with Progress(f"{job.name}: compiling", None, "passes") if turn == 0 else nullcontext():
+            told = Progress(f"{job.name}: compiling", None, "passes") if turn == 0 else nullcontext()
+            with told, lora.dropping(decoder, 0, 0, batch.input_ids.shape):
                 losses(forward, decoder, batch, job.objective).total.backward()
         ranks.sum_(torch.zeros(1))
     for p in decoder.parameters():
@@ -136,10 +140,13 @@ def accumulate(
     size = job.loop.micro_rows
     count = max(1, job.objective.count(batch))
     sums = torch.zeros(1 + len(job.objective.metrics), dtype=torch.float64, device=decoder.cos.device)
+    seed = lora.draw_seed(decoder)
     with suppress(Stopped):
         for start in range(ranks.rank * size, len(batch.labels), ranks.size * size):
-            loss = losses(watched, decoder, batch.rows(start, start + size), job.objective)
-            (loss.total / count).backward()
+            rows = batch.rows(start, start + size)
+            with lora.dropping(decoder, seed, start, rows.input_ids.shape):
+                loss = losses(watched, decoder, rows, job.objective)
+                (loss.total / count).backward()
             sums += torch.stack([part.detach().to(sums) for part in (loss.total, *loss.sums)])
     return sums
 

@@ -137,7 +137,7 @@ MODELS: dict[str, tuple[Prepare, str]] = {
     ),
     "tokenizer without control tokens": (
         lambda r: asked(r, tokenizer_file(without_controls)),
-        r"model: the tokenizer has no <\|endoftext\|>; ",
+        r"model: the tokenizer lacks ChatML.s control tokens and names no eos_token .*; name one",
     ),
     "tokenizer larger than the model": (
         lambda r: asked(

@@ -18,8 +18,8 @@ CALLED = Message("assistant", "", "想", (ToolCall("f", '{"x": "é"}'),))
 PLAIN = {
     '{"messages":[{"role":"user","content":"问"},{"role":"assistant","content":"答"}],"task":"chat",'
     '"source":"f:1","licence":""}\n': Conversation((ASK, SAY), source="f:1"),
-    '{"prompt":[{"role":"user","content":"问"}],"chosen":"好","rejected":"坏","source":"","licence":"MIT"}\n':
-    Preference((ASK,), "好", "坏", licence="MIT"),
+    '{"prompt":[{"role":"user","content":"问"}],"chosen":"好","rejected":"坏","source":"","licence":"MIT",'
+    '"task":"chat"}\n': Preference((ASK,), "好", "坏", licence="MIT"),
     '{"id":"0","cate":"","text":"t","relation":[{"head":"a","relation":"b","tail":"c","head_type":"",'
     '"tail_type":""}],"allowed":[],"kind":"","lang":"zh","source":"","licence":""}\n':
     Extraction("0", "", "t", (Triple("a", "b", "c"),)),

@@ -1,6 +1,8 @@
 """Seeds, folders, versions."""
 
+import ctypes
 import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +28,29 @@ def test_a_seed_sets_every_generator() -> None:
     first, other = draw(3), draw(1 << 40)
     assert draw(3) == first
     assert all(a != b for a, b in zip(first, other, strict=True))
+
+
+def test_a_ctrl_c_in_a_callback_from_c_is_not_lost() -> None:
+    """Python itself drops it there, with a line on stderr."""
+    call = ctypes.CFUNCTYPE(None)(lambda: signal.raise_signal(signal.SIGINT))
+    hook, sys.unraisablehook = sys.unraisablehook, lambda args: None
+    try:
+        call()  # lost
+        went_on = False
+        with pytest.raises(KeyboardInterrupt), runtime.interruptible():
+            call()
+            went_on = True
+    finally:
+        sys.unraisablehook = hook
+    assert went_on
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_ctrl_c_outside_callbacks_ends_the_block_at_once() -> None:
+    with pytest.raises(KeyboardInterrupt), runtime.interruptible():
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError("it went on")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_cache_folder_order(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -126,7 +126,8 @@ def adapted(
     for seed, targets in ((1, "all-linear"), (2, ("q_proj", "down_proj"))):
         decoder = directory.load(base)
         generator = torch.Generator().manual_seed(seed)
-        lora.apply(decoder, lora.LoraConfig(4, 8.0, targets), generator)  # type: ignore[arg-type]
+        config = lora.LoraConfig(4, 8.0, targets, rslora=seed == 2)  # type: ignore[arg-type]
+        lora.apply(decoder, config, generator)
         with torch.no_grad():
             for m in lora.adapted(decoder).values():
                 m.lora_B.normal_(0, 0.2, generator=generator)

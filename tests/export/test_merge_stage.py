@@ -50,6 +50,16 @@ def test_merged_computes_what_base_and_adapter_compute(model: Artifact, tmp_path
         assert merged.file(name).read_bytes() == model.file(name).read_bytes()
 
 
+def test_unmerged_is_the_base_again(model: Artifact, tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "lora", model)
+    decoder, base = (directory.load(a.path) for a in (run_merge(tmp_path / "merge", model, adapter), model))
+    assert (decoder(IDS) - base(IDS)).abs().max() > 1e-2
+    lora.unmerge(decoder, *lora.read_pairs(decoder, adapter.path))
+    assert (decoder(IDS) - base(IDS)).abs().max() <= 1e-4
+    for name, weight in base.named_parameters():
+        assert (decoder.get_parameter(name) - weight).abs().max() <= 1e-6, name
+
+
 def test_equal_merges_have_equal_digests(model: Artifact, tmp_path: Path) -> None:
     adapter = write_adapter(tmp_path / "lora", model)
     assert (

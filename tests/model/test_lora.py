@@ -13,9 +13,9 @@ from artifacts import random_decoder, tiny_config
 from safetensors.torch import load_file
 
 from microlm.core.errors import UserError
-from microlm.model import lora
+from microlm.model import directory, lora
 from microlm.model.lora import ALL_LINEAR, LoraConfig
-from microlm.model.transformer import Decoder
+from microlm.model.transformer import Decoder, initialise
 
 IDS = torch.tensor([[5, 7, 2, 250, 0, 31, 99, 4]])
 CONFIG = LoraConfig(rank=4, alpha=8.0)
@@ -63,6 +63,64 @@ def test_merged_is_unmerged(targets: Any, kind: Any) -> None:
     assert (before - base).abs().max() > 1e-2
     assert [n for n, _ in decoder.named_parameters()] == [n for n, _ in plain.named_parameters()]
     assert not lora.adapted(decoder) and all(p.requires_grad for p in decoder.parameters())
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_unmerged_is_the_base(rslora: bool) -> None:
+    config = LoraConfig(4, 8.0, rslora=rslora)
+    decoder, base = adapted_decoder(config), random_decoder(tiny_config())
+    pairs = lora.pairs_of(decoder)
+    lora.merge(decoder)
+    moved = (decoder(IDS) - base(IDS)).abs().max()
+    lora.unmerge(decoder, config, pairs)
+    assert moved > 1e-2 and (decoder(IDS) - base(IDS)).abs().max() <= 1e-4
+    for name, weight in base.named_parameters():
+        assert torch.allclose(decoder.get_parameter(name), weight, atol=1e-6)
+
+
+def test_the_rank_stabilised_scale() -> None:
+    assert (LoraConfig(16, 8.0).scale, LoraConfig(16, 8.0, rslora=True).scale) == (0.5, 2.0)
+
+
+@pytest.mark.parametrize("base", ["compute", "int8"])
+def test_a_tied_head_stays_tied_and_the_adapter_in_float32(base: Any) -> None:
+    decoder = random_decoder(tiny_config(tie_word_embeddings=True))
+    decoder.compute_dtype = torch.bfloat16
+    wanted = random_decoder(tiny_config(tie_word_embeddings=True))
+    wanted.compute_dtype = torch.bfloat16
+    lora.apply(decoder, LoraConfig(2, 4.0, base=base), None)
+    assert decoder.lm_head.weight is decoder.model.embed_tokens.weight
+    assert {p.dtype for p in lora.adapter_parameters(decoder)} == {torch.float32}
+    held = {p.dtype for p in decoder.parameters() if not p.requires_grad}
+    assert held == {torch.bfloat16} | ({torch.int8} if base == "int8" else set())
+    with torch.no_grad():
+        if base == "compute":
+            assert torch.equal(decoder(IDS), wanted(IDS))
+            lora.merge(decoder)
+            assert decoder.lm_head.weight is decoder.model.embed_tokens.weight
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("base", ["as_loaded", "compute", "int8"])
+def test_the_adapter_is_where_the_weights_are(base: Any) -> None:
+    decoder = random_decoder(tiny_config()).cuda()
+    lora.apply(decoder, LoraConfig(2, 4.0, dropout=0.5, base=base), torch.Generator().manual_seed(0))
+    assert {p.device.type for p in decoder.parameters()} == {"cuda"}
+    ids = IDS.cuda()
+    with lora.dropping(decoder, 1, 0, ids.shape):
+        decoder(ids).sum().backward()
+    assert all(p.grad is not None and p.grad.is_cuda for p in lora.adapter_parameters(decoder))
+
+
+def test_without_weights_there_is_nothing_to_adapt(tmp_path: Path) -> None:
+    fresh = Decoder(tiny_config())
+    with pytest.raises(UserError, match=r"weights of this decoder were not loaded yet.*load them first"):
+        lora.apply(fresh, CONFIG, None)
+    assert not lora.adapted(fresh) and all(p.requires_grad for p in fresh.parameters())
+    initialise(fresh, torch.Generator().manual_seed(0))
+    directory.save(fresh, tmp_path)
+    for decoder in (fresh, directory.load(tmp_path)):
+        lora.apply(decoder, CONFIG, None)
 
 
 def test_only_the_adapter_learns() -> None:
@@ -156,7 +214,7 @@ def test_wrong_use_is_refused() -> None:
         ({"target_modules": "q_proj|v_proj"}, "'target_modules' must be"),
         ({"target_modules": None}, "'target_modules' must be"),
         ({"target_modules": ["lm_head"]}, "no matrix 'lm_head'"),
-        ({"r": "4"}, "must be numbers"),
+        ({"r": "4"}, "'r' must be a number"),
         ({"r": 0}, "rank is 0"),
         ({"r": 5}, "has shape"),
     ],

@@ -55,6 +55,9 @@ def test_loaded_weights_are_the_saved_ones(tmp_path: Path, dtype: torch.dtype) -
     loaded = dict(directory.load(tmp_path).named_parameters())
     for name, weight in decoder.named_parameters():
         assert torch.equal(loaded[name], weight.to(dtype).float()), name
+    held = directory.load(tmp_path, weight_dtype=torch.bfloat16)
+    for name, weight in held.named_parameters():
+        assert torch.equal(weight, loaded[name].bfloat16()) and weight.dtype == torch.bfloat16, name
     again = tmp_path / "again"
     directory.save(directory.load(tmp_path), again, dtype)
     for name in ("config.json", "generation_config.json", "model.safetensors"):

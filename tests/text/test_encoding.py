@@ -72,7 +72,8 @@ def test_raw_files_are_encoded_and_what_cannot_be_used_is_counted(
 ) -> None:
     rows = [{"text": t, "licence": "CC0-1.0"} for t in PROSE] + [TALK, {"text": 3}]
     preference = {"prompt": "q", "chosen": "a", "rejected": "b"}
-    path = write_lines(tmp_path / "mine.jsonl", [*rows, preference])
+    same = preference | {"rejected": "a"}
+    path = write_lines(tmp_path / "mine.jsonl", [*rows, preference, same])
     made = shards.run(
         TokenizeRecipe(out=str(tmp_path / "out"), source=f"jsonl:{path}", tokenizer=tokenizer.url)
     )
@@ -83,8 +84,9 @@ def test_raw_files_are_encoded_and_what_cannot_be_used_is_counted(
     assert found["documents"].tokens.tolist() == expected
     assert made.manifest["licences"] == ["CC0-1.0"]
     told = made.json("logs/sources.json")[f"jsonl:{path}"]
-    assert (told["read"], told["kept"], sum(told["dropped"].values())) == (8, 6, 2)
-    assert "2 of 8 records dropped" in capsys.readouterr().err
+    assert (told["read"], told["kept"], sum(told["dropped"].values())) == (9, 7, 2)
+    assert told["dropped"]["equal_answers"] == 1
+    assert "2 of 9 records dropped" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

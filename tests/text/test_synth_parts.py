@@ -18,8 +18,8 @@ from microlm.core.client import ChatReply
 from microlm.text.read import Fault
 from microlm.text.synth.check import check_reply, check_schema
 from microlm.text.synth.endpoint import Limiter, Stopped, retry_after_s
+from microlm.text.synth.items import said_digest
 from microlm.text.synth.journal import Answer, Journal
-from microlm.text.synth.plan import said_digest
 from microlm.text.synth.templates import Renderer, check_template
 
 FIELDS = {"name": "李白", "born": 701, "works": ["静夜思", "将进酒"], "answer": "a <b> & 'c'"}

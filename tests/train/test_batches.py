@@ -237,10 +237,11 @@ def test_too_long_conversations_are_left_out_and_counted() -> None:
     sizes = [5, CONTEXT + 1, CONTEXT + 2, 300]
     talk = token_set("talk", [[i + 1] * n for i, n in enumerate(sizes)], [[1] * n for n in sizes])
     rows = PackedRows({"talk": talk}, {}, CONTEXT, 0)
-    assert rows.dropped == {"talk": 2}
+    assert rows.lengths["talk"].dropped == 2
     seen = torch.cat([b.input_ids for b in islice(rows.batches(1), 20)]).unique().tolist()
     assert set(seen) - {0} == {1, 2}
-    assert PackedRows({"talk": talk}, {}, CONTEXT, 0, document_mask=False).dropped == {"talk": 3}
+    joined = PackedRows({"talk": talk}, {}, CONTEXT, 0, document_mask=False)
+    assert joined.lengths["talk"].dropped == 3
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from training import make_job, stop_on_rank, tiny_decoder, tiny_loop, train_on_rank
+from training import add_lora, make_job, stop_on_rank, tiny_decoder, tiny_loop, train_on_rank
 
 from microlm.core.metrics import read_metrics
 from microlm.core.recipe import Parallel
@@ -22,9 +22,16 @@ ROWS = 8
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
-def gradients(folder: Path, dtype: torch.dtype, micro_rows: int) -> tuple[float, dict[str, torch.Tensor]]:
-    """The summed loss and gradients of the first batch, `micro_rows` rows at a time."""
+def gradients(
+    folder: Path, dtype: torch.dtype, micro_rows: int, dropout: float = 0.0
+) -> tuple[float, dict[str, torch.Tensor]]:
+    """The summed loss and gradients of the first batch, `micro_rows` rows at a time.
+
+    With `dropout`: those of an adapter.
+    """
     decoder = tiny_decoder()
+    if dropout:
+        add_lora(decoder, dropout=dropout)
     with torch.no_grad():  # as after some training: the last matrices do not start from zero
         generator = torch.Generator().manual_seed(1)
         for p in decoder.parameters():
@@ -35,6 +42,7 @@ def gradients(folder: Path, dtype: torch.dtype, micro_rows: int) -> tuple[float,
     job = make_job(folder, tiny_loop(batch_rows=ROWS, micro_rows=micro_rows))
     batch = next(job.train.batches(ROWS))
     forward = make_forward(decoder, job.loop)
+    torch.manual_seed(0)
     loss = accumulate(Ranks(0, 1), forward, decoder, batch, job, lambda: False)
     return float(loss), {n: p.grad.double() for n, p in decoder.named_parameters() if p.grad is not None}
 
@@ -52,6 +60,15 @@ def test_micro_batches_give_the_gradients_of_the_whole(
         scale = float(gradient.abs().max())
         assert scale > 0, name
         assert float((split[1][name] - gradient).abs().max()) <= TOLERANCE[dtype] * scale, name
+
+
+@pytest.mark.parametrize("micro_rows", [4, 3, 1])
+def test_dropout_is_the_same_in_any_micro_batch(tmp_path: Path, micro_rows: int) -> None:
+    whole, split = (gradients(tmp_path, torch.float64, size, dropout=0.5) for size in (ROWS, micro_rows))
+    assert split[0] == pytest.approx(whole[0], rel=1e-12)
+    assert split[0] != pytest.approx(gradients(tmp_path, torch.float64, ROWS)[0], rel=1e-3)
+    for name, gradient in whole[1].items():
+        assert torch.allclose(split[1][name], gradient, rtol=1e-9, atol=1e-12), name
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -140,13 +140,17 @@ def test_a_second_interrupt_does_not_wait(tmp_path: Path) -> None:
     assert not list(job.resume.iterdir())
 
 
-def test_lora_resumes_too(tmp_path: Path) -> None:
-    whole, cut, again = (add_lora(tiny_decoder()) for _ in range(3))
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_lora_resumes_too(tmp_path: Path, dropout: float) -> None:
+    whole, cut, again = (add_lora(tiny_decoder(), dropout=dropout) for _ in range(3))
     save = partial(lora.save_adapter, base_name="base", base_digest="0")
+    torch.manual_seed(0)
     train(ALONE, whole, make_job(tmp_path / "whole", tiny_loop(), save_weights=save))
     act = Disturbed(9, lambda: signal.raise_signal(signal.SIGINT))
+    torch.manual_seed(0)
     with pytest.raises(KeyboardInterrupt):
         train(ALONE, cut, make_job(tmp_path / "cut", tiny_loop(), objective=act, save_weights=save))
+    torch.manual_seed(1)
     train(ALONE, again, make_job(tmp_path / "cut", tiny_loop(), save_weights=save))
     for p, q in zip(whole.parameters(), again.parameters(), strict=True):
         assert torch.equal(p, q)

@@ -20,6 +20,8 @@ from microlm.train.job import LoopRecipe
 from microlm.train.plan import Plan, plan
 from microlm.train.pretrain import PretrainRecipe
 from microlm.train.reporter.speed import position_flops
+from microlm.train.tuning.distil import DistilRecipe
+from microlm.train.tuning.dpo import DpoRecipe
 from microlm.train.tuning.sft import SftRecipe
 
 INDEX: dict[str, Any] = {
@@ -29,6 +31,7 @@ INDEX: dict[str, Any] = {
         "documents-validation": {"samples": 10, "tokens": 5_000, "labels": 5_000},
         "conversations-chat-train": {"samples": 100, "tokens": 40_000, "labels": 10_000},
         "conversations-question-train": {"samples": 100, "tokens": 10_000, "labels": 5_000},
+        "preferences-chat-train": {"samples": 200, "tokens": 30_000, "labels": 6_000},
     },
 }  # fmt: skip
 LOOP = {
@@ -56,6 +59,38 @@ def tuning(**fields: Any) -> Plan:
     values = {"out": "x", "shards": "y", "model": "z", "loop": LOOP, "parallel": {"processes": 1}}
     config = ArchitectureRecipe(preset="4m").config(INDEX)
     return plan(build(SftRecipe, values | fields, "sft"), config, INDEX, peak=False)
+
+
+def preferring(**fields: Any) -> Plan:
+    values = {"out": "x", "shards": "y", "model": "z", "loop": LOOP, "parallel": {"processes": 1}}
+    config = ArchitectureRecipe(preset="4m").config(INDEX)
+    return plan(build(DpoRecipe, values | fields, "dpo"), config, INDEX, peak=False)
+
+
+def test_pairs_are_planned_like_conversations() -> None:
+    """The head runs where answers are; SFT without a mixture reads no preferences."""
+    found = preferring()
+    assert found.epochs == {"chat": pytest.approx(found.tokens / 30_000)}
+    config = ArchitectureRecipe(preset="4m").config(INDEX)
+    body, head = position_flops(memory.shadow(config, LoopRecipe(**LOOP)), 256)
+    assert found.flops_per_token == pytest.approx(body + 0.2 * head)
+    assert set(tuning().epochs) == {"chat", "question"}
+    assert found.trained > preferring(lora={"rank": 2}).trained > 0
+
+
+def test_a_teacher_takes_memory_and_a_third_of_its_own_step() -> None:
+    values = {"out": "x", "shards": "y", "teacher": "t", "loop": LOOP, "parallel": {"processes": 1}}
+    made = build(DistilRecipe, values | {"architecture": {"preset": "4m"}}, "distil")
+    student, teacher = (ArchitectureRecipe(preset=p).config(INDEX) for p in ("4m", "26m"))
+    alone, taught = (plan(made, student, INDEX, teacher=t, peak=False) for t in (None, teacher))
+    assert alone.epochs == taught.epochs == {"documents": pytest.approx(alone.tokens / 500_000)}
+    weights = 4 * teacher.parameters
+    assert weights < taught.memory.teacher < 3 * weights and alone.memory.teacher == 0
+    assert taught.memory.total - alone.memory.total == pytest.approx(taught.memory.teacher * 1.35, rel=1e-3)
+    body, head = position_flops(memory.shadow(teacher, made.loop), 256)
+    assert taught.flops_per_token - alone.flops_per_token == pytest.approx((body + head) / 3)
+    with pytest.raises(UserError, match=r"training needs about .* GiB, 0\.\d GiB are free"):
+        memory.require_fit(taught.memory, made.loop, 1, room=int(0.7 * alone.memory.total))
 
 
 def test_weights_steps_and_epochs() -> None:
@@ -90,6 +125,7 @@ def test_a_mixture_is_read_by_its_shares() -> None:
 def test_an_adapter_trains_few_weights_and_needs_few_moments() -> None:
     full, small = tuning(), tuning(lora={"rank": 8})
     decoder = Decoder(ArchitectureRecipe(preset="4m").config(INDEX))
+    decoder.weights_from = "a test"
     lora.apply(decoder, lora.LoraConfig(8, 32.0), None)
     trained = sum(p.numel() for p in decoder.parameters() if p.requires_grad)
     assert small.trained == small.parameters["adapter"] == trained

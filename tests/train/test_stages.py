@@ -19,6 +19,7 @@ from microlm.text import shards
 from microlm.text.shards import TokenizeRecipe
 from microlm.train import pretrain
 from microlm.train.batches import IGNORE
+from microlm.train.plan import plan
 from microlm.train.pretrain import PretrainRecipe
 from microlm.train.tuning import sft
 from microlm.train.tuning.sft import SftRecipe
@@ -114,9 +115,33 @@ def test_sft_leaves_a_model_and_lora_an_adapter(
 def test_sft_may_mix_documents_in(made: tuple[Artifact, Artifact, Artifact], tmp_path: Path) -> None:
     _, tokens, model = made
     mixed = tuned(tmp_path / "mixed", tokens, model, mixture={"chat": 0.5, "documents": 0.5})
-    assert set(mixed.manifest["metrics"]["samples_longer_than_context"]) == {"chat", "documents"}
+    assert set(mixed.manifest["metrics"]["lengths"]) == {"chat", "documents"}
     with pytest.raises(UserError, match=r"mixture: no token set 'chats'; did you mean 'chat'"):
         tuned(tmp_path / "typo", tokens, model, mixture={"chats": 1.0})
+
+
+def test_what_is_too_long_is_told_by_the_plan_and_by_the_run(
+    made: tuple[Artifact, Artifact, Artifact], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before a step, and in the manifest; nothing of it when every conversation fits."""
+    _, tokens, model = made
+    config, index = directory.read_config(model.path), tokens.json("index.json")
+    told = {}
+    for policy in ("drop", "cut_left", "split"):
+        fields = {"too_long": policy, "loop": LOOP | {"context": 20}, "mixture": {"chat": 1.0}}
+        cut = tuned(tmp_path / policy, tokens, model, **fields)
+        found = told[policy] = cut.manifest["metrics"]["lengths"]["chat"]
+        recipe = build(SftRecipe, {"out": "x", "shards": "y", "model": "z", **fields}, "sft")
+        planned = plan(recipe, config, index, tokens.path, peak=False)
+        assert planned.to_json()["lengths"] == {"chat": found}
+        line = f"chat: {planned.lengths['chat'].sentence()}"
+        assert f"sft: training: {line}\n" in capsys.readouterr().err
+        assert f"samples     {line}" in list(planned.lines())
+        assert cut.json("logs/lengths.json")["training"]["chat"] == found
+        assert cut.manifest["metrics"]["shares"] == {"chat": 1.0}
+    assert told["drop"]["longer"] == told["drop"]["dropped"] > 0 < told["drop"]["labels_lost"]
+    assert told["cut_left"]["cut"] == told["drop"]["longer"] and told["cut_left"]["eos_cut"] == 0
+    assert told["split"]["labels_lost"] == 0 < told["split"]["pieces"]
 
 
 def test_another_tokenizer_is_a_sentence(made: tuple[Artifact, Artifact, Artifact], tmp_path: Path) -> None:

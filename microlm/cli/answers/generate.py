@@ -16,6 +16,7 @@ from microlm.core.errors import CheckFailed, UserError
 from microlm.core.records import Completion, Message, Sampling
 
 if TYPE_CHECKING:
+    from microlm.cli.answers.file import Question
     from microlm.engine import Engine
 
 BATCH = 64  # answers to a file of prompts that are made at once
@@ -69,15 +70,11 @@ def generate(
     engine = Engine(resolve_model_dir(directory, base=base), **arguments)
     places, for_all = load_adapters(engine, adapter or ())
     if prompts is not None:
-        from microlm.cli.answers.file import Question, answer_file, settings_of
+        from microlm.cli.answers.file import Question, settings_of
 
-        target = out or prompts.with_name(prompts.name.removesuffix(".jsonl") + ".answers.jsonl")
         question = Question(sampling, chat, for_all, tuple(places))
         settings = settings_of(engine, question, arguments, places)
-        summary = answer_file(engine, prompts, target, question, settings)
-        typer.echo(json.dumps(summary, ensure_ascii=False) if as_json else _told(summary))
-        if failed := summary["errors"] + summary["cut"]:
-            raise CheckFailed(f"generate: {failed} answers failed; their rows in {target} have an 'error'")
+        _answer_all(engine, question, settings, prompts, out, as_json=as_json)
         return
     if places and for_all is None:
         raise UserError("--adapter: NAME= is for lines of --prompts; for one PROMPT give the directory alone")
@@ -85,6 +82,25 @@ def generate(
     _answer_one(
         engine, [Message("user", text)] if chat else text, sampling, for_all, text if as_json else None
     )
+
+
+def _answer_all(
+    engine: Engine,
+    question: Question,
+    settings: dict[str, Any],
+    source: Path,
+    out: Path | None,
+    *,
+    as_json: bool,
+) -> None:
+    """Answer a file of prompts into another; CheckFailed when some of the answers are errors."""
+    from microlm.cli.answers.file import answer_file
+
+    target = out or source.with_name(source.name.removesuffix(".jsonl") + ".answers.jsonl")
+    summary = answer_file(engine, source, target, question, settings)
+    typer.echo(json.dumps(summary, ensure_ascii=False) if as_json else _told(summary))
+    if failed := summary["errors"] + summary["cut"]:
+        raise CheckFailed(f"generate: {failed} answers failed; their rows in {target} have an 'error'")
 
 
 def _answer_one(

@@ -91,11 +91,13 @@ def show(
 
 def plan_stage(staged: Staged, stages: Sequence[Staged]) -> Plan:
     """The plan of a training stage, from its inputs or (before they are made) from their recipes."""
+    from microlm.core import manifest
     from microlm.train.plan import plan as make
 
     recipe = _trainable(staged)
-    index = _index(recipe.shards, stages)
-    return make(recipe, _config(staged, stages, index), index)
+    index, shards = _index(recipe.shards, stages), manifest.find(recipe.shards)
+    config, teacher = _config(staged, stages, index), _teacher(recipe, stages, index)
+    return make(recipe, config, index, shards.path if shards else None, teacher)
 
 
 def overfit(
@@ -143,7 +145,7 @@ def _chosen(planned: Sequence[Planned], name: str, where: str) -> int:
 
 
 def _trainable(staged: Staged) -> Any:
-    """The recipe as what it is: a PretrainRecipe or an SftRecipe."""
+    """The recipe as what it is: one of `train.plan`'s."""
     assert staged.planned.stage in TRAINING
     return staged.recipe
 
@@ -190,3 +192,19 @@ def _config(staged: Staged, stages: Sequence[Staged], index: Mapping[str, Any]) 
         raise UserError(f"{recipe.model}: is not made yet, so its shape is unknown; make it first")
     extend = getattr(recipe, "extend", None)
     return extend.config(config, trained_positions(config, loop)) if extend else config
+
+
+def _teacher(recipe: Any, stages: Sequence[Staged], index: Mapping[str, Any]) -> ModelConfig | None:
+    """The architecture of the model that is learnt from, where a stage has one."""
+    from microlm.core import manifest
+    from microlm.core.errors import UserError
+    from microlm.model.directory import read_config
+
+    place = getattr(recipe, "teacher", None)
+    if place is None:
+        return None
+    if made := manifest.find(place):
+        return read_config(made.path)
+    if (maker := _maker(place, stages)) and maker.planned.stage in TRAINING:
+        return _config(maker, stages, index)
+    raise UserError(f"{place}: is not made yet, so the teacher's shape is unknown; make it first")

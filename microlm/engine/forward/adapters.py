@@ -51,8 +51,8 @@ class Adapters:
         if name in self._loaded:
             raise UserError(f"adapter: '{name}' is loaded already; unload it first, or choose another name")
         config, pairs = lora.read_pairs(self._decoder, directory, base_digest)
-        scale = config.alpha / config.rank
         dtype, device = self._decoder.compute_dtype, self._decoder.cos.device
+        scale = config.scale
         matrices = {
             module: (a.to(device, dtype), (b * scale).to(device, dtype)) for module, (a, b) in pairs.items()
         }

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from microlm.core import runtime
 from microlm.engine.cache.store import PAGE, KVStore
 from microlm.engine.native.team import Team
 from microlm.engine.native.weights import GROUP, QuantizedLinear
@@ -147,7 +148,8 @@ class NativeStep:
         tell("compiling the token step (once on this machine)")
         started = time.perf_counter()
         nobody = np.zeros(0, dtype=np.int64)
-        self.run(nobody, nobody, np.zeros((0, 1), dtype=np.int32), nobody)
+        with runtime.interruptible():
+            self.run(nobody, nobody, np.zeros((0, 1), dtype=np.int32), nobody)
         tell(f"token step ready after {time.perf_counter() - started:.1f} s")
 
     def _pass(self, tokens: IntArray, positions: IntArray, tables: IntArray, wanted: IntArray) -> Tensor:

@@ -42,6 +42,12 @@ class Vocabulary:
         """The highest id and one."""
         return 1 + max([*self.ids.values(), *(t.id for t in self.added)], default=-1)
 
+    def number(self, token: str) -> int:
+        """The id of a token that is there."""
+        if token in self.ids:
+            return self.ids[token]
+        return next(t.id for t in self.added if t.content == token)
+
 
 def _byte_alphabet() -> dict[str, int]:
     plain = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]

@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
+from microlm.core.errors import UserError
 from microlm.core.records import Conversation, Message
 from microlm.text.chat.adopted import Adopted
 from microlm.text.chat.chatml import ChatML
 from microlm.text.chat.directory import read_sources, special_tokens
-from microlm.text.tokenizer import Tokenizer
+from microlm.text.tokenizer import END, START, Tokenizer
 
 Template = ChatML | Adopted
 
@@ -24,8 +25,13 @@ def template_text(assistant_name: str | None) -> str:
 
 @lru_cache(maxsize=8)
 def template_of(tokenizer: Tokenizer) -> Template:
-    """The template of the tokenizer's directory; ours where there is none."""
+    """The template of the tokenizer's directory; ours where there is none, if it has ChatML's tokens."""
     sources = read_sources(tokenizer.path)
+    if not sources and not tokenizer.has_chatml:
+        raise UserError(
+            f"{tokenizer.path}: has no chat template, and its tokenizer lacks the tokens of ours "
+            f"({START}, {END}); take the variant that is tuned for chats, or put a chat_template.jinja there"
+        )
     own = ChatML.read(sources["default"]) if "default" in sources else ChatML()
     return own or Adopted(sources, special_tokens(tokenizer.path), tokenizer)
 

@@ -94,7 +94,9 @@ def splits(plan: Plan, kind: Kind, entries: Entries) -> NDArray[np.int64]:
         found[entries["composed"] == 1] = 0
     for (mine, hi, lo), split in plan.moved.items():
         if mine == kind:
-            found[(entries["hi"] == np.uint64(hi)) & (entries["lo"] == np.uint64(lo))] = NAMES.index(split)
+            same = entries["lo"] == np.uint64(lo)  # of preferences: the prompt is the same
+            same &= (entries["hi"] == np.uint64(hi)) | (kind == "preferences")
+            found[same] = NAMES.index(split)
     return found
 
 

@@ -148,7 +148,7 @@ class Engine:
         size = sum(int(self.store.entries(n)["size"].sum()) for n in range(self.store.count))
         pieces = max(2, -(-size // PART_BYTES))
         plan = Plan(self.blocks, self.parts, self.store.count, pieces, shares, overlap, cut_chars, {})
-        kinds: tuple[Kind, ...] = ("documents", "conversations")
+        kinds: tuple[Kind, ...] = ("documents", "conversations", "preferences")
         for kind in kinds:
             for split, share in zip(assemble.NAMES[1:], shares[kind], strict=True):
                 if share and (key := self._to_move(plan, kind, assemble.NAMES.index(split))):
@@ -164,7 +164,7 @@ class Engine:
             if (sides == split).any():
                 return None
             train += [(int(e["hi"]), int(e["lo"])) for e in mine[sides == 0][:2]]  # they are in order
-        return (kind, *min(train)) if len(train) >= 2 else None
+        return (kind, *min(train)) if len({lo for _, lo in train}) >= 2 else None
 
     def assemble(self, plan: Plan, root: Path) -> int:
         """Write the files; returns how many training documents say what a held-out one says."""

@@ -59,15 +59,19 @@ def open_pool(processes: int, warm: Callable[[], None]) -> Iterator[Pool]:
     """
     runtime.give_memory_back()
     if processes == 1:
+        with runtime.interruptible():
+            warm()
         yield Pool(None, 1)
         return
     may_fork = sys.platform == "linux" and threading.active_count() == 1
     if may_fork:
-        warm()
+        with runtime.interruptible():
+            warm()
     context = multiprocessing.get_context("fork" if may_fork else "spawn")
     executor = ProcessPoolExecutor(processes, mp_context=context, initializer=_settle)
     try:
-        executor.submit(int)  # all are forked now, before a progress bar has a thread
+        with runtime.interruptible():
+            executor.submit(int)  # all are forked now, before a progress bar has a thread
         yield Pool(executor, processes)
         executor.shutdown()
     except BaseException:

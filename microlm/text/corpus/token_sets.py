@@ -14,12 +14,12 @@ from microlm.core import storage
 from microlm.text.tokenizer import Tokenizer
 
 SCHEMA = 1
-DOCUMENTS, CONVERSATIONS = "documents", "conversations"
+DOCUMENTS, CONVERSATIONS, PREFERENCES = KINDS = ("documents", "conversations", "preferences")
 
 
 @dataclass(frozen=True, slots=True)
 class Samples:
-    """Ids of samples in a row, the size of each, and their masks (uint8) if they are conversations.
+    """Ids of samples in a row, the size of each, and their masks (uint8) unless they are documents.
 
     `stored` are the same with files in place of ids and masks.
     """
@@ -70,11 +70,11 @@ class TokenSets:
         counts["labels"] += len(samples.ids) if samples.loss is None else int(samples.loss.sum())
 
     def index(self, tokenizer: Tokenizer, splits: Iterable[str]) -> dict[str, Any]:
-        """What `index.json` says: split by split, documents first, then tasks by name."""
+        """What `index.json` says: split by split, documents first, then the others' tasks by name."""
         order = list(dict.fromkeys(splits))
 
-        def place(name: str) -> tuple[int, bool, str]:
-            return order.index(name.rpartition("-")[2]), name.startswith(CONVERSATIONS), name
+        def place(name: str) -> tuple[int, int, str]:
+            return order.index(name.rpartition("-")[2]), KINDS.index(name.partition("-")[0]), name
 
         return {
             "schema": SCHEMA,

@@ -14,8 +14,8 @@ from microlm.core.errors import UserError
 from microlm.core.records import Conversation, Message, Preference, words_of
 from microlm.text.chat import encode_chats, template_of
 from microlm.text.chat.chatml import ChatML
+from microlm.text.chat.pairs import sides
 from microlm.text.read import Record
-from microlm.text.sources.marked import parse_answer
 from microlm.text.tokenizer import Tokenizer
 
 CHUNK = 256
@@ -90,8 +90,7 @@ def _chats(record: Record) -> list[Conversation]:
     if isinstance(record, Conversation):
         return [record]
     if isinstance(record, Preference):
-        answers = map(parse_answer, (record.chosen, record.rejected))
-        return [Conversation((*record.prompt, answer), tools=record.tools) for answer in answers]
+        return list(sides(record))
     return []
 
 

@@ -19,15 +19,19 @@ Turn = tuple[str, str]
 
 @dataclass
 class Sample:
-    """The drawn records in the order of the file; how many matched, and lines that cannot be read."""
+    """The drawn records in the order of the file; how many matched, lines that cannot be read, all tasks."""
 
     records: list[tuple[str, Record]] = field(default_factory=list)
     matched: int = 0
     unreadable: int = 0
+    tasks: set[str] = field(default_factory=set)
 
 
-def draw(part: Part, count: int, seed: int, contains: str | None) -> Sample:
-    """`count` records with equal chances of all that contain a text; the same for the same file and seed."""
+def draw(part: Part, count: int, seed: int, contains: str | None, task: str | None = None) -> Sample:
+    """`count` records with equal chances of all that contain a text and are of a task.
+
+    The same for the same file and seed.
+    """
     rng, sample = runtime.rng(seed, "show"), Sample()
     held: list[tuple[int, str, Record]] = []
     with Progress(f"data {part.name}", part.source.size_bytes(), "bytes") as bar:
@@ -36,7 +40,10 @@ def draw(part: Part, count: int, seed: int, contains: str | None) -> Sample:
                 record = data if isinstance(data, Drop) else parse(part, block.expected, data, place)
                 if isinstance(record, Drop):
                     sample.unreadable += 1
-                elif contains is None or any(contains in text for _, text in turns(record)):
+                    continue
+                if isinstance(record, Conversation):
+                    sample.tasks.add(record.task)
+                if _is_wanted(record, contains, task):
                     sample.matched += 1
                     if len(held) < count:
                         held.append((sample.matched, place, record))
@@ -45,6 +52,12 @@ def draw(part: Part, count: int, seed: int, contains: str | None) -> Sample:
             bar.update(block.consumed)
     sample.records = [(part.label(place), record) for _, place, record in sorted(held, key=lambda h: h[0])]
     return sample
+
+
+def _is_wanted(record: Record, contains: str | None, task: str | None) -> bool:
+    if task is not None and not (isinstance(record, Conversation) and record.task == task):
+        return False
+    return contains is None or any(contains in text for _, text in turns(record))
 
 
 def turns(record: Record) -> Iterator[Turn]:

@@ -1,5 +1,6 @@
-"""The words of `data.source` → records: factbook, jsonl:PATH, parquet:PATH, csv:PATH, text:PATH, hf:NAME …
+"""The words of `data.source` → records: factbook, arithmetic:COUNT, jsonl:PATH, text:PATH, hf:NAME …
 
+A word may name the task of its conversations: `law=jsonl:PATH`.
 `blocks` cuts a source, `read_block` reads a block in any process, `read` does both and counts.
 """
 
@@ -7,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -16,9 +18,10 @@ from typing import Any
 
 from microlm.core.artifact import hash_file
 from microlm.core.errors import UserError
+from microlm.core.recipe import nearest
 from microlm.core.storage import is_remote, local_path
 from microlm.text.read import Drop, Record
-from microlm.text.sources import files, hub
+from microlm.text.sources import arithmetic, files, hub
 from microlm.text.sources.blocks import Block, Format, expecting, format_of, read_block
 from microlm.text.sources.jsonl import read_lines
 from microlm.text.sources.tables import read_csv, read_parquet
@@ -33,6 +36,8 @@ __all__ = [
     "blocks",
     "detect",
     "hash_folder",
+    "is_task",
+    "is_word",
     "parse",
     "read",
     "read_block",
@@ -41,7 +46,8 @@ __all__ = [
 ]
 FACTBOOK = "factbook"
 HUBS = ("hf", "ms")
-KINDS = (FACTBOOK, *files.SUFFIXES, *HUBS)
+KINDS = (FACTBOOK, arithmetic.TASK, *files.SUFFIXES, *HUBS)
+_TASK = re.compile(r"[\w-]{1,64}")
 MAX_EXAMPLES = 3
 MAX_REASONS = 200  # a hostile corpus can hold a new wrong key on every line
 
@@ -106,12 +112,13 @@ class Tally:
 
 @dataclass(frozen=True)
 class Source:
-    """A parsed word of `data.source`: its kind, and its path or dataset."""
+    """A parsed word of `data.source`: its kind, its path or dataset, the task that it names, if one."""
 
     word: str
     kind: str
     place: str = ""
     dataset: hub.Dataset | None = None
+    task: str = ""
 
     @property
     def path(self) -> Path:
@@ -124,15 +131,20 @@ class Source:
         return self.dataset.split if self.dataset else "train"
 
     def size_bytes(self) -> int | None:
-        """The bytes of the files that will be read, None for a dataset of a hub."""
-        if self.dataset:
+        """The bytes of the files that will be read, None where there are no files."""
+        if self.dataset or self.kind == arithmetic.TASK:
             return None
         return sum(path.stat().st_size for path, _ in self._files())
 
     def fingerprint(self) -> dict[str, str]:
-        """File name → sha256 of all that is read, so that a changed file makes a new artifact."""
+        """The task that is named, file name → sha256 of all that is read: a change makes a new artifact."""
+        return ({"task": self.task} if self.task else {}) | self._content()
+
+    def _content(self) -> dict[str, str]:
         if self.kind == FACTBOOK:
             return {}
+        if self.kind == arithmetic.TASK:
+            return {"problems": self.place, "wording": arithmetic.fingerprint()}
         if self.dataset and not self.dataset.is_local:
             name = str(replace(self.dataset, revision=""))
             return {"dataset": name, "revision": hub.pinned(self.dataset)}
@@ -146,19 +158,40 @@ class Source:
 
 
 def parse(word: str) -> Source:
-    """A word of `data.source` → Source; an unknown kind or an empty place is a UserError."""
-    kind, _, place = word.partition(":")
+    """A word of `data.source` → Source; an unknown kind, an empty place, a bad name is a UserError."""
+    named, _, place = word.partition(":")
+    task, _, kind = named.rpartition("=")
     if kind not in KINDS or (kind == FACTBOOK) == bool(place):
-        known = ", ".join(["factbook", *(f"{k}:PATH" for k in files.SUFFIXES)])
+        known = ", ".join([FACTBOOK, f"{arithmetic.TASK}:COUNT", *(f"{k}:PATH" for k in files.SUFFIXES)])
         hubs = " or ".join(f"{k}:owner/dataset[:split][@revision]" for k in HUBS)
-        raise UserError(f"data.source '{word}': is not one of {known}, {hubs}; choose one")
+        raise UserError(
+            f"data.source '{word}': is not one of {known}, {hubs}; {nearest(kind, KINDS)} "
+            "(NAME= before it names the task of its conversations)"
+        )
+    if ("=" in named and not is_task(task)) or (task and kind == FACTBOOK):
+        raise UserError(
+            f"data.source '{word}': {task!r} cannot name a task; use at most 64 letters, digits, '_', '-', "
+            "not 'documents'; the factbook names its own"
+        )
     if kind in HUBS:
-        return Source(word, kind, place, hub.parse_dataset(kind, place))
-    if kind != FACTBOOK:
+        return Source(word, kind, place, hub.parse_dataset(kind, place), task)
+    if kind == arithmetic.TASK:
+        arithmetic.parse(place)
+    elif kind != FACTBOOK:
         if is_remote(place):
             raise UserError(f"data.source '{word}': is not on this machine; download the file first")
         files.require_source(local_path(place), kind)
-    return Source(word, kind, place)
+    return Source(word, kind, place, task=task)
+
+
+def is_task(name: str) -> bool:
+    """Whether a task may be called so: it becomes the name of a token set's files."""
+    return bool(_TASK.fullmatch(name)) and name != "documents"
+
+
+def is_word(word: str) -> bool:
+    """Whether a text is a word of `data.source`, not a file's name."""
+    return word.partition(":")[0].rpartition("=")[2] in KINDS
 
 
 def hash_folder(folder: Path) -> str:
@@ -170,7 +203,18 @@ def hash_folder(folder: Path) -> str:
 
 
 def blocks(source: Source) -> Iterator[Block]:
-    """A user's source in blocks of about 8 MB, in order; their `consumed` bytes add up to `size_bytes`."""
+    """A source in blocks of about 8 MB, in order; their `consumed` bytes add up to `size_bytes`.
+
+    They know the task that the source names.
+    """
+    for block in _blocks(source):
+        yield replace(block, task=source.task) if source.task else block
+
+
+def _blocks(source: Source) -> Iterator[Block]:
+    if source.kind == arithmetic.TASK:
+        yield from arithmetic.blocks(*arithmetic.parse(source.place))
+        return
     if source.dataset:
         yield from expecting(hub.read_dataset(source.dataset))
         return

@@ -11,14 +11,16 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+from microlm.core.records import Conversation, Preference
 from microlm.text.read import Drop, Record
+from microlm.text.sources.arithmetic import Problems
 from microlm.text.sources.files import Texts, Unreadable
 from microlm.text.sources.jsonl import Lines
 from microlm.text.sources.shapes import KEYS, Shape, parse_object, shape_of
 from microlm.text.sources.tables import Rows, Table
 
 SAMPLE = 200
-Block = Lines | Rows | Table | Texts | Unreadable
+Block = Lines | Rows | Table | Texts | Unreadable | Problems
 B = TypeVar("B", Lines, Rows, Table)
 
 
@@ -45,7 +47,10 @@ class Format:
 def read_block(block: Block) -> Iterator[Record | Drop]:
     """The records and drops of a block, as reading the whole source gives them."""
     for place, data in block.objects():
-        yield data if isinstance(data, Drop) else parse_object(data, place, block.expected)
+        record = data if isinstance(data, Drop) else parse_object(data, place, block.expected)
+        if block.task and isinstance(record, Conversation | Preference):
+            record = replace(record, task=block.task)
+        yield record
 
 
 def format_of(objects: Iterable[tuple[str, dict[str, Any] | Drop]]) -> Format:

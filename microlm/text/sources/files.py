@@ -42,6 +42,7 @@ class Texts:
     markdown: bool
     consumed: int
     expected: str = "text"
+    task: str = ""
 
     def objects(self) -> Iterator[tuple[str, dict[str, Any] | Drop]]:
         """`(name, {"text": …})`, or the drop of a file that is no text; alone, that is a UserError."""
@@ -82,6 +83,7 @@ class Unreadable:
     why: str
     consumed: int
     expected: str = "text"
+    task: str = ""
 
     def objects(self) -> Iterator[tuple[str, dict[str, Any] | Drop]]:
         """The drop."""

@@ -35,6 +35,7 @@ class Lines:
     fault: Drop | None = None
     consumed: int = 0
     expected: str = "text"
+    task: str = ""
 
     def objects(self) -> Iterator[tuple[str, dict[str, Any] | Drop]]:
         """`(file:line, object)`, or the drop of a line that is none."""

@@ -153,7 +153,11 @@ def _preference(data: Mapping[str, Any], source: str, licence: str) -> Preferenc
     prompt, tools = dialogue([{"role": "user", "content": value}] if isinstance(value, str) else value, data)
     if prompt[-1].role == "assistant":
         raise Fault("no_question", "the prompt of the preference ends with an answer of the assistant")
-    return Preference(prompt, _said(chosen), _said(rejected), source, licence, tools)
+    better, worse = _said(chosen), _said(rejected)
+    if better == worse:
+        raise Fault("equal_answers", "chosen and rejected are the same answer: nothing is preferred")
+    task = _word(data.get("task")) or "chat"
+    return Preference(prompt, better, worse, source, licence, tools, task)
 
 
 def _listed(value: Any) -> Any:

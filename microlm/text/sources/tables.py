@@ -37,6 +37,7 @@ class Rows:
     fault: Drop | None = None
     consumed: int = 0
     expected: str = "text"
+    task: str = ""
 
     def objects(self) -> Iterator[tuple[str, dict[str, Any] | Drop]]:
         """`(file:line, row)`, or the drop of a row that does not fit the header."""
@@ -57,6 +58,7 @@ class Table:
     fault: Drop | None = None
     consumed: int = 0
     expected: str = "text"
+    task: str = ""
 
     def objects(self) -> Iterator[tuple[str, dict[str, Any] | Drop]]:
         """`(file:row, row)`, or the drop of a row whose bytes are not UTF-8."""

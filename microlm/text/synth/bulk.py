@@ -20,8 +20,9 @@ from microlm.core.records import Constraint, Sampling
 from microlm.text.read import Fault
 from microlm.text.synth.check import check_reply
 from microlm.text.synth.endpoint import BulkClient, Limiter, Passing, backoff_s
+from microlm.text.synth.items import Item
 from microlm.text.synth.journal import Answer
-from microlm.text.synth.plan import Item
+from microlm.text.synth.prompts import taught
 from microlm.text.synth.recipe import Endpoint, SynthRecipe, Template
 
 REFUSED = "refused_"  # heads the reason of an item that the endpoint would not take
@@ -49,7 +50,7 @@ class Asker:
                 return Answer(
                     reason=e.reason, detail=str(e), asked_model=self._model, seed=seed, faults=faults
                 )
-            text, fault = _checked(reply, item.template)
+            text, fault = self._checked(reply, item.template)
             if fault is not None:
                 faults.append(fault.reason)
             if fault is None or attempt + 1 == self._recipe.draw.attempts:
@@ -65,6 +66,15 @@ class Asker:
             usage=asdict(reply.usage) if reply.usage else None,
             faults=faults[:-1] if fault else faults,
         )
+
+    def _checked(self, reply: ChatReply, template: Template) -> tuple[str, Fault | None]:
+        asks = self._recipe.prompts
+        try:
+            if asks is not None:
+                return taught(reply, asks.thinking), None
+            return check_reply(reply, template.json_schema)[0], None
+        except Fault as fault:
+            return reply.text.encode("utf-8", "replace").decode(), fault
 
     def _sampling(self, item: Item, attempt: int) -> Sampling:
         draw, schema = self._recipe.draw, item.template.json_schema
@@ -87,7 +97,8 @@ class Asker:
             self.limiter.acquire(estimate)
             used = 0
             try:
-                reply = self._client.chat(item.messages, sampling, self._model)
+                tools = {"tools": [json.loads(tool) for tool in item.tools]} if item.tools else {}
+                reply = self._client.chat(item.messages, sampling, self._model, **tools)
                 used = reply.usage.total_tokens if reply.usage else estimate
                 return reply
             except EndpointError as e:
@@ -115,14 +126,6 @@ class Refused(Exception):
     def __init__(self, status: int, sentence: str) -> None:
         super().__init__(sentence)
         self.reason = f"{REFUSED}{status}"
-
-
-def _checked(reply: ChatReply, template: Template) -> tuple[str, Fault | None]:
-    try:
-        return check_reply(reply, template.json_schema)[0], None
-    except Fault as fault:
-        text = reply.text.encode("utf-8", "replace").decode()
-        return text, fault
 
 
 class Bulk:

@@ -22,10 +22,7 @@ _FENCE = re.compile(r"\A```(?:json)?[ \t]*\n(.*?)\n?```\Z", re.DOTALL)
 
 def check_reply(reply: ChatReply, schema: Mapping[str, Any] | None) -> tuple[str, Any]:
     """The answer's text and its value (the text itself without a schema); raises Fault."""
-    if reply.finish_reason == "length":
-        raise Fault("cut_off", "the answer was cut at max_tokens")
-    if reply.finish_reason == "content_filter":
-        raise Fault("filtered", "the endpoint's filter took the answer")
+    require_finished(reply)
     text = require_utf8(reply.text.strip())
     if not text:
         raise Fault("empty_answer", "the answer is empty")
@@ -33,6 +30,14 @@ def check_reply(reply: ChatReply, schema: Mapping[str, Any] | None) -> tuple[str
         return text, text
     text = unfenced(text)
     return text, check_json(text, schema)
+
+
+def require_finished(reply: ChatReply) -> None:
+    """Fault for an answer that somebody cut."""
+    if reply.finish_reason == "length":
+        raise Fault("cut_off", "the answer was cut at max_tokens")
+    if reply.finish_reason == "content_filter":
+        raise Fault("filtered", "the endpoint's filter took the answer")
 
 
 def unfenced(text: str) -> str:

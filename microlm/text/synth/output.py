@@ -16,9 +16,11 @@ from microlm.core.errors import UserError
 from microlm.core.records import Conversation, Message, to_json
 from microlm.text.dedup import DigestSet
 from microlm.text.read import Fault
+from microlm.text.sources.marked import parse_answer
 from microlm.text.synth.check import check_json
+from microlm.text.synth.items import Item, Skipped, conversation_digest, said_digest
 from microlm.text.synth.journal import Answer
-from microlm.text.synth.plan import Item, Plan, Skipped, conversation_digest, said_digest
+from microlm.text.synth.plan import Plan
 
 CONVERSATIONS, REQUESTS, COUNTS = "conversations/train.jsonl", "requests.jsonl", "counts.json"
 MAX_EXAMPLES = 3
@@ -35,6 +37,7 @@ class Writer:
         self._dropped: Counter[str] = Counter()
         self._faults: Counter[str] = Counter()
         self._tokens: Counter[str] = Counter()
+        self._teachers: Counter[str] = Counter()
         self._examples: dict[str, list[str]] = {}
         self._files = ExitStack()
 
@@ -80,6 +83,8 @@ class Writer:
             )
         counts = {"asked": asked, "accepted": accepted, "dropped": dict(sorted(self._dropped.items()))}
         self._work.metrics.update(counts, tokens=dict(self._tokens))
+        if self._teachers:
+            self._work.metrics["teachers"] = dict(self._teachers)
         rows = {n: {"asked": self._asked[n], "accepted": self._accepted[n]} for n in sorted(self._asked)}
         more = {"repeated_attempts": dict(sorted(self._faults.items())), "templates": rows}
         self._work.write_json(COUNTS, counts | more)
@@ -98,6 +103,9 @@ class Writer:
         assert answer is not None, "every open item has been asked"
         if answer.reason:
             raise Fault(answer.reason, answer.detail)
+        if self._plan.recipe.prompts is not None:
+            self._teachers[answer.asked_model] += 1
+            return self._conversation_of(item, item.messages, parse_answer(answer.text))
         if template.result is None:
             return self._made(item, item.messages, answer.text)
         schema = template.json_schema
@@ -111,8 +119,13 @@ class Writer:
             raise Fault("empty_answer", "the answer is empty once its fields are filled in")
         own = item.fields.get("licence", item.fields.get("license"))
         licence = self._plan.recipe.licence or (own if isinstance(own, str) else "")
-        messages = (*turns, Message("assistant", answer))
-        return Conversation(messages, item.template.task, f"synth:{item.id}", licence)
+        return self._conversation_of(item, turns, Message("assistant", answer), licence)
+
+    def _conversation_of(
+        self, item: Item, turns: tuple[Message, ...], answer: Message, licence: str = ""
+    ) -> Conversation:
+        told = licence or self._plan.recipe.licence
+        return Conversation((*turns, answer), item.template.task, f"synth:{item.id}", told, item.tools)
 
     def _require_new(self, item: Item, conversation: Conversation) -> None:
         template = item.template

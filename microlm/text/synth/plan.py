@@ -6,48 +6,18 @@ The order and every text follow from the recipe alone, so that the walk can be m
 from __future__ import annotations
 
 import itertools
-import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from microlm.core import runtime
-from microlm.core.records import Conversation, Message
-from microlm.text.clean import normalised
-from microlm.text.dedup import DigestSet, digest
+from microlm.core.records import Message
+from microlm.text.dedup import DigestSet
 from microlm.text.read import Drop, Fault
+from microlm.text.synth import prompts
+from microlm.text.synth.items import UNREAD, Item, Skipped, request_digest
 from microlm.text.synth.recipe import SynthRecipe, Template
 from microlm.text.synth.seeds import read_seeds, source_of
 from microlm.text.synth.templates import Renderer
-
-_IN_NUMBER = re.compile(r"(?<=\d)\s*[^\w]\s*(?=\d)|(?<!\w)-(?=\d)")
-_PRIVATE = 0xE100  # private use: normalisation leaves it alone
-UNREAD = "(no seed)"  # in the place of a template's name
-_BETWEEN = "\ue000"
-
-
-@dataclass(frozen=True, slots=True)
-class Item:
-    """One conversation that is asked for."""
-
-    number: int
-    id: str
-    template: Template
-    fields: Mapping[str, Any]
-    messages: tuple[Message, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Skipped:
-    """One that cannot be asked for, or was before."""
-
-    number: int
-    id: str
-    template: str
-    reason: str
-    detail: str
-    messages: tuple[Message, ...] = ()
 
 
 class Plan:
@@ -59,7 +29,10 @@ class Plan:
         self._source = source_of(recipe)
 
     def __iter__(self) -> Iterator[Item | Skipped]:
-        return itertools.islice(self._walk(), self.recipe.limit)
+        asks = self.recipe.prompts
+        if asks is None or self._source is None:
+            return itertools.islice(self._walk(), self.recipe.limit)
+        return itertools.islice(prompts.walk(self.recipe, asks, self._source), self.recipe.limit)
 
     def _walk(self) -> Iterator[Item | Skipped]:
         numbers = itertools.count()
@@ -91,7 +64,7 @@ class Plan:
         except Fault as fault:
             yield Skipped(next(numbers), name, template.name, fault.reason, fault.detail)
             return
-        if not asked.add(_request_digest(messages, template)):
+        if not asked.add(request_digest(messages, template)):
             detail = messages[-1].content[:60]
             yield Skipped(next(numbers), name, template.name, "duplicate_prompt", detail, messages)
             return
@@ -109,27 +82,3 @@ class Plan:
     def text(self, name: str, fields: Mapping[str, Any], template: str) -> str:
         """A template's text for an item; equal names draw equal dice."""
         return self._renderer.render(template, fields, runtime.rng(self.recipe.seed, "synth", name, template))
-
-
-def said_digest(text: str) -> bytes:
-    """`dedup.digest`, but 1.5 is not 15, nor 3 - 4 the same as 34: signs between digits count."""
-    return digest(_IN_NUMBER.sub(_kept, normalised("NFKC", text)))
-
-
-def conversation_digest(conversation: Conversation) -> bytes:
-    """The digest of all turns."""
-    return said_digest(
-        _BETWEEN.join(part for turn in conversation.messages for part in (turn.role, turn.content))
-    )
-
-
-def _kept(match: re.Match[str]) -> str:
-    return "".join(chr(_PRIVATE + ord(c) % 0x1000) for c in match[0].strip() or " ")
-
-
-def _request_digest(messages: tuple[Message, ...], template: Template) -> bytes:
-    """Of what is asked: the turns, and the schema that the answer must fit."""
-    parts = [part for m in messages for part in (m.role, m.content)]
-    if template.json_schema is not None:
-        parts.append(json.dumps(template.json_schema, sort_keys=True))
-    return said_digest(_BETWEEN.join(parts))

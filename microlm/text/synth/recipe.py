@@ -70,6 +70,14 @@ class Template(Recipe):
         return [self.system, self.prompt, self.answer or "", *kept]
 
 
+class Prompts(Recipe):
+    """The seeds are conversations, pairs or extraction records: the endpoint answers them anew."""
+
+    tasks: tuple[str, ...] = Field((), description="tasks of the conversations that are asked; empty: all")
+    system: str = Field("", description="system message of conversations that have none; empty for none")
+    thinking: bool = Field(True, description="keep what the endpoint thought before its answer")
+
+
 class Endpoint(Recipe):
     """Who answers and how hard it may be asked. Only `model` changes the result."""
 
@@ -123,7 +131,8 @@ class SynthRecipe(StageRecipe):
     count: int | None = Field(None, ge=1, description="without seeds: so many, each with a 'number' from 0")
     limit: int | None = Field(None, ge=1, description="at most so many conversations are asked for")
     syntax: Syntax = Field("jinja", description="jinja (sandboxed), or slots: {field} and nothing else")
-    templates: list[Template] = Field(min_length=1, max_length=1000, description="kinds of requests")
+    prompts: Prompts | None = Field(None, description="in place of templates: the seeds are what is asked")
+    templates: list[Template] = Field([], max_length=1000, description="kinds of requests")
     each: Literal["all", "one"] = Field("all", description="templates for each seed: all, or one drawn")
     endpoint: Endpoint | None = Field(None, description="who answers templates without an answer")
     draw: Draw = Field(Draw.model_validate({}), description="how answers are drawn")
@@ -131,6 +140,10 @@ class SynthRecipe(StageRecipe):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
+        if self.prompts is not None:
+            return self._fits_prompts()
+        if not self.templates:
+            raise ValueError("give 'templates' (kinds of requests), or 'prompts' (the seeds are asked)")
         if (self.seeds is None) == (self.count is None):
             raise ValueError("give either 'seeds' (a JSONL file) or 'count'")
         if self.data is not None and self.seeds is None:
@@ -144,4 +157,17 @@ class SynthRecipe(StageRecipe):
         for template in self.templates:
             for text in template.texts():
                 check_template(text, self.syntax)
+        return self
+
+    def _fits_prompts(self) -> Self:
+        """What answers to the seeds themselves need."""
+        if self.templates or self.count is not None:
+            raise ValueError("'prompts' asks what the seeds say; leave 'templates' and 'count' out")
+        if self.seeds is None or self.endpoint is None:
+            raise ValueError("'prompts' needs 'seeds' (what is asked) and 'endpoint' (who answers)")
+        if not self.licence:
+            raise ValueError(
+                "'prompts' needs 'licence': that under which the endpoint's answers may be learnt from "
+                "(unknown, if nobody says)"
+            )
         return self

@@ -16,9 +16,10 @@ from microlm.core.errors import UserError
 from microlm.core.metrics import Progress
 from microlm.text.synth.bulk import REFUSED, Asker, Bulk
 from microlm.text.synth.endpoint import BulkClient, Passing
+from microlm.text.synth.items import Item
 from microlm.text.synth.journal import Answer, Journal
 from microlm.text.synth.output import Writer
-from microlm.text.synth.plan import Item, Plan
+from microlm.text.synth.plan import Plan
 from microlm.text.synth.recipe import Endpoint, SynthRecipe
 from microlm.text.synth.seeds import source_of
 
@@ -33,7 +34,7 @@ def fingerprint(recipe: SynthRecipe) -> dict[str, Any]:
     return {"seeds": source.fingerprint() if source else None}
 
 
-@stage("synth", "data", version=1, fingerprint=fingerprint)
+@stage("synth", "data", version=2, fingerprint=fingerprint)
 def run(recipe: SynthRecipe, work: Workspace) -> None:
     """Ask what is not answered yet, then write everything in the order of the plan."""
     plan = Plan(recipe)

@@ -3,6 +3,7 @@
 from microlm.train.batches.batch import IGNORE, Batch, document_mask
 from microlm.train.batches.interface import Rows, Stream
 from microlm.train.batches.rows import PackedRows, held_out_rows
+from microlm.train.batches.spans import TooLong
 from microlm.train.batches.stream import BatchStream
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "PackedRows",
     "Rows",
     "Stream",
+    "TooLong",
     "document_mask",
     "held_out_rows",
 ]

@@ -30,15 +30,12 @@ class Stream(Protocol):
 
 
 class Rows(Protocol):
-    """Where batches come from. `dropped`: by name, how many samples no row can hold."""
-
-    @property
-    def dropped(self) -> Mapping[str, int]: ...
+    """Where batches come from."""
 
     def batches(self, rows: int, state: dict[str, Any] | None = None, workers: int = 0) -> Stream:
         """Batches of `rows` rows (or as many as they need), from the beginning or from a stream's state."""
         ...
 
-    def epochs(self, state: Mapping[str, Any]) -> dict[str, float]:
-        """How often each part has been read up to a stream's state."""
+    def told(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """What a manifest tells of them, up to a stream's state: how often each part was read, say."""
         ...

@@ -1,7 +1,7 @@
 """Which piece of which sample lies where: rows of T positions, one after the other, from a resumable place.
 
 A sample of n tokens fills n-1 positions, each with the token after it as its label. Documents are cut where a
-row ends and go on in the next one; conversations stay whole.
+row ends and go on in the next one; spans of conversations stay whole.
 """
 
 from __future__ import annotations
@@ -10,18 +10,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from microlm.core import runtime
-from microlm.text.shards import TokenSet
 from microlm.train.batches.order import Order
+from microlm.train.batches.spans import Spans, unread
 
 LOOKAHEAD = 64  # conversations that wait for a row with room
-BLOCK = 256  # samples whose borders are read at once
+BLOCK = 256  # spans whose borders are read at once
 
 
 class Piece(NamedTuple):
-    """`size` positions of a sample from token `start` of its set on; `end` is where the sample ends."""
+    """`size` positions of a sample from token `start` of its set on; `end` is where its span ends."""
 
     group: int
     sample: int
@@ -32,18 +30,22 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Mixture:
-    """Token sets and their shares of the positions; `joined` samples see those before them in a row."""
+    """The spans of token sets and their shares of the positions; `whole` ones are not cut where a row ends.
+
+    `joined` samples see those before them in a row.
+    """
 
     names: Sequence[str]
-    sets: Sequence[TokenSet]
+    spans: Sequence[Spans]
+    whole: Sequence[bool]
     shares: Sequence[float]
     context: int
     joined: bool
 
     @property
     def unread(self) -> int:
-        """Tokens at a sample's end that fill no position: only a sample that follows could see the last."""
-        return 0 if self.joined else 1
+        """Tokens at a sample's end that fill no position."""
+        return unread(document_mask=not self.joined)
 
 
 class Packer:
@@ -51,23 +53,25 @@ class Packer:
 
     def __init__(self, mixture: Mixture, seed: int, state: dict[str, Any] | None = None) -> None:
         self.mixture = mixture
-        self._whole = [s.loss is not None for s in mixture.sets]
+        self._whole = mixture.whole
         self._lookahead = LOOKAHEAD if any(self._whole) else 1
-        state = state or {}
-        places = state.get("places") or [[0, 0] for _ in mixture.sets]
+        state, none = state or {}, [0] * len(mixture.spans)
+        places = state.get("places") or [[0, 0] for _ in none]
         self._readers = [
             _Reader(mixture, number, seed, epoch, index) for number, (epoch, index) in enumerate(places)
         ]
-        self._debts: list[float] = list(state.get("debts") or [0.0] * len(mixture.sets))
+        self._debts: list[float] = list(state.get("debts") or map(float, none))
         self._held = [Piece(*piece) for piece in state.get("held", [])]
         self._fill()
         self.rows, self.padding = state.get("rows", 0), state.get("padding", 0)
+        self._taken: list[int] = list(state.get("taken") or none)
 
     def state(self) -> dict[str, Any]:
         """The place of the next row, as JSON values."""
         return {
             "rows": self.rows,
             "padding": self.padding,
+            "taken": list(self._taken),
             "places": [[r.epoch, r.index] for r in self._readers],
             "debts": list(self._debts),
             "held": [list(piece) for piece in self._held],
@@ -97,6 +101,7 @@ class Packer:
             self._held.insert(0, piece._replace(start=piece.start + room, size=piece.size - room))
             piece = piece._replace(size=room)
         row.append(piece)
+        self._taken[piece.group] += piece.size
         self._fill()
         return room - piece.size
 
@@ -129,18 +134,17 @@ def best_sum(sizes: Sequence[int], room: int) -> list[int]:
 
 
 class _Reader:
-    """The usable samples of one set, in a new order each epoch."""
+    """The usable spans of one set, in a new order each epoch."""
 
     def __init__(self, mixture: Mixture, number: int, seed: int, epoch: int, index: int) -> None:
         self.number, self.epoch, self.index = number, epoch, index
         self._mixture, self._seed = mixture, seed
-        self._set = mixture.sets[number]
-        self._limit = mixture.context if self._set.loss is not None else None
-        self._block: list[tuple[int, Piece]] = []  # (place in the order, sample), last one first
+        self._spans = mixture.spans[number]
+        self._block: list[tuple[int, Piece]] = []  # (place in the order, span), last one first
         self._enter()
 
     def next(self) -> Piece:
-        """The next sample as a whole."""
+        """The next span as a whole."""
         while not self._block:
             self._load()
         place, piece = self._block.pop()
@@ -150,20 +154,18 @@ class _Reader:
     def _enter(self) -> None:
         name = self._mixture.names[self.number]
         seed = runtime.derive_seed(self._seed, "order", name, self.epoch)
-        self._order = Order(len(self._set.ends), seed)
+        self._order = Order(len(self._spans), seed)
         self._loaded = self.index
 
     def _load(self) -> None:
         if self._loaded >= self._order.count:
             self.epoch, self.index = self.epoch + 1, 0
             self._enter()
-        samples = self._order.take(self._loaded, self._loaded + BLOCK)
-        ends = np.asarray(self._set.ends[samples])
-        starts = np.where(samples > 0, self._set.ends[samples - 1], 0)
-        found = zip(samples.tolist(), starts.tolist(), ends.tolist(), strict=True)
+        numbers = self._order.take(self._loaded, self._loaded + BLOCK)
+        found = zip(*(column.tolist() for column in self._spans.take(numbers)), strict=True)
         for place, (sample, start, end) in enumerate(found, self._loaded):
-            size = end - start - self._mixture.unread
-            if end - start > 1 and (self._limit is None or size <= self._limit):
+            if end - start > 1:
+                size = end - start - self._mixture.unread
                 self._block.append((place, Piece(self.number, sample, start, size, end)))
         self._block.reverse()
-        self._loaded += len(samples)
+        self._loaded += len(numbers)

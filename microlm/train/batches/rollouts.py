@@ -67,23 +67,19 @@ class RolloutRows:
     _last: tuple[int, Batch] | None = None
 
     @property
-    def told(self) -> tuple[str, ...]:
-        """The names of the M figures: rewards first."""
+    def figures(self) -> tuple[str, ...]:
+        """The names of the M figures that are told of an answer: rewards first."""
         judges = self.respondent.judges
         return ("reward", *(f"reward_{name}" for name in judges if len(judges) > 1), *TOLD)
-
-    @property
-    def dropped(self) -> Mapping[str, int]:
-        """How many conversations are not asked, by reason."""
-        return self.prompts.dropped
 
     def batches(self, rows: int, state: dict[str, Any] | None = None, workers: int = 0) -> RolloutStream:
         """A batch has as many rows as its answers need, in whole micro-batches; `rows` changes nothing."""
         return RolloutStream(self, state)
 
-    def epochs(self, state: Mapping[str, Any]) -> dict[str, float]:
-        """How often the prompts have been asked up to a stream's `state()`."""
-        return {NAME: state["place"] / len(self.prompts.asked)}
+    def told(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """How often the prompts have been asked up to a stream's `state()`; who is not asked, by reason."""
+        asked = round(state["place"] / len(self.prompts.asked), 4)
+        return {"epochs": {NAME: asked}, "conversations_not_asked": dict(self.prompts.dropped)}
 
     def chosen(self, place: int) -> Prompt:
         """The prompt at a place of an endless, seeded order."""

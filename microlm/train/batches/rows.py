@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -13,16 +14,17 @@ from microlm.core.errors import UserError
 from microlm.core.recipe import nearest
 from microlm.text.shards import TokenSet
 from microlm.train.batches.batch import IGNORE, Batch
+from microlm.train.batches.lengths import Lengths
 from microlm.train.batches.packing import Mixture, Packer, Piece
+from microlm.train.batches.spans import TooLong, spans_of, unread
 from microlm.train.batches.stream import BatchStream
-
-CHUNK = 1 << 20  # samples that are counted at once
 
 
 class PackedRows:
     """Packed rows out of several token sets, mixed by share of positions; endless, in a seeded order.
 
     With `document_mask` each sample sees itself only; without it also the samples before it in its row.
+    `lengths` tells of each set what is trained on, and what `too_long` left out.
     """
 
     def __init__(
@@ -32,22 +34,20 @@ class PackedRows:
         context: int,
         seed: int,
         document_mask: bool = True,
+        too_long: TooLong = "drop",
     ) -> None:
         _check_weights(sets, weights)
         self.names = [n for n in sorted(sets) if weights.get(n, 0.0 if weights else 1.0) > 0]
         total = sum(weights.get(n, 1.0) for n in self.names)
         self.shares = [weights.get(n, 1.0) / total for n in self.names]
-        self.context, self.seed = context, seed
+        self.context, self.seed, self.too_long = context, seed, too_long
         chosen = [sets[n] for n in self.names]
-        self._mixture = Mixture(self.names, chosen, self.shares, context, not document_mask)
-        usable = {n: count_usable(s, self._mixture) for n, s in zip(self.names, chosen, strict=True)}
-        for name, count in usable.items():
-            if not count:
-                longest = f"none of {len(sets[name].ends)} samples fits into a row of {context} tokens"
-                raise UserError(
-                    f"{sets[name].name}: {longest}; raise loop.context, or leave it out of the mixture"
-                )
-        self.dropped = {name: len(sets[name].ends) - count for name, count in usable.items()}
+        found = [spans_of(s, context, unread(document_mask), too_long) for s in chosen]
+        self.lengths = {n: lengths for n, (_, lengths) in zip(self.names, found, strict=True)}
+        for name, lengths in self.lengths.items():
+            _require_some(sets[name].name, lengths, context)
+        spans, whole = [spans for spans, _ in found], [s.loss is not None for s in chosen]
+        self._mixture = Mixture(self.names, spans, whole, self.shares, context, not document_mask)
         self._tokens = [np.asarray(s.tokens) for s in chosen]  # views: a slice of a memmap costs far more
         self._loss = [None if s.loss is None else np.asarray(s.loss) for s in chosen]
 
@@ -55,11 +55,23 @@ class PackedRows:
         """Batches of `rows` rows, from the beginning or from a stream's `state()`; close it after use."""
         return BatchStream(Packer(self._mixture, self.seed, state), self.assemble, rows, workers)
 
+    def told(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """Epochs and share of each set up to a stream's `state()`; the counts of its samples."""
+        return {
+            "epochs": {name: round(times, 4) for name, times in self.epochs(state).items()},
+            "shares": {name: round(share, 4) for name, share in self.realised(state).items()},
+            "lengths": {name: asdict(found) for name, found in self.lengths.items()},
+        }
+
     def epochs(self, state: Mapping[str, Any]) -> dict[str, float]:
         """How often each set has been read up to a stream's `state()`."""
-        sizes = [len(s.ends) for s in self._mixture.sets]
-        places = zip(self.names, state["places"], sizes, strict=True)
-        return {name: epoch + index / size for name, (epoch, index), size in places}
+        places = zip(self.names, state["places"], self._mixture.spans, strict=True)
+        return {name: epoch + index / len(spans) for name, (epoch, index), spans in places}
+
+    def realised(self, state: Mapping[str, Any]) -> dict[str, float]:
+        """The share of the positions, padding apart, that each set has had up to a stream's `state()`."""
+        total = max(1, sum(state["taken"]))
+        return {name: taken / total for name, taken in zip(self.names, state["taken"], strict=True)}
 
     def assemble(self, rows: Sequence[Sequence[Piece]]) -> Batch:
         """Fill the tensors of a batch; whoever plans it says what lies where."""
@@ -89,29 +101,32 @@ class PackedRows:
 
 
 def held_out_rows(
-    sets: Mapping[str, TokenSet], weights: Mapping[str, float], context: int, document_mask: bool = True
+    sets: Mapping[str, TokenSet],
+    weights: Mapping[str, float],
+    context: int,
+    document_mask: bool = True,
+    too_long: TooLong = "drop",
 ) -> PackedRows | None:
     """Rows for validation, always the same, out of the sets that can be used; None when there are none."""
-    mixture = Mixture((), (), (), context, not document_mask)
-    found = {name: tokens for name, tokens in sets.items() if count_usable(tokens, mixture)}
+    lengths = {n: spans_of(s, context, unread(document_mask), too_long)[1] for n, s in sets.items()}
+    found = {name: tokens for name, tokens in sets.items() if lengths[name].used}
     shares = {name: weight for name, weight in weights.items() if name in found}
     if not found or (weights and not any(shares.values())):
         return None
-    return PackedRows(found, shares, context, 0, document_mask)
+    return PackedRows(found, shares, context, 0, document_mask, too_long)
 
 
-def count_usable(tokens: TokenSet, mixture: Mixture) -> int:
-    """Samples of two tokens or more; conversations must fit into one row, documents are cut."""
-    count, before = 0, 0
-    for first in range(0, len(tokens.ends), CHUNK):
-        ends = np.asarray(tokens.ends[first : first + CHUNK])
-        lengths = np.diff(ends, prepend=before)
-        fits = lengths > 1
-        if tokens.loss is not None:
-            fits &= lengths - mixture.unread <= mixture.context
-        count += int(fits.sum())
-        before = int(ends[-1])
-    return count
+def _require_some(name: str, lengths: Lengths, context: int) -> None:
+    if lengths.used:
+        return
+    if lengths.dropped:
+        raise UserError(
+            f"{name}: none of {lengths.samples} samples fits into a row of {context} tokens; "
+            "raise loop.context, choose another too_long, or leave it out of the mixture"
+        )
+    raise UserError(
+        f"{name}: none of {lengths.samples} samples holds anything to learn; leave it out of the mixture"
+    )
 
 
 def _check_weights(sets: Mapping[str, TokenSet], weights: Mapping[str, float]) -> None:

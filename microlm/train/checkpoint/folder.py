@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from microlm.core import storage
-from microlm.core.manifest import hash_file, seal
+from microlm.core.manifest import CHECKPOINT, hash_file, seal
 
-INDEX = "checkpoint.json"
+INDEX = CHECKPOINT
 FORMAT = 2
 PART = ".part"
 

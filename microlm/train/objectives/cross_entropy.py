@@ -18,6 +18,8 @@ from microlm.train.objectives.objective import Objective, plain
 
 Kernel = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Logits [N,V] and labels [N] → the sum of their losses, and its gradient [N,V] in the logits' dtype."""
+ChunkKernel = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
+"""Logits of some positions, and which ones → as a kernel."""
 
 _STEP = 256  # label counts are rounded up to this: oneDNN keeps a primitive, and its memory, for every shape
 CHUNK, CUDA_CHUNK = 1024, 16384  # positions whose logits are there at once
@@ -34,8 +36,16 @@ def next_token(hidden_RTD: Tensor, decoder: Decoder, batch: Batch, kernel: Kerne
     positions = labelled_positions(batch)
     if positions is not None:
         labels = labels[positions]
+    compute = kernel or _loss_and_gradient
+    return chunked_head(hidden, decoder, positions, lambda logits, part: compute(logits, labels[part]))
+
+
+def chunked_head(
+    hidden_ND: Tensor, decoder: Decoder, positions: Tensor | None, kernel: ChunkKernel
+) -> Tensor:
+    """The sum of what a kernel makes of the logits of these positions (None: all), chunk by chunk."""
     weight, wanted = decoder.lm_head.weight, torch.is_grad_enabled()
-    loss: Tensor = _ChunkedHead.apply(hidden, weight, labels, positions, wanted, kernel or _loss_and_gradient)  # type: ignore[no-untyped-call]
+    loss: Tensor = _ChunkedHead.apply(hidden_ND, weight, positions, wanted, kernel)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -49,17 +59,16 @@ def labelled_positions(batch: Batch) -> Tensor | None:
 
 
 class _ChunkedHead(torch.autograd.Function):
-    """Head and cross-entropy in one: logits of a chunk become their gradient before the next chunk comes."""
+    """Head and loss in one: logits of a chunk become their gradient before the next chunk comes."""
 
     @staticmethod
     def forward(
         ctx: Any,
         hidden_ND: Tensor,
         weight_VD: Tensor,
-        labels: Tensor,
         positions: Tensor | None,
         wanted: bool,
-        kernel: Kernel,
+        kernel: ChunkKernel,
     ) -> Tensor:
         matrix = weight_VD.to(hidden_ND.dtype)
         rows = hidden_ND if positions is None else hidden_ND[positions]
@@ -69,7 +78,7 @@ class _ChunkedHead(torch.autograd.Function):
         size = chunk_size(hidden_ND.device)
         for start in range(0, len(rows), size):
             part = slice(start, start + size)
-            loss, gradient = kernel(rows[part] @ matrix.mT, labels[part])
+            loss, gradient = kernel(rows[part] @ matrix.mT, part)
             total += loss
             if wanted:
                 torch.mm(gradient, matrix, out=d_rows[part])
@@ -85,7 +94,7 @@ class _ChunkedHead(torch.autograd.Function):
         d_hidden = d_rows.mul_(scale)
         if positions is not None:
             d_hidden = d_rows.new_zeros(ctx.count, d_rows.shape[1]).index_copy_(0, positions, d_rows)
-        return d_hidden, None if d_weight is None else d_weight.mul_(scale), None, None, None, None
+        return d_hidden, None if d_weight is None else d_weight.mul_(scale), None, None, None
 
 
 def _loss_and_gradient(logits_NV: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,6 @@
 
 from microlm.train.reporter.reporter import Reporter
 from microlm.train.reporter.speed import TIMED
-from microlm.train.reporter.summary import SUMMARY, write_summary
+from microlm.train.reporter.summary import SUMMARY, tell_lengths, write_summary
 
-__all__ = ["SUMMARY", "TIMED", "Reporter", "write_summary"]
+__all__ = ["SUMMARY", "TIMED", "Reporter", "tell_lengths", "write_summary"]

@@ -1,19 +1,39 @@
-"""The end of a run: what its manifest tells of it, and its curves as a page."""
+"""Before a run: how long its samples are. After it: what its manifest tells of it, its curves as a page."""
 
 from __future__ import annotations
 
 import json
+import sys
+from dataclasses import asdict
 from typing import Any
 
 from microlm.core import runtime, storage
 from microlm.core.metrics import FILE, read_metrics
 from microlm.model.transformer import Decoder
+from microlm.train.batches import PackedRows
+from microlm.train.batches.lengths import sentences
 from microlm.train.checkpoint import Position
 from microlm.train.job import Job
 from microlm.train.reporter.curves import write_curves
 from microlm.train.reporter.speed import TIMED
 
 SUMMARY = "summary.json"
+LENGTHS = "lengths.json"
+
+
+def tell_lengths(job: Job) -> None:
+    """What is trained on, and what of it no row can hold: on stderr and in `lengths.json`, before a step."""
+    rows = {"training": job.train, "validation": job.validation}
+    sets = {split: some for split, some in rows.items() if isinstance(some, PackedRows)}
+    told = {split: {n: asdict(found) for n, found in some.lengths.items()} for split, some in sets.items()}
+    listed = {"context": job.loop.context, "too_long": sets["training"].too_long} | told
+    job.logs.mkdir(parents=True, exist_ok=True)
+    storage.write_atomic(
+        job.logs / LENGTHS, (json.dumps(listed, ensure_ascii=False, indent=1) + "\n").encode()
+    )
+    for split, some in sets.items():
+        for line in sentences(some.lengths, some.context, some.too_long):
+            sys.stderr.write(f"{job.name}: {split}: {line}\n")
 
 
 def write_summary(job: Job, decoder: Decoder, at: Position) -> None:
@@ -23,7 +43,7 @@ def write_summary(job: Job, decoder: Decoder, at: Position) -> None:
         "parameters": sum(p.numel() for p in decoder.parameters()),
         "trained_parameters": sum(p.numel() for p in decoder.parameters() if p.requires_grad),
         "tokens": at.tokens,
-        "epochs": {name: round(times, 4) for name, times in job.train.epochs(at.data).items()},
+        **job.train.told(at.data),
         "padding_share": at.data["padding"] / max(1, at.data["rows"] * job.loop.context),
         "loss": _last(rows, "loss"),
         "validation_loss": _last(rows, "validation_loss"),
@@ -31,7 +51,6 @@ def write_summary(job: Job, decoder: Decoder, at: Position) -> None:
         **{name: _last(rows, name) for name in job.objective.metrics},
         **{name: _last(rows, name) for name in (f"validation_{m}" for m in job.objective.metrics)},
         **speed(rows),
-        "samples_longer_than_context": job.train.dropped,
         "nonfinite_steps": len(at.nonfinite),
         "batches_left_out": at.left_out,
         "allowed_mismatches": at.mismatches,

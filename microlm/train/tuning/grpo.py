@@ -196,7 +196,7 @@ def prepare(
         asked = len(held_out.prompts.asked)
         loop = loop.model_copy(update={"validation_rows": -(-asked // loop.micro_rows) * loop.micro_rows})
     learnt = policy.Policy(recipe.clip, recipe.kl_weight, recipe.answers.temperature)
-    objective = policy.make(learnt, rows.told)
+    objective = policy.make(learnt, rows.figures)
     job = Job(loop, recipe.optim, objective, rows, held_out, out, "grpo", sampler=tools.sample)
     job.tokenizer = model.path
     if recipe.lora:

@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import Field
 
 from microlm.core import runtime
@@ -21,13 +20,14 @@ from microlm.model import directory, lora
 from microlm.model.transformer import Decoder
 from microlm.text.shards import open_sets
 from microlm.train import memory, objectives
-from microlm.train.batches import PackedRows, held_out_rows
+from microlm.train.batches import PackedRows, TooLong, held_out_rows
 from microlm.train.job import Job, LoopRecipe, Sampler, fingerprint
 from microlm.train.loop import train
 from microlm.train.optim import OptimRecipe
 from microlm.train.pretrain import TOKENIZER, finish, require_same_tokenizer
 from microlm.train.ranks import Ranks, launch, processes, warn_idle
-from microlm.train.reporter import write_summary
+from microlm.train.reporter import tell_lengths, write_summary
+from microlm.train.tuning import lora_recipe
 from microlm.train.tuning.lora_recipe import LoraRecipe
 
 
@@ -38,6 +38,10 @@ class SftRecipe(StageRecipe):
     shards: str = artifact_input(kinds=("shards",), description="shards artifact with conversations")
     mixture: dict[str, float] = Field(
         default={}, description="task (or documents) → share of the tokens; empty: all conversations, equal"
+    )
+    too_long: TooLong = Field(
+        default="drop",
+        description="conversations longer than loop.context: left out, cut on one side, or split",
     )
     lora: LoraRecipe | None = Field(
         default=None, description="train an adapter of this shape; none: all weights"
@@ -50,7 +54,7 @@ def _kind(recipe: SftRecipe) -> Kind:
     return "adapter" if recipe.lora else "model"
 
 
-VERSION = 4
+VERSION = 5
 
 
 @stage("sft", _kind, VERSION)
@@ -80,6 +84,8 @@ def _rank(
 ) -> None:
     decoder, job = prepare(recipe, model, shards, out)
     job.fingerprint, job.sampler = made_for, sample
+    if ranks.rank == 0:
+        tell_lengths(job)
     at = train(ranks, decoder, job)
     if ranks.rank == 0:
         job.save_weights(decoder, out)
@@ -89,14 +95,12 @@ def _rank(
 def prepare(recipe: SftRecipe, model: Artifact, shards: Path, out: Path) -> tuple[Decoder, Job]:
     """The decoder as tuning begins, and the job that binds it to the mixture and the folder `out`."""
     runtime.set_seed(recipe.seed)
-    decoder = directory.load(model.path, recipe.loop.compute_dtype())
-    if recipe.lora:
-        generator = torch.Generator().manual_seed(runtime.derive_seed(recipe.seed, "lora"))
-        lora.apply(decoder, recipe.lora.config(), generator)
-    prefix = "" if "documents" in recipe.mixture else "conversations-"
+    decoder = lora_recipe.load(model.path, recipe.loop.compute_dtype(), recipe.lora, recipe.seed)
+    prefix = "" if recipe.mixture else "conversations-"
     context, mask = recipe.loop.context, recipe.loop.document_mask
-    rows = PackedRows(open_sets(shards, prefix, "train"), recipe.mixture, context, recipe.seed, mask)
-    validation = held_out_rows(open_sets(shards, prefix, "validation"), recipe.mixture, context, mask)
+    sets, held_out = (open_sets(shards, prefix, split) for split in ("train", "validation"))
+    rows = PackedRows(sets, recipe.mixture, context, recipe.seed, mask, recipe.too_long)
+    validation = held_out_rows(held_out, recipe.mixture, context, mask, recipe.too_long)
     name = "lora" if recipe.lora else "sft"
     objective = objectives.make(recipe.loop.compiles())
     job = Job(recipe.loop, recipe.optim, objective, rows, validation, out, name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import time
 import weakref
 from pathlib import Path
 
@@ -46,6 +47,8 @@ def test_a_dropped_engine_leaves_neither_weights_nor_threads(tmp_path: Path, thr
     assert threading.active_count() >= before + threads - 1
     weights = weakref.ref(engine._decoder.lm_head.weight)
     del engine
-    gc.collect()
-    assert weights() is None
-    assert threading.active_count() == before
+    end = time.monotonic() + 10  # a helper may be at the end of its part still
+    while weights() is not None or threading.active_count() > before:
+        assert time.monotonic() < end
+        gc.collect()
+        time.sleep(0.01)

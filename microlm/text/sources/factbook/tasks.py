@@ -274,7 +274,7 @@ class Maker:
             }
             wrong = rng.choice(sorted(others - {right}) or ["不知道"])
             question = writer.question(entity, relation, "train")
-            made.append(Preference(turns(question), right, wrong, SOURCE, LICENCE))
+            made.append(Preference(turns(question), right, wrong, SOURCE, LICENCE, task="question"))
         return made
 
 

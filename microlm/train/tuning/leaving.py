@@ -1,0 +1,31 @@
+"""What post-training stages leave: a model, or an adapter that names its base."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Protocol
+
+from microlm.core.manifest import Artifact, Kind
+from microlm.model import directory, lora
+from microlm.train.checkpoint import SaveWeights
+from microlm.train.tuning.lora_recipe import LoraRecipe
+
+
+class TuningRecipe(Protocol):
+    """What the recipes of post-training stages have in common."""
+
+    @property
+    def lora(self) -> LoraRecipe | None: ...
+
+
+def kind_of(recipe: TuningRecipe) -> Kind:
+    """What the stage leaves."""
+    return "adapter" if recipe.lora else "model"
+
+
+def weights_saver(recipe: TuningRecipe, model: Artifact) -> SaveWeights:
+    """How it is written."""
+    if not recipe.lora:
+        return directory.save
+    base = model.url.rstrip("/").rpartition("/")[2]
+    return partial(lora.save_adapter, base_name=base, base_digest=model.digest)
