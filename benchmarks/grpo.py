@@ -1,10 +1,9 @@
 """GRPO on the quickstart's model: strict triple F1 before and after, the curve, and what live weights cost.
 
 Reads a finished run of recipes/grpo.yaml (--run, default runs/grpo), or makes one (--fresh; the quickstart
-must lie in runs/quickstart). F1 is on held-out records that both models answered; intervals resample entities,
-the difference is paired. Then an engine's refresh from memory is timed against building one anew, in turn, after
-their answers were found equal. --plot FILE.png draws the curve. --quick times the refresh alone, on a small
-shape, and has no goals.
+must lie in runs/quickstart). F1 is on held-out records that both models answered: intervals resample
+entities, the difference is paired. Then an engine's refresh from memory is timed against building one anew,
+in turn, their answers being equal. --plot FILE.png draws the curve. --quick times the refresh alone, small.
 """
 
 from __future__ import annotations

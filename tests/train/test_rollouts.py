@@ -101,7 +101,10 @@ def test_the_order_and_the_draws_come_from_the_place(model: Path) -> None:
     with make_rows(model, decoder, asked, ALONE).batches(0) as stream:
         batches = [next(stream) for _ in range(3)]
         state = stream.state()
-    assert state["place"] == 6 and make_rows(model, decoder, asked, ALONE).epochs(state) == {"prompts": 1.2}
+    assert state["place"] == 6 and make_rows(model, decoder, asked, ALONE).told(state) == {
+        "epochs": {"prompts": 1.2},
+        "conversations_not_asked": {},
+    }
     again = make_rows(model, decoder, asked, ALONE).batches(0, {**state, "place": 4, "rounds": 2})
     assert torch.equal(next(again).input_ids, batches[2].input_ids)
     assert not torch.equal(batches[0].input_ids, batches[2].input_ids)
