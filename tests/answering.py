@@ -82,10 +82,9 @@ def answering_job(
     decoder = directory.load(model, asked.loop.compute_dtype())
     rows = make_rows(model, decoder, asked, ranks, rollout)
     learnt = policy.Policy(asked.clip, asked.kl_weight, asked.answers.temperature)
-    job = make_job(
-        folder, asked.sized, optim=OptimRecipe(**RATES), objective=policy.make(learnt, rows.told), train=rows,
-        validation=None,
-    )  # fmt: skip
+    objective = policy.make(learnt, rows.figures)
+    rates = OptimRecipe(**RATES)
+    job = make_job(folder, asked.sized, optim=rates, objective=objective, train=rows, validation=None)
     return decoder, job
 
 

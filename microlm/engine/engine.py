@@ -18,10 +18,10 @@ from microlm.core.records import Completion, Sampling
 from microlm.engine import loading
 from microlm.engine.asking import Asking
 from microlm.engine.cache.store import KVDtype
-from microlm.engine.following import follow
 from microlm.engine.forward import whole
 from microlm.engine.forward.batch import Span, batch_of
 from microlm.engine.forward.cached import cached_logprobs
+from microlm.engine.forward.following import follow
 from microlm.engine.grammar import Grammars
 from microlm.engine.postprocess import Postprocess, Scored, Step
 from microlm.engine.prompts import Prompt, encode_prompt

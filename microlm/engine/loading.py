@@ -13,7 +13,7 @@ from microlm.core.errors import UserError
 from microlm.engine.cache.memory import choose_size, free_bytes
 from microlm.engine.cache.pages import PagePool, pages_for
 from microlm.engine.cache.store import KVDtype, KVStore
-from microlm.engine.following import bare_copy
+from microlm.engine.forward.following import bare_copy
 from microlm.engine.forward.runner import Runner, Ways
 from microlm.engine.native.step import NativeStep
 from microlm.engine.native.weights import quantize as quantize_weights

@@ -69,6 +69,8 @@ class Forward:
         if not self.document_mask:
             length = batch.segments.shape[1]
             return document_mask(torch.zeros(1, length, device=device), dtype) if self.spelled else None
+        if "trunk" in batch.extras:
+            return document_mask(batch.segments.to(device), dtype, batch.extras["trunk"].to(device))
         if device.type == "cuda" and dtype == torch.bfloat16:
             return document_borders(batch.segments).to(device, non_blocking=True)
         return document_mask(batch.segments.to(device), dtype)

@@ -3,9 +3,17 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 
-from microlm.core.stats import bootstrap_ci, micro_f1_ci, paired_test, proportion_ci, ratio_ci
+from microlm.core.stats import (
+    bootstrap_ci,
+    f1_difference_ci,
+    micro_f1_ci,
+    paired_test,
+    proportion_ci,
+    ratio_ci,
+)
 
 
 @pytest.mark.parametrize(
@@ -71,3 +79,21 @@ def test_empty_samples_are_refused() -> None:
     ):  # fmt: skip
         with pytest.raises(ValueError, match=r"empty|needs"):
             call()
+
+
+def test_a_difference_of_f1_is_paired() -> None:
+    rng = np.random.default_rng(1)
+    b = [(int(m), 4, 4) for m in rng.integers(0, 4, 60)]
+    a = [(m + int(rng.random() < 0.4), 4, 4) for m, _, _ in b]
+    found = f1_difference_ci(a, b)
+    expected = micro_f1_ci(a).value - micro_f1_ci(b).value
+    assert math.isclose(found.value, expected) and found.low < found.value < found.high
+    by_hand = []
+    draws = np.random.default_rng(7)
+    for _ in range(2000):
+        chosen = draws.integers(0, 60, 60)
+        by_hand.append(sum(a[i][0] - b[i][0] for i in chosen) / 240)
+    assert np.allclose(np.quantile(by_hand, [0.025, 0.975]), [found.low, found.high], atol=0.01)
+    apart = micro_f1_ci(a).high - micro_f1_ci(a).low
+    assert found.high - found.low < apart  # the same items are hard for both
+    assert f1_difference_ci(b, b) == (0, 0, 0)

@@ -35,7 +35,15 @@ def train(decoder: Decoder, seed: int) -> None:
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "qwen2", "llama"])
-@pytest.mark.parametrize("options", [{"dtype": "float32"}, {"dtype": "bfloat16"}, {"quantize": "int8"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dtype": "float32"},
+        {"dtype": "bfloat16"},
+        {"quantize": "int8"},
+        {"dtype": "bfloat16", "quantize": "int4"},
+    ],
+)
 def test_a_refreshed_engine_equals_one_of_the_saved_weights(
     tmp_path: Path, kind: str, options: dict[str, str]
 ) -> None:

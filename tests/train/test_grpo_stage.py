@@ -34,7 +34,7 @@ def test_it_leaves_a_model_and_tells_its_figures(tmp_path: Path, made: tuple[Art
     assert directory.load(first.path).config == directory.load(made[0].path).config
     assert directory.load(first.path / "best").config == directory.load(made[0].path).config
     told = first.manifest["metrics"]
-    assert told["epochs"] == {"prompts": 2.4} and told["samples_longer_than_context"] == {}
+    assert told["epochs"] == {"prompts": 2.4} and told["conversations_not_asked"] == {}
     rows = read_metrics(first.path / "logs/metrics.jsonl")
     assert [r["step"] for r in rows] == [0, 1, 2, 3, 4]
     for row in rows[1:]:
@@ -63,6 +63,7 @@ def test_an_adapter_begins_at_its_base(tmp_path: Path, made: tuple[Artifact, Art
         ({"answers": {"max_tokens": 64}}, "leaves no room for a prompt in loop.context 64"),
         ({"answers": {"group": 1}}, "answers.group"),
         ({"rewards": {}}, "none has a weight above 0"),
+        ({"lora": {"dropout": 0.1}}, r"lora\.dropout must be 0"),
     ],
 )
 def test_what_cannot_be_is_refused_at_once(fields: dict[str, Any], sentence: str) -> None:

@@ -14,11 +14,12 @@ from tiny_model import write_tiny_model
 from torch import Tensor
 from training import VOCAB, tiny_decoder
 
+from microlm.core.records import Conversation
 from microlm.model import directory
 from microlm.model.transformer import Decoder, causal_attend
-from microlm.train.batches.answers import Answer, Judge, advantages
+from microlm.train.batches.answers import Answer, Judge, advantages, pack
 from microlm.train.batches.prompts import Prompt
-from microlm.train.batches.rollouts import RolloutRows, pack
+from microlm.train.batches.rollouts import RolloutRows
 from microlm.train.job import LoopRecipe
 from microlm.train.loop import train
 from microlm.train.objectives import policy
@@ -35,11 +36,12 @@ def model(tmp_path: Path) -> Path:
 
 
 def random_answers(seed: int, count: int) -> list[Answer]:
-    """Prompts of 2 to 6 ids with answers of 1 to 7, and what some engine thought of them."""
+    """Prompts of 2 to 6 ids with four answers of 1 to 7 each, and what some engine thought of them."""
     rng = np.random.default_rng(seed)
     made = []
-    for _ in range(count):
-        prompt = Prompt(None, tuple(rng.integers(3, VOCAB, rng.integers(2, 7)).tolist()), "")  # type: ignore[arg-type]
+    for i in range(count):
+        if i % 4 == 0:
+            prompt = Prompt(Conversation(()), tuple(rng.integers(3, VOCAB, rng.integers(2, 7)).tolist()), "")
         ids = tuple(rng.integers(3, VOCAB, rng.integers(1, 8)).tolist())
         logprobs = tuple(rng.normal(-3, 1, len(ids)).tolist())
         made.append(Answer(prompt, ids, logprobs, (float(rng.random()),), False))

@@ -29,9 +29,10 @@ from microlm.engine.prompts import encode_prompt
 from microlm.model import directory
 from microlm.text.tokenizer import Tokenizer
 from microlm.train.batches import IGNORE
-from microlm.train.batches.answers import Answer
+from microlm.train.batches.answers import Answer, fill, pack
+from microlm.train.batches.batch import NO_TRUNK
 from microlm.train.batches.prompts import NO_QUESTION, TOO_LONG, Prompt, make_prompts, split
-from microlm.train.batches.rollouts import RolloutStream, fill, pack
+from microlm.train.batches.rollouts import RolloutStream
 from microlm.train.loop import train
 from microlm.train.ranks import Ranks, launch
 from microlm.train.reporter import TIMED
@@ -44,28 +45,35 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_model(tmp_path_factory.mktemp("model"), window=CONTEXT)
 
 
-def answer(prompt: Sequence[int], ids: Sequence[int]) -> Answer:
-    asked = Prompt(Conversation((Message("user", "?"),)), tuple(prompt), "")
-    return Answer(asked, tuple(ids), tuple(-0.5 * i for i in ids), (1.0,), False)
+def asked_for(*ids: int) -> Prompt:
+    return Prompt(Conversation((Message("user", "?"),)), ids, "")
 
 
-def test_answers_are_packed_behind_their_prompts() -> None:
-    answers = [answer([5, 6], [7, 8]), answer([9, 10, 11], [12]), answer([13], [14, 15, 16])]
-    each = {"advantage": np.array([1.0, -2.0, 3.0])}
-    batch = pack(answers, each, np.array([[1.0, 10.0], [2.0, 20.0], [4.0, 40.0]]), (6, 2))
-    x = IGNORE
-    assert batch.input_ids.tolist() == [[5, 6, 7, 9, 10, 11], [13, 14, 15, 0, 0, 0]]
-    assert batch.labels.tolist() == [[x, 7, 8, x, x, 12], [14, 15, 16, x, x, x]]
-    assert batch.segments.tolist() == [[0, 0, 0, 1, 1, 1], [0, 0, 0, -1, -1, -1]]
-    assert batch.extras["advantage"].tolist() == [[0, 1, 1, 0, 0, -2], [3, 3, 3, 0, 0, 0]]
-    assert batch.extras["engine"].tolist() == [[0, -3.5, -4, 0, 0, -6], [-7, -7.5, -8, 0, 0, 0]]
-    assert batch.extras["told"].tolist() == [[3, 30], [4, 40]]
-    assert [[n for _, n in row] for row in batch.samples] == [[0, 1], [2]]
+def answer(prompt: Prompt, *ids: int) -> Answer:
+    return Answer(prompt, ids, tuple(-0.5 * i for i in ids), (1.0,), False)
+
+
+def test_answers_go_on_from_a_prompt_that_lies_there_once() -> None:
+    one, two, three = asked_for(5, 6), asked_for(9, 10, 11), asked_for(13)
+    answers = [answer(one, 7, 8), answer(one, 12), answer(two, 4), answer(two, 3, 2, 1), answer(three, 14)]
+    each = {"advantage": np.array([1.0, -2.0, 3.0, -4.0, 5.0])}
+    told = np.array([[1.0, 10.0], [2.0, 20.0], [4.0, 40.0], [8.0, 80.0], [16.0, 160.0]])
+    batch = pack(answers, each, told, (5, 3))
+    x, n = IGNORE, NO_TRUNK
+    assert [[i for _, i in row] for row in batch.samples] == [[3], [0, 1, 4], [2]]  # 2 and 3 need 6 together
+    assert batch.input_ids.tolist() == [[9, 10, 11, 3, 2], [5, 6, 7, 6, 13], [9, 10, 11, 0, 0]]
+    assert batch.labels.tolist() == [[x, x, 3, 2, 1], [x, 7, 8, 12, 14], [x, x, 4, x, x]]
+    assert batch.segments.tolist() == [[0, 0, 1, 1, 1], [0, 1, 1, 2, 4], [0, 0, 1, -1, -1]]
+    assert batch.extras["trunk"].tolist() == [[n, n, 0, 0, 0], [n, 0, 0, 0, 3], [n, n, 0, n, n]]
+    assert batch.positions.tolist() == [[0, 1, 2, 3, 4], [0, 1, 2, 1, 0], [0, 1, 2, 0, 0]]
+    assert batch.extras["advantage"].tolist()[:2] == [[0, 0, -4, -4, -4], [0, 1, 1, -2, 5]]
+    assert batch.extras["engine"].tolist()[1] == [0, -3.5, -4, -6, -7]
+    assert batch.extras["told"].tolist() == [[8, 80], [19, 190], [4, 40]]
 
 
 def test_rows_are_filled_longest_first_and_end_in_a_whole_micro_batch() -> None:
     assert fill([3, 9, 4, 6, 1], 10) == [[1, 4], [3, 2], [0]]
-    batch = pack([answer([5], [6])] * 3, {}, np.zeros((3, 1)), (1, 4))
+    batch = pack([answer(asked_for(5), 6) for _ in range(3)], {}, np.zeros((3, 1)), (1, 4))
     assert batch.labels.shape == (4, 1) and batch.samples[3] == () and batch.label_count == 3
 
 
@@ -101,7 +109,10 @@ def test_the_order_and_the_draws_come_from_the_place(model: Path) -> None:
     with make_rows(model, decoder, asked, ALONE).batches(0) as stream:
         batches = [next(stream) for _ in range(3)]
         state = stream.state()
-    assert state["place"] == 6 and make_rows(model, decoder, asked, ALONE).epochs(state) == {"prompts": 1.2}
+    assert state["place"] == 6 and make_rows(model, decoder, asked, ALONE).told(state) == {
+        "epochs": {"prompts": 1.2},
+        "conversations_not_asked": {},
+    }
     again = make_rows(model, decoder, asked, ALONE).batches(0, {**state, "place": 4, "rounds": 2})
     assert torch.equal(next(again).input_ids, batches[2].input_ids)
     assert not torch.equal(batches[0].input_ids, batches[2].input_ids)
@@ -116,11 +127,12 @@ def test_a_round_that_is_half_learnt_lies_in_the_state(model: Path) -> None:
     with torch.no_grad():
         for p in decoder.parameters():
             p.mul_(1.1)  # a step: who answered is gone
+    figures = ("advantage", "weight", "engine")
     resumed = RolloutStream(make_rows(model, decoder, asked, ALONE), state)
     for _ in range(2):
         batch = next(resumed)
         assert torch.equal(batch.input_ids, first.input_ids) and batch.samples == first.samples
-        assert set(batch.extras) == {"advantage", "weight", "engine", "told", "old", "raw"}
+        assert set(batch.extras) == {*figures, "told", "trunk", "positions", "old", "raw"}
         assert all(torch.equal(batch.extras[n], e) for n, e in first.extras.items())
     assert resumed.state()["held"] == "" and next(resumed) is not batch
 

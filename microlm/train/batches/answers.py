@@ -1,4 +1,7 @@
-"""Answers of the model under training: drawn, judged, compared within their group."""
+"""Answers of the model under training: drawn, judged, compared within their group, packed into rows.
+
+Shapes: R rows, T tokens of context, M figures that are told of an answer.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,11 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from microlm.core.errors import CheckFailed
 from microlm.core.records import Completion, Sampling
+from microlm.train.batches.batch import IGNORE, NO_TRUNK, Batch
 from microlm.train.batches.prompts import Prompt
 from microlm.train.ranks import Ranks, Stopped
 
@@ -24,6 +29,7 @@ Reward = Callable[[Prompt, Completion], float]
 """How good an answer is, from 0 to 1 (right)."""
 Comparison = Literal["std", "mean"]
 Floats = NDArray[np.float64]
+NAME = "prompts"
 _FLAT = 1e-9  # rewards that are closer are the same
 
 
@@ -43,11 +49,6 @@ class Answer:
     logprobs: tuple[float, ...]
     rewards: tuple[float, ...]
     truncated: bool
-
-    @property
-    def size(self) -> int:
-        """Positions that prompt and answer fill."""
-        return len(self.prompt.ids) + len(self.ids) - 1
 
 
 @dataclass(frozen=True)
@@ -110,3 +111,104 @@ def advantages(rewards: Floats, group: int, kind: Comparison) -> tuple[Floats, N
     flat = np.ptp(groups, axis=1, keepdims=True) < _FLAT
     scale = np.where(flat, 1.0, groups.std(axis=1, keepdims=True)) if kind == "std" else 1.0
     return np.where(flat, 0.0, apart / scale).ravel(), np.broadcast_to(flat, groups.shape).ravel()
+
+
+def pack(
+    answers: Sequence[Answer], each: Mapping[str, Floats], told: Floats, shape: tuple[int, int]
+) -> Batch:
+    """Answers as segments of rows that go on from their prompt, which lies there once for several of them.
+
+    `shape`: context, rows of a micro-batch. Extras: `each` figure of an answer at its labels [R,T], `engine`
+    (its log-probability there) [R,T], and the rows' sums of what is `told`, [R,M].
+    """
+    context, micro_rows = shape
+    units = share_prompts(answers, context)
+    rows = fill([size_of(answers, unit) for unit in units], context)
+    count = -(-len(rows) // micro_rows) * micro_rows
+    page = _Page(count, context, (*each, "engine"))
+    sums = np.zeros((count, told.shape[1]))
+    samples: list[tuple[tuple[str, int], ...]] = [()] * count
+    for r, members in enumerate(rows):
+        here = [i for unit in members for i in units[unit]]
+        samples[r] = tuple((NAME, i) for i in here)
+        sums[r] = told[here].sum(axis=0)
+        for unit in members:
+            page.begin(r, answers[units[unit][0]].prompt.ids)
+            for i in units[unit]:
+                figures_of_it = {name: values[i] for name, values in each.items()}
+                page.add(r, answers[i], figures_of_it)
+    return page.batch(tuple(samples), torch.from_numpy(sums))
+
+
+def share_prompts(answers: Sequence[Answer], room: int) -> list[list[int]]:
+    """Numbers of neighbours that answer the same prompt, as many together as have room behind it."""
+    units: list[list[int]] = []
+    for i, answer in enumerate(answers):
+        last = units[-1] if units else []
+        same = last and answers[last[0]].prompt is answer.prompt
+        if same and size_of(answers, [*last, i]) <= room:
+            last.append(i)
+        else:
+            units.append([i])
+    return units
+
+
+def size_of(answers: Sequence[Answer], unit: Sequence[int]) -> int:
+    """Positions that a prompt and the answers to it fill; its last token stands before each of them."""
+    return len(answers[unit[0]].prompt.ids) - 1 + sum(len(answers[i].ids) for i in unit)
+
+
+class _Page:
+    """Rows that are being filled from left to right, [R,T]."""
+
+    def __init__(self, rows: int, context: int, figures: Sequence[str]) -> None:
+        size = (rows, context)
+        self._ids, self._labels = np.zeros(size, np.int64), np.full(size, IGNORE, np.int64)
+        self._segments, self._trunks = np.full(size, -1, np.int64), np.full(size, NO_TRUNK, np.int64)
+        self._positions = np.zeros(size, np.int64)
+        self._extras = {name: np.zeros(size) for name in figures}
+        self._at, self._count = [0] * rows, [0] * rows
+        self._prompt: tuple[int, ...] = ()
+        self._trunk = NO_TRUNK
+
+    def begin(self, row: int, prompt: tuple[int, ...]) -> None:
+        """Write a prompt but for its last token; what is added goes on from there."""
+        self._prompt, self._trunk = prompt, self._count[row]
+        self._write(row, prompt[:-1], 0, NO_TRUNK)
+
+    def add(self, row: int, answer: Answer, figures: Mapping[str, float]) -> None:
+        """Write an answer behind the prompt's last token: each position has the next token as its label."""
+        here = self._write(row, (self._prompt[-1], *answer.ids[:-1]), len(self._prompt) - 1, self._trunk)
+        self._labels[row, here] = answer.ids
+        self._extras["engine"][row, here] = answer.logprobs
+        for name, value in figures.items():
+            self._extras[name][row, here] = value
+
+    def batch(self, samples: tuple[tuple[tuple[str, int], ...], ...], told: Tensor) -> Batch:
+        """The tensors."""
+        places = {"trunk": self._trunks, "positions": self._positions}
+        tensors = {name: torch.from_numpy(extra) for name, extra in (self._extras | places).items()}
+        ids, labels, segments = map(torch.from_numpy, (self._ids, self._labels, self._segments))
+        return Batch(ids, labels, segments, samples, {**tensors, "told": told})
+
+    def _write(self, row: int, ids: Sequence[int], first: int, trunk: int) -> slice:
+        here = slice(self._at[row], self._at[row] + len(ids))
+        self._ids[row, here], self._segments[row, here] = ids, self._count[row]
+        self._positions[row, here] = np.arange(first, first + len(ids))
+        self._trunks[row, here] = trunk
+        self._at[row], self._count[row] = here.stop, self._count[row] + 1
+        return here
+
+
+def fill(sizes: Sequence[int], room: int) -> list[list[int]]:
+    """Which sizes go into which row: the longest first, each into the first row that has room."""
+    rows: list[list[int]] = []
+    left: list[int] = []
+    for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        row = next((r for r, free in enumerate(left) if free >= sizes[i]), len(rows))
+        if row == len(rows):
+            rows.append([])
+            left.append(room)
+        rows[row].append(i)
+        left[row] -= sizes[i]
+    return rows

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 IGNORE = -100
+NO_TRUNK = -2
 Sample = tuple[str, int]
 """A token set's name, and the number of a sample in it."""
 
@@ -18,7 +19,8 @@ Sample = tuple[str, int]
 class Batch:
     """`input_ids`, `labels`, `segments` (who may see whom in a row; -1 padding), each [R, T] int64.
 
-    `samples` names what lies in each row, from left to right. `extras`: more that an objective needs, [R, …].
+    `samples` names what lies in each row, from left to right. `extras`: more that an objective needs, [R, …];
+    where segments go on from a beginning that they share, `trunk` (its segment; NO_TRUNK) and `positions`.
     """
 
     input_ids: Tensor
@@ -34,7 +36,9 @@ class Batch:
 
     @cached_property
     def positions(self) -> Tensor:
-        """Positions [R, T] for the rotary tables: each segment counts from 0."""
+        """Positions [R, T] for the rotary tables: each segment counts from 0, or goes on from its trunk."""
+        if "positions" in self.extras:
+            return self.extras["positions"]
         index = torch.arange(self.segments.shape[1], device=self.segments.device).expand_as(self.segments)
         begins = torch.ones_like(self.segments, dtype=torch.bool)
         begins[:, 1:] = self.segments[:, 1:] != self.segments[:, :-1]
@@ -72,10 +76,16 @@ class Batch:
         return Batch(change(self.input_ids), change(self.labels), change(self.segments), samples, extras)
 
 
-def document_mask(segments: Tensor, dtype: torch.dtype) -> Tensor:
-    """Additive attention mask [R,1,T,T]: 0 where a position may look (same segment, not later), else -inf."""
+def document_mask(segments: Tensor, dtype: torch.dtype, trunks: Tensor | None = None) -> Tensor:
+    """Additive attention mask [R,1,T,T]: 0 where a position may look, else -inf.
+
+    It may look at its own segment and at its trunk [R,T], not later.
+    """
     size = segments.shape[1]
     causal = torch.ones(size, size, dtype=torch.bool, device=segments.device).tril()
-    visible = (segments[:, :, None] == segments[:, None, :]) & causal
+    visible = segments[:, :, None] == segments[:, None, :]
+    if trunks is not None:
+        visible |= trunks[:, :, None] == segments[:, None, :]
+    visible &= causal
     blocked = torch.full((), float("-inf"), dtype=dtype, device=segments.device)
     return torch.where(visible, torch.zeros((), dtype=dtype, device=segments.device), blocked)[:, None]

@@ -21,8 +21,8 @@ from torch import Tensor
 from microlm.core import runtime
 from microlm.core.recipe import Recipe
 from microlm.core.records import Sampling
-from microlm.train.batches.answers import Answer, Comparison, Floats, Respondent, advantages
-from microlm.train.batches.batch import IGNORE, Batch
+from microlm.train.batches.answers import NAME, Answer, Comparison, Floats, Respondent, advantages, pack
+from microlm.train.batches.batch import Batch
 from microlm.train.batches.order import Order
 from microlm.train.batches.prompts import Prompt, Prompts
 
@@ -30,7 +30,6 @@ Scorer = Callable[[Batch], Tensor]
 """A log-probability [R,T] of each label of a batch, 0 where this rank does not train."""
 TOLD = ("solved", "answer_tokens", "truncated", "flat_groups")
 """What is told of each answer besides its rewards; `solved`: every reward is 1."""
-NAME = "prompts"
 
 
 class AnswersRecipe(Recipe):
@@ -152,57 +151,6 @@ def figures(answers: Sequence[Answer], rewards: Floats, flat: Any) -> Floats:
     several = parts if parts.shape[1] > 1 else parts[:, :0]
     solved = (parts >= 1).all(axis=1)
     return np.column_stack([rewards, several, solved, rest, flat]).astype(np.float64)
-
-
-def pack(
-    answers: Sequence[Answer], each: Mapping[str, Floats], told: Floats, shape: tuple[int, int]
-) -> Batch:
-    """Answers behind their prompts as documents of rows; `shape`: context, rows of a micro-batch.
-
-    Extras: `each` figure of an answer at its labels [R,T], `engine` (its log-probability there) [R,T], and
-    the rows' sums of what is `told`, [R,M].
-    """
-    context, micro_rows = shape
-    rows = fill([a.size for a in answers], context)
-    count = -(-len(rows) // micro_rows) * micro_rows
-    size = (count, context)
-    ids, labels = np.zeros(size, np.int64), np.full(size, IGNORE, np.int64)
-    segments = np.full(size, -1, np.int64)
-    extras = {name: np.zeros(size) for name in (*each, "engine")}
-    sums = np.zeros((count, told.shape[1]))
-    for r, members in enumerate(rows):
-        at = 0
-        for number, i in enumerate(members):
-            answer = answers[i]
-            sequence = np.array(answer.prompt.ids + answer.ids)
-            ids[r, at : at + answer.size], segments[r, at : at + answer.size] = sequence[:-1], number
-            here = slice(at + len(answer.prompt.ids) - 1, at + answer.size)
-            labels[r, here] = answer.ids
-            extras["engine"][r, here] = answer.logprobs
-            for name, values in each.items():
-                extras[name][r, here] = values[i]
-            sums[r] += told[i]
-            at += answer.size
-    samples = tuple(tuple((NAME, i) for i in members) for members in rows) + ((),) * (count - len(rows))
-    tensors = {name: torch.from_numpy(extra) for name, extra in extras.items()}
-    tensors["told"] = torch.from_numpy(sums)
-    return Batch(
-        torch.from_numpy(ids), torch.from_numpy(labels), torch.from_numpy(segments), samples, tensors
-    )
-
-
-def fill(sizes: Sequence[int], room: int) -> list[list[int]]:
-    """Which sizes go into which row: the longest first, each into the first row that has room."""
-    rows: list[list[int]] = []
-    left: list[int] = []
-    for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
-        row = next((r for r, free in enumerate(left) if free >= sizes[i]), len(rows))
-        if row == len(rows):
-            rows.append([])
-            left.append(room)
-        rows[row].append(i)
-        left[row] -= sizes[i]
-    return rows
 
 
 class RolloutStream:

@@ -7,20 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from pydantic import Field, field_validator, model_validator
 
 from microlm.core import runtime
 from microlm.core.artifact import Workspace, stage
 from microlm.core.errors import UserError
-from microlm.core.manifest import Artifact, Kind, hash_file
+from microlm.core.manifest import Artifact, hash_file
 from microlm.core.recipe import StageRecipe, artifact_input, unkeyed
 from microlm.core.records import Conversation
-from microlm.model import directory, lora
+from microlm.model import directory
 from microlm.model.transformer import Decoder
 from microlm.text.read import read_records
 from microlm.text.tokenizer import Tokenizer
@@ -36,6 +34,8 @@ from microlm.train.optim import OptimRecipe
 from microlm.train.pretrain import TOKENIZER, finish
 from microlm.train.ranks import Ranks, launch, processes, warn_idle
 from microlm.train.reporter import write_summary
+from microlm.train.tuning import lora_recipe
+from microlm.train.tuning.leaving import kind_of, weights_saver
 from microlm.train.tuning.lora_recipe import LoraRecipe
 from microlm.train.tuning.scorers import drawing_scorers, start_scorer
 
@@ -89,6 +89,8 @@ class GrpoRecipe(StageRecipe):
             raise ValueError(
                 "loop.document_mask must be true: answers that share a row must not see each other"
             )
+        if self.lora and self.lora.dropout:
+            raise ValueError("lora.dropout must be 0: answers are drawn without it")
         if self.answers.max_tokens >= self.loop.context:
             raise ValueError(
                 f"answers.max_tokens {self.answers.max_tokens} leaves no room for a prompt in loop.context "
@@ -119,10 +121,6 @@ class Tools:
     sample: Sampler | None = None
 
 
-def _kind(recipe: GrpoRecipe) -> Kind:
-    return "adapter" if recipe.lora else "model"
-
-
 def _schema(recipe: GrpoRecipe) -> Mapping[str, Any]:
     """The user's file that the result depends on."""
     if recipe.json_schema is None:
@@ -135,7 +133,7 @@ def _schema(recipe: GrpoRecipe) -> Mapping[str, Any]:
 VERSION = 1
 
 
-@stage("grpo", _kind, VERSION, fingerprint=_schema)
+@stage("grpo", kind_of, VERSION, fingerprint=_schema)
 def run(
     recipe: GrpoRecipe,
     work: Workspace,
@@ -152,7 +150,8 @@ def run(
     model, data = work.inputs["model"], work.inputs["data"]
     loop = recipe.sized
     sized = recipe.model_copy(update={"loop": loop})
-    memory.check(directory.read_config(model.path), sized, recipe.lora.config() if recipe.lora else None)
+    config, adapter = directory.read_config(model.path), recipe.lora.config() if recipe.lora else None
+    memory.check(config, sized, adapter, config if recipe.kl_weight and adapter is None else None)
     work.processes = processes(recipe.parallel)
     warn_idle("grpo", recipe.parallel, loop.batch_rows, loop.micro_rows)
     made_for = fingerprint(f"grpo {VERSION}", recipe, work.inputs, model.file(TOKENIZER)) | dict(
@@ -185,10 +184,7 @@ def prepare(
 ) -> tuple[Decoder, Job]:
     """The decoder as training begins, and the job that binds it to prompts, judges and the folder `out`."""
     runtime.set_seed(recipe.seed)
-    decoder = directory.load(model.path, recipe.loop.compute_dtype())
-    if recipe.lora:
-        generator = torch.Generator().manual_seed(runtime.derive_seed(recipe.seed, "lora"))
-        lora.apply(decoder, recipe.lora.config(), generator)
+    decoder = lora_recipe.load(model.path, recipe.loop.compute_dtype(), recipe.lora, recipe.seed)
     decoder.to(runtime.device())
     rows, held_out = _rows(recipe, decoder, model, data, ranks, tools)
     loop = recipe.sized
@@ -198,10 +194,7 @@ def prepare(
     learnt = policy.Policy(recipe.clip, recipe.kl_weight, recipe.answers.temperature)
     objective = policy.make(learnt, rows.figures)
     job = Job(loop, recipe.optim, objective, rows, held_out, out, "grpo", sampler=tools.sample)
-    job.tokenizer = model.path
-    if recipe.lora:
-        base = model.url.rstrip("/").rpartition("/")[2]
-        job.save_weights = partial(lora.save_adapter, base_name=base, base_digest=model.digest)
+    job.tokenizer, job.save_weights = model.path, weights_saver(recipe, model)
     return decoder, job
 
 

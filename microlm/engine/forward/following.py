@@ -29,11 +29,11 @@ def bare_copy(source: Decoder, dtype: torch.dtype | None) -> Decoder:
 @torch.no_grad()
 def follow(copy: Decoder, source: Decoder) -> None:
     """Bring every weight of a copy up to date where it lies, codes of quantized matrices too."""
-    known = _plain_weights(source)
+    known, stored = _plain_weights(source), copy.model.embed_tokens.weight.dtype
     for name, module in copy.named_modules():
         plain = name.removesuffix(".base")  # a matrix that was packed for torch
         if isinstance(module, QuantizedLinear):
-            module.encode(known[f"{plain}.weight"])
+            module.encode(known[f"{plain}.weight"].to(stored))
         for key, weight in module.named_parameters(recurse=False):
             weight.copy_(known[f"{plain}.{key}"])
 
