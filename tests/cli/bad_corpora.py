@@ -108,7 +108,7 @@ CORPORA: dict[str, tuple[Prepare, str]] = {
     ),
     "unknown kind of source": (
         lambda r: r.stage("data", source="xls:a.xls"),
-        r"data\.source 'xls:a\.xls': is not one of .*jsonl:.*; choose",
+        r"data\.source 'xls:a\.xls': is not one of .*jsonl:.*NAME= before it names the task",
     ),
     "no source": (lambda r: r.stage("data", source=[]), r"data\.source: is an empty list; name at least one"),
     "a NUL in the name": (

@@ -158,9 +158,9 @@ def test_a_folder_of_texts_is_read_in_order(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("word", "words"),
     [
-        ("jsonl", "is not one of factbook, jsonl:PATH"),
-        ("jsnol:x.jsonl", "is not one of factbook, jsonl:PATH"),
-        ("factbook:x", "is not one of factbook, jsonl:PATH"),
+        ("jsonl", "is not one of factbook, arithmetic:COUNT, jsonl:PATH"),
+        ("jsnol:x.jsonl", "is not one of factbook, arithmetic:COUNT, jsonl:PATH"),
+        ("factbook:x", "is not one of factbook, arithmetic:COUNT, jsonl:PATH"),
         ("jsonl:/none.jsonl", "no such file"),
         ("jsonl:s3://bucket/x.jsonl", "not on this machine"),
     ],

@@ -6,6 +6,7 @@ import time
 
 from microlm.core import runtime
 from microlm.core.peak import peak_flops
+from microlm.model import lora
 from microlm.model.transformer import Decoder
 from microlm.train.batches import Stream
 from microlm.train.job import LoopRecipe
@@ -61,10 +62,9 @@ def position_flops(decoder: Decoder, context: int) -> tuple[float, float]:
     full, as in PaLM (2204.02311, appendix B).
     """
     parts = decoder.config.parameter_parts()
-    sizes = [(p.numel(), p.requires_grad) for p in decoder.parameters()]
-    trained = sum(n for n, grows in sizes if grows) / sum(n for n, _ in sizes)
-    weight = 4 + 2 * trained
+    adapters = sum(p.numel() for p in lora.adapter_parameters(decoder))
+    weight = 4 if adapters else 6
     width = decoder.config.num_attention_heads * decoder.config.head_dim
     attention = 12 * decoder.config.num_hidden_layers * width * context
-    body = weight * (parts["attention"] + parts["mlp"]) + attention
+    body = weight * (parts["attention"] + parts["mlp"]) + 6 * adapters + attention
     return body, weight * decoder.config.vocab_size * decoder.config.hidden_size
