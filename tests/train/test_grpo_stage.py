@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from answering import recipe, write_artifacts
 
-from microlm.cli import stages
+from microlm.cli import main, stages
 from microlm.core.artifact import Artifact
 from microlm.core.errors import UserError
 from microlm.core.metrics import read_metrics
@@ -91,3 +91,28 @@ def test_a_schema_is_part_of_the_key(tmp_path: Path, made: tuple[Artifact, Artif
         schema.write_text(json.dumps(text))
         keys.append(run(tmp_path / "a", made, rewards={"json": 1}, json_schema=str(schema), steps=1).key)
     assert keys[0] != keys[1]
+
+
+def code_of(*words: str) -> object:
+    """The exit code of a command."""
+    with pytest.raises(SystemExit) as end:
+        main(list(words))
+    return end.value.code
+
+
+def test_a_dry_run_tells_the_most_it_takes(
+    tmp_path: Path, made: tuple[Artifact, Artifact], capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, data = made
+    file = tmp_path / "r.yaml"
+    fields = recipe(out=str(tmp_path / "a"), model=model.url, data=data.url).model_dump(mode="json")
+    del fields["out"]
+    fields["loop"] = {k: v for k, v in fields["loop"].items() if k not in ("tokens", "batch_rows")}
+    file.write_text(json.dumps({"stage": "grpo", "out": str(tmp_path / "a"), **fields}))
+    assert code_of("grpo", str(file), "--dry-run", "--json") == 0
+    [plan] = json.loads(capsys.readouterr().out)["plans"]
+    assert (plan["steps"], plan["batch_tokens"], plan["epochs"]) == (4, 12 * 64, {"prompts": 2.4})
+    assert code_of("plan", str(file), "--measure") == code_of("train", "overfit", str(file)) == 2
+    told = capsys.readouterr().err
+    assert "--measure times rows that are there" in told and "train overfit learns rows" in told
+    assert not (tmp_path / "a").exists()
