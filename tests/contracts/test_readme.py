@@ -21,6 +21,8 @@ PAIRS = [
     ("docs/tokenizer.md", "docs/tokenizer.zh.md"),
     ("docs/pretraining.md", "docs/pretraining.zh.md"),
     ("docs/engine.md", "docs/engine.zh.md"),
+    ("docs/post_training.md", "docs/post_training.zh.md"),
+    ("docs/adapting.md", "docs/adapting.zh.md"),
 ]
 DOCUMENTS = [name for pair in PAIRS for name in pair] + ["CONTRIBUTING.md"]
 LINKED = [*DOCUMENTS, "SECURITY.md", "CHANGELOG.md", "docs/architecture.md"]
