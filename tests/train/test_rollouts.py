@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -184,6 +185,16 @@ def test_two_ranks_draw_the_answers_of_one(tmp_path: Path, model: Path) -> None:
     assert [[r[n] for n in told] for r in one] == [[r[n] for n in told] for r in two]
     for a, b in zip(alone.parameters(), both.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_two_ranks_go_on_in_the_middle_of_a_round(tmp_path: Path, model: Path) -> None:
+    fields = {"steps": 4, "answers": {"updates": 4}, "kl_weight": 0.1, "loop": {"checkpoint_steps": 2}}
+    two, whole, cut = Parallel(processes=2, threads=1), tmp_path / "whole", tmp_path / "cut"
+    launch(two, answer_on_rank, whole, model, fields)
+    shutil.copytree(whole / "resume", cut / "resume")
+    assert [p.name for p in (cut / "resume").glob("step-*")] == ["step-00000002"]
+    launch(two, answer_on_rank, cut, model, fields)
+    assert content(cut) == content(whole)
 
 
 def test_ctrl_c_gives_up_the_answers_and_keeps_the_steps(tmp_path: Path, model: Path) -> None:

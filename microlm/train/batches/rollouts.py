@@ -116,7 +116,9 @@ class RolloutRows:
         )
 
     def _scored(self, batch: Batch) -> Batch:
-        found = {name: scorer(batch) for name, scorer in self.scorers.items()}
+        """With all ranks' scores on each: rank 0 alone writes what a round that is cut in two goes on from."""
+        ranks = self.respondent.ranks
+        found = {name: ranks.sum_(scorer(batch)) for name, scorer in self.scorers.items()}
         return replace(batch, extras={**batch.extras, **found})
 
 
