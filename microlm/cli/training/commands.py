@@ -98,10 +98,10 @@ def plan_stage(staged: Staged, stages: Sequence[Staged]) -> Plan:
     recipe = _trainable(staged)
     if staged.planned.stage == "grpo":
         asked = {"prompts": _prompts(recipe)}
-        config = _config(staged, stages, asked)
+        config = _config(staged, stages)
         return make(recipe, config, asked, None, config if recipe.kl_weight and not recipe.lora else None)
     index, shards = _index(recipe.shards, stages), manifest.find(recipe.shards)
-    config, teacher = _config(staged, stages, index), _teacher(recipe, stages, index)
+    config, teacher = _config(staged, stages), _teacher(recipe, stages)
     return make(recipe, config, index, shards.path if shards else None, teacher)
 
 
@@ -204,7 +204,7 @@ def _index(shards: str, stages: Sequence[Staged]) -> Mapping[str, Any]:
     return {"vocab_size": size, "eos_token_id": None, "pad_token_id": None, "sets": {}}
 
 
-def _config(staged: Staged, stages: Sequence[Staged], index: Mapping[str, Any]) -> ModelConfig:
+def _config(staged: Staged, stages: Sequence[Staged]) -> ModelConfig:
     """The architecture that a stage trains: of its recipe, its model, or the stage that will make that."""
     from microlm.core import manifest
     from microlm.core.errors import UserError
@@ -213,11 +213,11 @@ def _config(staged: Staged, stages: Sequence[Staged], index: Mapping[str, Any]) 
 
     recipe = _trainable(staged)
     if not recipe.model:
-        return recipe.architecture.config(dict(index))
+        return recipe.architecture.config(dict(_index(recipe.shards, stages)))
     if made := manifest.find(recipe.model):
         config, loop = read_config(made.path), made.manifest.get("recipe", {}).get("loop", {})
     elif (maker := _maker(recipe.model, stages)) and maker.planned.stage in TRAINING:
-        config, loop = _config(maker, stages, index), {"context": _trainable(maker).loop.context}
+        config, loop = _config(maker, stages), {"context": _trainable(maker).loop.context}
     else:
         raise UserError(
             f"{recipe.model}: is not made yet, so its shape is unknown; run the stages before this one first"
@@ -226,7 +226,7 @@ def _config(staged: Staged, stages: Sequence[Staged], index: Mapping[str, Any]) 
     return extend.config(config, trained_positions(config, loop)) if extend else config
 
 
-def _teacher(recipe: Any, stages: Sequence[Staged], index: Mapping[str, Any]) -> ModelConfig | None:
+def _teacher(recipe: Any, stages: Sequence[Staged]) -> ModelConfig | None:
     """The architecture of the model that is learnt from, where a stage has one."""
     from microlm.core import manifest
     from microlm.core.errors import UserError
@@ -238,5 +238,5 @@ def _teacher(recipe: Any, stages: Sequence[Staged], index: Mapping[str, Any]) ->
     if made := manifest.find(place):
         return read_config(made.path)
     if (maker := _maker(place, stages)) and maker.planned.stage in TRAINING:
-        return _config(maker, stages, index)
+        return _config(maker, stages)
     raise UserError(f"{place}: is not made yet, so the teacher's shape is unknown; make it first")
