@@ -136,6 +136,12 @@ def test_a_round_that_is_half_learnt_lies_in_the_state(model: Path) -> None:
         assert set(batch.extras) == {*figures, "told", "trunk", "positions", "old", "raw"}
         assert all(torch.equal(batch.extras[n], e) for n, e in first.extras.items())
     assert resumed.state()["held"] == "" and next(resumed) is not batch
+    fewer = recipe(answers={"updates": 1, "temperature": 0.5})
+    changed = RolloutStream(make_rows(model, decoder, fewer, ALONE), state)
+    next(changed)
+    assert changed.state()["held"] == "" and changed.state()["rounds"] == 1
+    next(changed)
+    assert changed.state()["rounds"] == 2
 
 
 def content(folder: Path) -> dict[str, Any]:

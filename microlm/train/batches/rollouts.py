@@ -184,7 +184,7 @@ class RolloutStream:
         s["used"] += 1
         s["rows"] += len(batch.labels)
         s["padding"] += int((batch.segments < 0).sum())
-        if s["used"] == recipe.updates:
+        if s["used"] >= recipe.updates:  # fewer than before, where a run goes on with other settings
             self._batch, s["held"] = None, ""
         self._state = s
         self.waited_s += time.perf_counter() - started
