@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 from answering import recipe, write_artifacts
+from artifacts import sign
 
 from microlm.cli import main, stages
-from microlm.core.artifact import Artifact
+from microlm.core.artifact import Artifact, Workspace
 from microlm.core.errors import UserError
 from microlm.core.metrics import read_metrics
 from microlm.model import directory, lora
+from microlm.train.batches.prompts import NO_GOLD
 from microlm.train.tuning import grpo
 
 
@@ -82,6 +84,28 @@ def test_what_is_missing_is_named(tmp_path: Path, made: tuple[Artifact, Artifact
         run(tmp_path / "c", made, json_schema=str(tmp_path / "none.json"))
     with pytest.raises(UserError, match="5 are longer than the context allows"):
         run(tmp_path / "d", made, answers={"max_tokens": 60})
+
+
+def test_what_no_reward_can_judge_is_not_asked(tmp_path: Path, made: tuple[Artifact, Artifact]) -> None:
+    """No gold answer here holds a number or triples."""
+    both = {"arithmetic": 1, "extraction": 1, "length": 0}
+    with pytest.raises(UserError, match=f"5 are {NO_GOLD}.; choose other tasks, or rewards"):
+        run(tmp_path / "a", made, rewards=both)
+
+
+def test_a_prompt_that_cannot_be_judged_is_counted(tmp_path: Path, made: tuple[Artifact, Artifact]) -> None:
+    def talks(work: Workspace) -> None:
+        said = [("1+1", "2"), ("2+2", "four"), ("2+3", "5")]
+        lines = [
+            {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]}
+            for q, a in said
+        ]
+        work.write_jsonl("conversations/train.jsonl", lines)
+
+    data = sign(tmp_path / "data", "data", talks)
+    found = run(tmp_path / "a", (made[0], data), rewards={"arithmetic": 1}, steps=1)
+    assert found.manifest["metrics"]["conversations_not_asked"] == {NO_GOLD: 1}
+    assert found.manifest["metrics"]["epochs"] == {"prompts": 1.5}
 
 
 def test_a_schema_is_part_of_the_key(tmp_path: Path, made: tuple[Artifact, Artifact]) -> None:

@@ -116,7 +116,7 @@ class RolloutRows:
         )
 
     def _scored(self, batch: Batch) -> Batch:
-        """With all ranks' scores on each: rank 0 alone writes what a round that is cut in two goes on from."""
+        """With all ranks' scores on each: rank 0 alone writes what a round that is cut goes on from."""
         ranks = self.respondent.ranks
         found = {name: ranks.sum_(scorer(batch)) for name, scorer in self.scorers.items()}
         return replace(batch, extras={**batch.extras, **found})

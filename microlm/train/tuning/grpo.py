@@ -25,7 +25,7 @@ from microlm.text.tokenizer import Tokenizer
 from microlm.train import memory
 from microlm.train.batches.answers import Judge, Respondent, Reward, Rollout
 from microlm.train.batches.order import Order
-from microlm.train.batches.prompts import Prompts, make_prompts
+from microlm.train.batches.prompts import CanJudge, Prompts, make_prompts
 from microlm.train.batches.rollouts import AnswersRecipe, HeldOutAnswers, RolloutRows
 from microlm.train.job import Job, LoopRecipe, Sampler, fingerprint
 from microlm.train.loop import train
@@ -108,8 +108,8 @@ class GrpoRecipe(StageRecipe):
 
 OpenRollout = Callable[[Path, Decoder, GrpoRecipe], Rollout]
 """`(tokenizer's directory, live decoder, recipe) → who answers by its weights of now`; the engine's."""
-FindReward = Callable[[str, GrpoRecipe], Reward]
-"""A reward by name; the evaluation room's."""
+FindReward = Callable[[str, GrpoRecipe], tuple[Reward, CanJudge]]
+"""A reward by name, and which gold answers it can judge by; the evaluation room's."""
 
 
 @dataclass(frozen=True)
@@ -206,16 +206,17 @@ def _rows(
     longest = loop.context - how.max_tokens
     tokenizer = Tokenizer.load(model.path)
     chats = read_records(data.file("conversations/train.jsonl"), Conversation)
-    asked = make_prompts(chats, recipe.tasks, tokenizer, longest)
     judges: dict[str, Judge] = {
-        n: Judge(weight, tools.reward(n, recipe)) for n, weight in sorted(recipe.rewards.items())
+        n: Judge(weight, *tools.reward(n, recipe)) for n, weight in sorted(recipe.rewards.items())
     }
+    can_judge = _judged_by_one(judges)
+    asked = make_prompts(chats, recipe.tasks, tokenizer, longest, can_judge)
     respondent = Respondent(tools.rollout(model.path, decoder, recipe), judges, ranks, how.max_tokens)
     drawn = drawing_scorers(decoder, loop, ranks, how.temperature) if how.updates > 1 else {}
     start = start_scorer(decoder, loop, how.temperature) if recipe.kl_weight else None
     scorers = {**drawn, "reference": start(ranks)} if start else drawn
     rows = RolloutRows(asked, respondent, how, loop.context, loop.micro_rows, seed, scorers)
-    chosen = _held_out_prompts(recipe, data, tokenizer, longest)
+    chosen = _held_out_prompts(recipe, data, tokenizer, longest, can_judge)
     if chosen is None or ranks.rank:
         return rows, None
     alone = Ranks(0, 1)
@@ -225,8 +226,13 @@ def _rows(
     )
 
 
+def _judged_by_one(judges: Mapping[str, Judge]) -> CanJudge:
+    """Whether one of the rewards that are trained on can judge by a gold answer."""
+    return lambda gold: any(judge.can_judge(gold) for judge in judges.values() if judge.weight)
+
+
 def _held_out_prompts(
-    recipe: GrpoRecipe, data: Artifact, tokenizer: Tokenizer, longest: int
+    recipe: GrpoRecipe, data: Artifact, tokenizer: Tokenizer, longest: int, can_judge: CanJudge
 ) -> Prompts | None:
     """Some prompts of the validation split, always the same; None when there are none."""
     file = data.path / "conversations/validation.jsonl"
@@ -235,5 +241,5 @@ def _held_out_prompts(
     chats = [c for c in read_records(file, Conversation) if not recipe.tasks or c.task in recipe.tasks]
     order = Order(len(chats), runtime.derive_seed(recipe.seed, "validation prompts"))
     chosen = [chats[i] for i in order.take(0, len(chats)).tolist()]
-    found = make_prompts(chosen, (), tokenizer, longest) if chosen else None
+    found = make_prompts(chosen, (), tokenizer, longest, can_judge) if chosen else None
     return found and Prompts(found.asked[: recipe.validation_prompts], found.dropped)
