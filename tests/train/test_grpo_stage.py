@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from answering import recipe, write_artifacts
+from answering import CHATS, recipe, write_artifacts
 from artifacts import sign
 
 from microlm.cli import main, stages
@@ -15,7 +15,8 @@ from microlm.core.artifact import Artifact, Workspace
 from microlm.core.errors import UserError
 from microlm.core.metrics import read_metrics
 from microlm.model import directory, lora
-from microlm.train.batches.prompts import NO_GOLD
+from microlm.text.tokenizer import Tokenizer
+from microlm.train.batches.prompts import NO_GOLD, make_prompts
 from microlm.train.tuning import grpo
 
 
@@ -45,6 +46,8 @@ def test_it_leaves_a_model_and_tells_its_figures(tmp_path: Path, made: tuple[Art
     for row in (rows[0], rows[2], rows[4]):  # greedy answers to held-out prompts
         assert row["validation_loss"] == pytest.approx(-row["validation_reward"])
         assert "bits_per_byte" not in row
+    made_rows = told["tokens"] / (4 * 64)  # of answers that share rows: fewer than there are answers
+    assert made_rows < 12 and f"4 steps of {made_rows:g} rows" in (first.path / "logs/loss.html").read_text()
     assert run(tmp_path / "b", made, **fields).digest == first.digest
     assert run(tmp_path / "c", made, **fields, seed=1).digest != first.digest
 
@@ -84,6 +87,8 @@ def test_what_is_missing_is_named(tmp_path: Path, made: tuple[Artifact, Artifact
         run(tmp_path / "c", made, json_schema=str(tmp_path / "none.json"))
     with pytest.raises(UserError, match="5 are longer than the context allows"):
         run(tmp_path / "d", made, answers={"max_tokens": 60})
+    with pytest.raises(UserError, match="context 1024 is longer than the model's 512 positions"):
+        run(tmp_path / "e", made, loop={"context": 1024})
 
 
 def test_what_no_reward_can_judge_is_not_asked(tmp_path: Path, made: tuple[Artifact, Artifact]) -> None:
@@ -106,6 +111,26 @@ def test_a_prompt_that_cannot_be_judged_is_counted(tmp_path: Path, made: tuple[A
     found = run(tmp_path / "a", (made[0], data), rewards={"arithmetic": 1}, steps=1)
     assert found.manifest["metrics"]["conversations_not_asked"] == {NO_GOLD: 1}
     assert found.manifest["metrics"]["epochs"] == {"prompts": 1.5}
+
+
+def test_held_out_prompts_that_cannot_be_asked_are_told(
+    tmp_path: Path, made: tuple[Artifact, Artifact]
+) -> None:
+    def talks(work: Workspace) -> None:
+        for split, question in (("train", "1+1"), ("validation", "x" * 90)):
+            turns = [{"role": "user", "content": question}, {"role": "assistant", "content": "2"}]
+            work.write_jsonl(f"conversations/{split}.jsonl", [{"messages": turns}])
+
+    data = sign(tmp_path / "data", "data", talks)
+    with pytest.warns(UserWarning, match="nothing is validated: validation split: data: no conversation"):
+        found = run(tmp_path / "a", (made[0], data), steps=1)
+    assert not any("validation_loss" in r for r in read_metrics(found.path / "logs/metrics.jsonl"))
+
+
+def test_no_more_prompts_are_made_than_are_asked(made: tuple[Artifact, Artifact]) -> None:
+    chats, tokenizer = iter(CHATS), Tokenizer.load(made[0].path)
+    found = make_prompts(chats, (), tokenizer, 60, most=2)
+    assert [p.gold for p in found.asked] == ["aaa", "bb"] and len(list(chats)) == 2
 
 
 def test_a_schema_is_part_of_the_key(tmp_path: Path, made: tuple[Artifact, Artifact]) -> None:

@@ -47,7 +47,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def asked_for(*ids: int) -> Prompt:
-    return Prompt(Conversation((Message("user", "?"),)), ids, "")
+    return Prompt(Conversation((Message("user", "?"),)), ids, "", number=10 * ids[0])
 
 
 def answer(prompt: Prompt, *ids: int) -> Answer:
@@ -61,7 +61,11 @@ def test_answers_go_on_from_a_prompt_that_lies_there_once() -> None:
     told = np.array([[1.0, 10.0], [2.0, 20.0], [4.0, 40.0], [8.0, 80.0], [16.0, 160.0]])
     batch = pack(answers, each, told, (5, 3))
     x, n = IGNORE, NO_TRUNK
-    assert [[i for _, i in row] for row in batch.samples] == [[3], [0, 1, 4], [2]]  # 2 and 3 need 6 together
+    assert [[i for _, i in row] for row in batch.samples] == [
+        [90],
+        [50, 50, 130],
+        [90],
+    ]  # the two of 90 need 6 together
     assert batch.input_ids.tolist() == [[9, 10, 11, 3, 2], [5, 6, 7, 6, 13], [9, 10, 11, 0, 0]]
     assert batch.labels.tolist() == [[x, x, 3, 2, 1], [x, 7, 8, 12, 14], [x, x, 4, x, x]]
     assert batch.segments.tolist() == [[0, 0, 1, 1, 1], [0, 1, 1, 2, 4], [0, 0, 1, -1, -1]]
@@ -93,6 +97,7 @@ def test_prompts_end_with_the_last_user_turn(model: Path) -> None:
     ]
     found = make_prompts(chats, ["chat"], tokenizer, 60)
     assert [p.gold for p in found.asked] == ["aaa", "bb", "cab", "dd", "edge"]
+    assert [p.number for p in found.asked] == [0, 1, 2, 3, 4]
     assert found.dropped == {NO_QUESTION: 1, TOO_LONG: 1}
     for prompt in found.asked:  # the engine asks the very same ids
         assert list(prompt.ids) == encode_prompt(tokenizer, prompt.asked, tokenizer.vocab_size)

@@ -131,7 +131,7 @@ def pack(
     samples: list[tuple[tuple[str, int], ...]] = [()] * count
     for r, members in enumerate(rows):
         here = [i for unit in members for i in units[unit]]
-        samples[r] = tuple((NAME, i) for i in here)
+        samples[r] = tuple((NAME, answers[i].prompt.number) for i in here)
         sums[r] = told[here].sum(axis=0)
         for unit in members:
             page.begin(r, answers[units[unit][0]].prompt.ids)

@@ -20,11 +20,15 @@ CanJudge = Callable[[str], bool]
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """The conversation up to its last user turn, its ids with the answer's turn opened, what followed."""
+    """The conversation up to its last user turn, its ids with the answer's turn opened, what followed.
+
+    `number`: of the conversation in its file, from 0.
+    """
 
     asked: Conversation
     ids: tuple[int, ...]
     gold: str
+    number: int = 0
 
 
 @dataclass(frozen=True)
@@ -46,12 +50,18 @@ def make_prompts(
     tokenizer: Tokenizer,
     longest: int,
     can_judge: CanJudge = any_gold,
+    most: int | None = None,
 ) -> Prompts:
-    """The questions of some tasks (none named: all) that can be judged; of at most `longest` ids each."""
+    """The questions of some tasks (none named: all) that can be judged; of at most `longest` ids each.
+
+    `most`: no more than so many of the first ones.
+    """
     made: list[Prompt] = []
     known: set[str] = set()
     dropped: Counter[str] = Counter()
-    for chat in chats:
+    for number, chat in enumerate(chats):
+        if len(made) == most:
+            break
         known.add(chat.task)
         if tasks and chat.task not in tasks:
             continue
@@ -66,7 +76,7 @@ def make_prompts(
         if len(ids) > longest:
             dropped[TOO_LONG] += 1
         else:
-            made.append(Prompt(parts[0], tuple(ids), parts[1]))
+            made.append(Prompt(parts[0], tuple(ids), parts[1], number))
     for task in set(tasks) - known:
         raise UserError(f"tasks: the data holds no conversations of '{task}'; {nearest(task, known)}")
     if not made:

@@ -5,6 +5,7 @@ Group-relative policy optimisation (2402.03300). Who answers (the engine) and wh
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,7 +29,7 @@ from microlm.train.batches.order import Order
 from microlm.train.batches.prompts import CanJudge, Prompts, make_prompts
 from microlm.train.batches.rollouts import AnswersRecipe, HeldOutAnswers, RolloutRows
 from microlm.train.job import Job, LoopRecipe, Sampler, fingerprint
-from microlm.train.loop import train
+from microlm.train.loop import require_room, train
 from microlm.train.objectives import policy
 from microlm.train.optim import OptimRecipe
 from microlm.train.pretrain import TOKENIZER, finish
@@ -151,6 +152,7 @@ def run(
     loop = recipe.sized
     sized = recipe.model_copy(update={"loop": loop})
     config, adapter = directory.read_config(model.path), recipe.lora.config() if recipe.lora else None
+    require_room(config, "grpo", loop.context)
     memory.check(config, sized, adapter, config if recipe.kl_weight and adapter is None else None)
     work.processes = processes(recipe.parallel)
     warn_idle("grpo", recipe.parallel, loop.batch_rows, loop.micro_rows)
@@ -216,8 +218,8 @@ def _rows(
     start = start_scorer(decoder, loop, how.temperature) if recipe.kl_weight else None
     scorers = {**drawn, "reference": start(ranks)} if start else drawn
     rows = RolloutRows(asked, respondent, how, loop.context, loop.micro_rows, seed, scorers)
-    chosen = _held_out_prompts(recipe, data, tokenizer, longest, can_judge)
-    if chosen is None or ranks.rank:
+    chosen = None if ranks.rank else _held_out_prompts(recipe, data, tokenizer, longest, can_judge)
+    if chosen is None:
         return rows, None
     alone = Ranks(0, 1)
     scorers = {"reference": start(alone)} if start else {}
@@ -234,12 +236,15 @@ def _judged_by_one(judges: Mapping[str, Judge]) -> CanJudge:
 def _held_out_prompts(
     recipe: GrpoRecipe, data: Artifact, tokenizer: Tokenizer, longest: int, can_judge: CanJudge
 ) -> Prompts | None:
-    """Some prompts of the validation split, always the same; None when there are none."""
-    file = data.path / "conversations/validation.jsonl"
-    if not recipe.validation_prompts or not file.exists():
+    """Some prompts of the validation split, always the same; None when none can be asked."""
+    file, most = data.path / "conversations/validation.jsonl", recipe.validation_prompts
+    if not most or not file.exists():
         return None
     chats = [c for c in read_records(file, Conversation) if not recipe.tasks or c.task in recipe.tasks]
     order = Order(len(chats), runtime.derive_seed(recipe.seed, "validation prompts"))
     chosen = [chats[i] for i in order.take(0, len(chats)).tolist()]
-    found = make_prompts(chosen, (), tokenizer, longest, can_judge) if chosen else None
-    return found and Prompts(found.asked[: recipe.validation_prompts], found.dropped)
+    try:
+        return make_prompts(chosen, (), tokenizer, longest, can_judge, most)
+    except UserError as e:
+        warnings.warn(f"grpo: nothing is validated: validation split: {e}", stacklevel=2)
+        return None
