@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -214,7 +215,14 @@ class Engine:
     def load_adapter(self, name: str, directory: str | Path) -> None:
         """Load a LoRA adapter that requests may name from now on; its base must be this model."""
         path = Path(directory)
-        base = manifest.find(str(self.directory)) if lora.made_for(path) else None
+        wanted = lora.made_for(path)
+        base = manifest.find(str(self.directory)) if wanted else None
+        if wanted and base is None:
+            warnings.warn(
+                f"{path}: was made for model {wanted[:12]}…; {self.directory} has no manifest that says "
+                "whether it is that one: if it is not, answers are worth nothing",
+                stacklevel=2,
+            )
         with self._lock:
             self._runner.adapters.load(name, path, base.digest if base else None)
 
