@@ -12,13 +12,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from microlm.core import manifest, runtime
+from microlm.core import runtime
 from microlm.core.errors import UserError
 from microlm.core.records import Completion, Sampling
 from microlm.engine import loading
 from microlm.engine.asking import Asking
 from microlm.engine.cache.store import KVDtype
 from microlm.engine.forward import whole
+from microlm.engine.forward.adapters import base_digest
 from microlm.engine.forward.batch import Span, batch_of
 from microlm.engine.forward.cached import cached_logprobs
 from microlm.engine.forward.following import follow
@@ -28,7 +29,6 @@ from microlm.engine.prompts import Prompt, encode_prompt
 from microlm.engine.request import Delta, Request
 from microlm.engine.sampling import of_prompt
 from microlm.engine.scheduler import Work, tokens_of
-from microlm.model import lora
 from microlm.model.transformer import Decoder
 
 
@@ -214,9 +214,9 @@ class Engine:
     def load_adapter(self, name: str, directory: str | Path) -> None:
         """Load a LoRA adapter that requests may name from now on; its base must be this model."""
         path = Path(directory)
-        base = manifest.find(str(self.directory)) if lora.made_for(path) else None
+        digest = base_digest(self.directory, path)
         with self._lock:
-            self._runner.adapters.load(name, path, base.digest if base else None)
+            self._runner.adapters.load(name, path, digest)
 
     def unload_adapter(self, name: str) -> None:
         """Forget an adapter; requests that run with it go on with it."""

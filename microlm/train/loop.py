@@ -16,6 +16,7 @@ import torch
 
 from microlm.core import runtime, storage
 from microlm.core.errors import CheckFailed, UserError
+from microlm.model.config import ModelConfig
 from microlm.model.transformer import Decoder
 from microlm.train import optim
 from microlm.train.batches import Batch
@@ -34,7 +35,7 @@ def train(ranks: Ranks, decoder: Decoder, job: Job) -> Position:
     A step that a Ctrl-C meets is given up: it is done again when the run goes on.
     """
     loop = job.loop
-    _require_room(decoder, job)
+    require_room(decoder.config, job.name, loop.context)
     decoder.to(runtime.device())
     runtime.keep_memory()
     trained = Trained(decoder, optim.make(decoder, job.optim, ranks))
@@ -162,11 +163,12 @@ def _roll_back(ranks: Ranks, trained: Trained, saver: Saver, job: Job, at: Posit
     saver.forget()
 
 
-def _require_room(decoder: Decoder, job: Job) -> None:
-    positions = decoder.config.max_position_embeddings
-    if job.loop.context > positions:
+def require_room(config: ModelConfig, name: str, context: int) -> None:
+    """Refuse rows that are longer than the model's window."""
+    positions = config.max_position_embeddings
+    if context > positions:
         raise UserError(
-            f"{job.name}: loop.context {job.loop.context} is longer than the model's {positions} positions; "
+            f"{name}: loop.context {context} is longer than the model's {positions} positions; "
             "lower it, or pretrain with larger architecture.max_positions"
         )
 

@@ -29,10 +29,12 @@ from microlm.train.ranks import limited_threads, processes
 from microlm.train.reporter.speed import position_flops
 from microlm.train.tuning.distil import DistilRecipe
 from microlm.train.tuning.dpo import DpoRecipe
+from microlm.train.tuning.grpo import GrpoRecipe
 from microlm.train.tuning.sft import SftRecipe
 
 DOCUMENTS = "documents"
 Trainable = PretrainRecipe | SftRecipe | DpoRecipe | DistilRecipe
+"""The stages whose rows are there before they run."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ class Plan:
         per_token, whole = f"{self.flops_per_token:.3g}", f"{self.flops:.3g}"
         yield f"arithmetic  {per_token} FLOPs a token, {whole} in all, in {self.dtype}"
         steps = f"{self.steps:,} steps of {self.batch_tokens:,}"
-        epochs = ", ".join(f"{n} {e:.2f}" for n, e in self.epochs.items()) or "unknown, no shards are there"
+        epochs = ", ".join(f"{n} {e:.2f}" for n, e in self.epochs.items()) or "unknown, no data is there"
         yield f"data        {self.tokens:,} tokens in {steps}; epochs: {epochs}"
         for line in sentences(self.lengths, self.context, self.too_long):
             yield f"samples     {line}"
@@ -116,7 +118,7 @@ class Plan:
 
 
 def plan(
-    recipe: Trainable,
+    recipe: Trainable | GrpoRecipe,
     config: ModelConfig,
     index: Mapping[str, Any],
     shards: Path | None = None,
@@ -125,9 +127,11 @@ def plan(
 ) -> Plan:
     """What `recipe` takes to train `config` on shards with this index; their samples are counted if there.
 
+    Of `grpo`, whose `index` has the number of `prompts`, it is the most: one row for each answer.
     `teacher` computes a forward pass beside each; `peak`: time the device as well.
     """
-    loop, ranks = recipe.loop, processes(recipe.parallel)
+    loop = recipe.sized if isinstance(recipe, GrpoRecipe) else recipe.loop
+    ranks = processes(recipe.parallel)
     adapter = None if isinstance(recipe, PretrainRecipe) or not recipe.lora else recipe.lora.config()
     decoder = shadow(config, loop, adapter)
     memory = predict(decoder, loop, recipe.optim, ranks)
@@ -155,8 +159,10 @@ def plan(
         batch_tokens=batch_tokens,
         tokens=loop.steps * batch_tokens,
         flops_per_token=flops,
-        epochs=_epochs(recipe, sets, loop.steps * batch_tokens),
-        lengths=_lengths(recipe, shards, sets) if shards else {},
+        epochs=_asked(recipe, index)
+        if isinstance(recipe, GrpoRecipe)
+        else _epochs(recipe, sets, loop.steps * batch_tokens),
+        lengths=_lengths(recipe, shards, sets) if shards and not isinstance(recipe, GrpoRecipe) else {},
         context=loop.context,
         too_long=_too_long(recipe),
         peak_flops=_peak(recipe) if peak else None,
@@ -169,7 +175,7 @@ def _forward_flops(config: ModelConfig, loop: LoopRecipe, labelled: float) -> fl
     return (body + labelled * head) / 3
 
 
-def _sets(recipe: Trainable, index: Mapping[str, Any]) -> dict[str, dict[str, int]]:
+def _sets(recipe: Trainable | GrpoRecipe, index: Mapping[str, Any]) -> dict[str, dict[str, int]]:
     """Task (or `documents`) → counts of the training sets that the recipe reads."""
     found = {}
     for name, counts in index.get("sets", {}).items():
@@ -182,8 +188,8 @@ def _sets(recipe: Trainable, index: Mapping[str, Any]) -> dict[str, dict[str, in
     return found
 
 
-def _too_long(recipe: Trainable) -> TooLong:
-    return "split" if isinstance(recipe, PretrainRecipe) else recipe.too_long
+def _too_long(recipe: Trainable | GrpoRecipe) -> TooLong:
+    return "split" if isinstance(recipe, PretrainRecipe) else getattr(recipe, "too_long", "drop")
 
 
 def _lengths(recipe: Trainable, shards: Path, wanted: Iterable[str]) -> dict[str, Lengths]:
@@ -203,7 +209,13 @@ def _epochs(recipe: Trainable, sets: Mapping[str, Mapping[str, int]], tokens: in
     return {n: tokens * mixture.get(n, 1.0) / total / max(1, s["tokens"]) for n, s in sets.items()}
 
 
-def _peak(recipe: Trainable) -> float:
+def _asked(recipe: GrpoRecipe, index: Mapping[str, Any]) -> dict[str, float]:
+    """How often the prompts are asked, where their number is known."""
+    rounds = -(-recipe.steps // recipe.answers.updates)
+    return {"prompts": rounds * recipe.answers.prompts / n} if (n := index.get("prompts")) else {}
+
+
+def _peak(recipe: Trainable | GrpoRecipe) -> float:
     """Of one process, with its threads."""
     with limited_threads(recipe.parallel.threads):
         return peak_flops(recipe.loop.compute_dtype())

@@ -51,6 +51,19 @@ def test_a_plan_before_anything_is_made(recipe: Path, capsys: pytest.CaptureFixt
     assert not (recipe.parent / "out").exists()
 
 
+def test_a_plan_of_grpo_before_its_model_is_made(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = json.loads(recipe.read_text())
+    loop = {"context": CONTEXT, "micro_rows": 2}
+    asked["stages"].append({
+        "stage": "grpo", "model": "sft", "data": str(recipe.parent / "data"), "rewards": {"length": 1},
+        "steps": 3, "answers": {"prompts": 2, "group": 4, "max_tokens": 8}, "loop": loop,
+    })  # fmt: skip
+    file = recipe.with_name("grpo.yaml")
+    file.write_text(json.dumps(asked))
+    *others, found = plans(capsys, "plan", str(file))
+    assert found["config"] == others[0]["config"] and found["tokens"] == 3 * 8 * CONTEXT
+
+
 def test_a_dry_run_tells_what_the_stage_takes(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (found,) = plans(
         capsys, "pretrain", str(recipe), "pretrain.architecture={preset: 26m}", "pretrain.loop.micro_rows=4",

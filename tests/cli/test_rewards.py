@@ -20,7 +20,8 @@ from microlm.train.tuning.grpo import RewardName
 
 def judged(name: str, gold: str, text: str, reason: FinishReason = "stop", **fields: str) -> float:
     prompt = Prompt(Conversation(()), (1, 2), gold)
-    return find(name, recipe(**fields))(prompt, Completion(text, (5, 6), reason, 2))
+    reward, _ = find(name, recipe(**fields))
+    return reward(prompt, Completion(text, (5, 6), reason, 2))
 
 
 GOLD = '{"李白":{"朝代":"唐代","职业":["诗人","剑客"]}}'
@@ -102,6 +103,24 @@ def test_a_number_ends_before_a_full_stop() -> None:
 def test_form() -> None:
     assert [judged("ended", "", "x", r) for r in ("stop", "length")] == [1.0, 0.0]
     assert [judged("length", "four", t) for t in ("", "two", "four", "12345678")] == [1, 1, 1, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("name", "gold", "can"),
+    [
+        ("extraction", GOLD, True),
+        ("extraction", "{}", True),
+        ("extraction", "Li Bai", False),
+        ("arithmetic", "It is 4.", True),
+        ("arithmetic", "four", False),
+        ("length", "four", True),
+        ("length", "", False),
+        ("json", "", True),
+        ("ended", "", True),
+    ],
+)
+def test_a_reward_says_what_it_can_judge_by(name: str, gold: str, can: bool) -> None:
+    assert find(name, recipe())[1](gold) is can
 
 
 def test_names() -> None:

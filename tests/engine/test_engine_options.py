@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -174,6 +176,16 @@ def test_lora_logits_equal_merged(adapted: tuple[Path, list[Path]]) -> None:
     expected = merged.generate([ids(90)], asked)[0].prompt_logprobs
     pairs = zip((got or ())[1:], (expected or ())[1:], strict=True)
     assert max(abs(a.logprob - b.logprob) for a, b in pairs if a and b) <= 1e-4
+
+
+def test_a_base_that_cannot_be_checked_is_told(adapted: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    folder, (first, _) = adapted
+    named = shutil.copytree(first, tmp_path / "named")
+    config = json.loads((named / "adapter_config.json").read_bytes())
+    (named / "adapter_config.json").write_text(json.dumps(config | {"microlm_base_digest": "c" * 64}))
+    engine = Engine(folder / "base")
+    with pytest.warns(UserWarning, match="named: was made for model cccccccccccc…; .*base has no manifest"):
+        engine.load_adapter("a", named)
 
 
 def test_adapters_come_and_go(adapted: tuple[Path, list[Path]], tmp_path: Path) -> None:

@@ -180,6 +180,9 @@ def test_another_base_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="made for model aaaaaaaaaaaa…, this one is bbbbbbbbbbbb…"):
         lora.load_adapter(decoder, tmp_path, "b" * 64)
     assert not lora.adapted(decoder)
+    lora.save_adapter(adapted_decoder(), tmp_path / "peft", "base", "")
+    with pytest.raises(UserError, match="peft: does not say by its digest which model it was made for"):
+        lora.load_adapter(decoder, tmp_path / "peft", "b" * 64)
     lora.load_adapter(decoder, tmp_path)
 
 

@@ -21,13 +21,14 @@ from microlm.core.artifact import Artifact, open_artifact
 from microlm.core.errors import UserError
 from microlm.core.metrics import read_metrics
 from microlm.core.recipe import build
+from microlm.model import directory
 from microlm.model.transformer import Decoder
 from microlm.text import shards
 from microlm.text.shards import TokenizeRecipe
 from microlm.train import loop as loops
 from microlm.train import objectives, pretrain
 from microlm.train.batches import Batch
-from microlm.train.checkpoint import Position, SavePlan, Saver, publish_best
+from microlm.train.checkpoint import Position, SavePlan, Saver, publish_best, random_state, restore
 from microlm.train.checkpoint import trained as tensors
 from microlm.train.job import Job
 from microlm.train.loop import train
@@ -150,6 +151,34 @@ def test_other_data_after_the_last_step(tmp_path: Path) -> None:
     assert told["allowed_mismatches"] == ["from step 10: inputs.shards was a, is b"]
 
 
+@pytest.mark.parametrize(
+    ("path", "stays"),
+    [
+        ("inputs.data", False),
+        ("recipe.tasks", False),
+        ("recipe.too_long", False),
+        ("recipe.answers.prompts", False),
+        ("recipe.answers.group", False),
+        ("recipe.answers.max_tokens", False),
+        ("recipe.answers.temperature", True),
+        ("recipe.optim.matrix_lr", True),
+    ],
+)
+def test_a_place_in_another_order_is_given_up(tmp_path: Path, path: str, stays: bool) -> None:
+    def made_for(value: Any) -> dict[str, Any]:
+        for key in reversed(path.split(".")):
+            value = {key: value}
+        return dict(value)
+
+    trained, place = tiny_trained(1, steps=1), {"place": 3}
+    plan = SavePlan(tmp_path / "resume", 2, False, directory.save, made_for("a"))
+    with Saver(trained, plan) as saver:
+        saver.save(Position(1, data=place, random=random_state()))
+    with pytest.warns(UserWarning, match=f"{path} was a, is b"):
+        at = restore(tmp_path / "resume", trained, made_for("b"), allow_mismatch=True)
+    assert at and at.data == (place if stays else {})
+
+
 def test_a_snapshot_is_made_in_the_same_place(monkeypatch: pytest.MonkeyPatch) -> None:
     made = [0]
     host = tensors._host
@@ -173,8 +202,6 @@ def test_a_snapshot_is_made_in_the_same_place(monkeypatch: pytest.MonkeyPatch) -
 def test_damaged_best_weights_are_named_and_replaced(tmp_path: Path) -> None:
     def save(step: int, loss: float) -> None:
         trained = tiny_trained(step, steps=1)
-        from microlm.model import directory
-
         plan = SavePlan(tmp_path / "resume", 2, True, directory.save, {})
         with Saver(trained, plan) as saver:
             saver.save(Position(step, history=[{"step": float(step), "validation_loss": loss}]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -46,7 +47,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def asked_for(*ids: int) -> Prompt:
-    return Prompt(Conversation((Message("user", "?"),)), ids, "")
+    return Prompt(Conversation((Message("user", "?"),)), ids, "", number=10 * ids[0])
 
 
 def answer(prompt: Prompt, *ids: int) -> Answer:
@@ -60,7 +61,11 @@ def test_answers_go_on_from_a_prompt_that_lies_there_once() -> None:
     told = np.array([[1.0, 10.0], [2.0, 20.0], [4.0, 40.0], [8.0, 80.0], [16.0, 160.0]])
     batch = pack(answers, each, told, (5, 3))
     x, n = IGNORE, NO_TRUNK
-    assert [[i for _, i in row] for row in batch.samples] == [[3], [0, 1, 4], [2]]  # 2 and 3 need 6 together
+    assert [[i for _, i in row] for row in batch.samples] == [
+        [90],
+        [50, 50, 130],
+        [90],
+    ]  # the two of 90 need 6 together
     assert batch.input_ids.tolist() == [[9, 10, 11, 3, 2], [5, 6, 7, 6, 13], [9, 10, 11, 0, 0]]
     assert batch.labels.tolist() == [[x, x, 3, 2, 1], [x, 7, 8, 12, 14], [x, x, 4, x, x]]
     assert batch.segments.tolist() == [[0, 0, 1, 1, 1], [0, 1, 1, 2, 4], [0, 0, 1, -1, -1]]
@@ -92,6 +97,7 @@ def test_prompts_end_with_the_last_user_turn(model: Path) -> None:
     ]
     found = make_prompts(chats, ["chat"], tokenizer, 60)
     assert [p.gold for p in found.asked] == ["aaa", "bb", "cab", "dd", "edge"]
+    assert [p.number for p in found.asked] == [0, 1, 2, 3, 4]
     assert found.dropped == {NO_QUESTION: 1, TOO_LONG: 1}
     for prompt in found.asked:  # the engine asks the very same ids
         assert list(prompt.ids) == encode_prompt(tokenizer, prompt.asked, tokenizer.vocab_size)
@@ -135,6 +141,12 @@ def test_a_round_that_is_half_learnt_lies_in_the_state(model: Path) -> None:
         assert set(batch.extras) == {*figures, "told", "trunk", "positions", "old", "raw"}
         assert all(torch.equal(batch.extras[n], e) for n, e in first.extras.items())
     assert resumed.state()["held"] == "" and next(resumed) is not batch
+    fewer = recipe(answers={"updates": 1, "temperature": 0.5})
+    changed = RolloutStream(make_rows(model, decoder, fewer, ALONE), state)
+    next(changed)
+    assert changed.state()["held"] == "" and changed.state()["rounds"] == 1
+    next(changed)
+    assert changed.state()["rounds"] == 2
 
 
 def content(folder: Path) -> dict[str, Any]:
@@ -184,6 +196,16 @@ def test_two_ranks_draw_the_answers_of_one(tmp_path: Path, model: Path) -> None:
     assert [[r[n] for n in told] for r in one] == [[r[n] for n in told] for r in two]
     for a, b in zip(alone.parameters(), both.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_two_ranks_go_on_in_the_middle_of_a_round(tmp_path: Path, model: Path) -> None:
+    fields = {"steps": 4, "answers": {"updates": 4}, "kl_weight": 0.1, "loop": {"checkpoint_steps": 2}}
+    two, whole, cut = Parallel(processes=2, threads=1), tmp_path / "whole", tmp_path / "cut"
+    launch(two, answer_on_rank, whole, model, fields)
+    shutil.copytree(whole / "resume", cut / "resume")
+    assert [p.name for p in (cut / "resume").glob("step-*")] == ["step-00000002"]
+    launch(two, answer_on_rank, cut, model, fields)
+    assert content(cut) == content(whole)
 
 
 def test_ctrl_c_gives_up_the_answers_and_keeps_the_steps(tmp_path: Path, model: Path) -> None:

@@ -78,6 +78,7 @@ def show(
     for staged in wanted:
         made = plan_stage(staged, stages)
         if measure:
+            _require_rows(staged, "--measure times")
             made = replace(made, tokens_per_s=tokens_per_s(_trainable(staged)))
         found[staged.planned.name] = made
     if as_json:
@@ -95,8 +96,12 @@ def plan_stage(staged: Staged, stages: Sequence[Staged]) -> Plan:
     from microlm.train.plan import plan as make
 
     recipe = _trainable(staged)
+    if staged.planned.stage == "grpo":
+        asked = {"prompts": _prompts(recipe)}
+        config = _config(staged, stages)
+        return make(recipe, config, asked, None, config if recipe.kl_weight and not recipe.lora else None)
     index, shards = _index(recipe.shards, stages), manifest.find(recipe.shards)
-    config, teacher = _config(staged, stages, index), _teacher(recipe, stages, index)
+    config, teacher = _config(staged, stages), _teacher(recipe, stages)
     return make(recipe, config, index, shards.path if shards else None, teacher)
 
 
@@ -123,6 +128,7 @@ def overfit(
     planned = plan_of(recipe, overrides or [])
     recipes = build_all(planned, str(recipe))
     number = _chosen(planned, stage, str(recipe))
+    _require_rows(Staged(planned[number], recipes[number]), "train overfit learns")
     for result in run_all(planned[:number], recipes[:number]):
         typer.echo(f"{result.name:<12} {'skipped' if result.skipped else 'done'}", err=True)
     found = trials.overfit(_trainable(Staged(planned[number], recipes[number])), steps, rows)
@@ -142,6 +148,30 @@ def _chosen(planned: Sequence[Planned], name: str, where: str) -> int:
         asked = f"no training stage '{name}'" if name else "no stage that trains"
         raise UserError(f"{where}: holds {asked}; training stages: {', '.join(names) or 'none'}")
     return next(i for i, p in enumerate(planned) if p.name == (name or names[0]))
+
+
+def _prompts(recipe: Any) -> int | None:
+    """Conversations that can be asked, before any is too long; None when the data is not there yet."""
+    from microlm.core import manifest
+    from microlm.core.records import Conversation
+    from microlm.text.read import read_records
+
+    data = manifest.find(recipe.data)
+    if data is None:
+        return None
+    chats = read_records(data.file("conversations/train.jsonl"), Conversation)
+    return sum(not recipe.tasks or chat.task in recipe.tasks for chat in chats)
+
+
+def _require_rows(staged: Staged, what: str) -> None:
+    """Refuse to try a stage whose rows the model itself writes, anew in every step."""
+    from microlm.core.errors import UserError
+
+    if staged.planned.stage == "grpo":
+        raise UserError(
+            f"stage '{staged.planned.name}': {what} rows that are there, and grpo writes its own; "
+            f"run it with few steps instead ({staged.planned.name}.steps=5)"
+        )
 
 
 def _trainable(staged: Staged) -> Any:
@@ -174,7 +204,7 @@ def _index(shards: str, stages: Sequence[Staged]) -> Mapping[str, Any]:
     return {"vocab_size": size, "eos_token_id": None, "pad_token_id": None, "sets": {}}
 
 
-def _config(staged: Staged, stages: Sequence[Staged], index: Mapping[str, Any]) -> ModelConfig:
+def _config(staged: Staged, stages: Sequence[Staged]) -> ModelConfig:
     """The architecture that a stage trains: of its recipe, its model, or the stage that will make that."""
     from microlm.core import manifest
     from microlm.core.errors import UserError
@@ -183,11 +213,11 @@ def _config(staged: Staged, stages: Sequence[Staged], index: Mapping[str, Any]) 
 
     recipe = _trainable(staged)
     if not recipe.model:
-        return recipe.architecture.config(dict(index))
+        return recipe.architecture.config(dict(_index(recipe.shards, stages)))
     if made := manifest.find(recipe.model):
         config, loop = read_config(made.path), made.manifest.get("recipe", {}).get("loop", {})
     elif (maker := _maker(recipe.model, stages)) and maker.planned.stage in TRAINING:
-        config, loop = _config(maker, stages, index), {"context": _trainable(maker).loop.context}
+        config, loop = _config(maker, stages), {"context": _trainable(maker).loop.context}
     else:
         raise UserError(
             f"{recipe.model}: is not made yet, so its shape is unknown; run the stages before this one first"
@@ -196,7 +226,7 @@ def _config(staged: Staged, stages: Sequence[Staged], index: Mapping[str, Any]) 
     return extend.config(config, trained_positions(config, loop)) if extend else config
 
 
-def _teacher(recipe: Any, stages: Sequence[Staged], index: Mapping[str, Any]) -> ModelConfig | None:
+def _teacher(recipe: Any, stages: Sequence[Staged]) -> ModelConfig | None:
     """The architecture of the model that is learnt from, where a stage has one."""
     from microlm.core import manifest
     from microlm.core.errors import UserError
@@ -208,5 +238,5 @@ def _teacher(recipe: Any, stages: Sequence[Staged], index: Mapping[str, Any]) ->
     if made := manifest.find(place):
         return read_config(made.path)
     if (maker := _maker(place, stages)) and maker.planned.stage in TRAINING:
-        return _config(maker, stages, index)
+        return _config(maker, stages)
     raise UserError(f"{place}: is not made yet, so the teacher's shape is unknown; make it first")

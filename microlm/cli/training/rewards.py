@@ -12,16 +12,18 @@ from microlm.core.errors import UserError
 if TYPE_CHECKING:
     from microlm.core.records import Completion
     from microlm.train.batches.answers import Reward
-    from microlm.train.batches.prompts import Prompt
+    from microlm.train.batches.prompts import CanJudge, Prompt
     from microlm.train.tuning.grpo import GrpoRecipe
 
 
-def find(name: str, recipe: GrpoRecipe) -> Reward:
-    """The reward of a recipe's word."""
+def find(name: str, recipe: GrpoRecipe) -> tuple[Reward, CanJudge]:
+    """The reward of a recipe's word, and which gold answers it can judge by."""
+    from microlm.train.batches.prompts import any_gold
+
     if name == "json":
         schema = _schema(recipe.json_schema) if recipe.json_schema else None
-        return partial(is_json, schema=schema)
-    return REWARDS[name]
+        return partial(is_json, schema=schema), any_gold
+    return REWARDS[name], GOLDS.get(name, any_gold)
 
 
 def extraction(prompt: Prompt, answer: Completion) -> float:
@@ -72,6 +74,23 @@ REWARDS: dict[str, Callable[[Prompt, Completion], float]] = {
     "ended": ended,
     "length": length,
 }
+
+
+def is_extraction(gold: str) -> bool:
+    """Whether a gold answer holds triples."""
+    from microlm.text.extraction import parse
+
+    return parse(gold) is not None
+
+
+def has_number(gold: str) -> bool:
+    """Whether a gold answer says a number."""
+    from microlm.text.sources.arithmetic import answer_of
+
+    return answer_of(gold) is not None
+
+
+GOLDS: dict[str, CanJudge] = {"extraction": is_extraction, "arithmetic": has_number, "length": bool}
 
 
 def _schema(place: str) -> dict[str, Any]:

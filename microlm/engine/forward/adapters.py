@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from microlm.core import manifest
 from microlm.core.errors import UserError
 from microlm.model import lora
 from microlm.model.transformer import Decoder
@@ -89,3 +91,16 @@ class Adapters:
                 low = F.linear(inputs[0][:, first:stop], pair[0])
                 output[:, first:stop] += F.linear(low, pair[1])
         return output
+
+
+def base_digest(directory: Path, adapter: Path) -> str | None:
+    """The digest of the model in a directory, where an adapter asks for one; a warning when there is none."""
+    wanted = lora.made_for(adapter)
+    base = manifest.find(str(directory)) if wanted else None
+    if wanted and base is None:
+        warnings.warn(
+            f"{adapter}: was made for model {wanted[:12]}…; {directory} has no manifest that says whether it "
+            "is that one: if it is not, answers are worth nothing",
+            stacklevel=3,
+        )
+    return base.digest if base else None

@@ -61,11 +61,8 @@ def load_adapter(decoder: Decoder, path: Path, base_digest: str | None = None) -
 def read_pairs(decoder: Decoder, path: Path, base_digest: str | None = None) -> tuple[LoraConfig, Pairs]:
     """A saved adapter's configuration and its (A, B) by module, checked against a decoder without one."""
     config, base = from_peft(path), made_for(path)
-    if base_digest is not None and base != base_digest:
-        raise UserError(
-            f"{path}: the adapter was made for model {str(base)[:12]}…, this one is {base_digest[:12]}…; "
-            "give the model that it was trained on"
-        )
+    if base_digest is not None:
+        _require_base(path, base, base_digest)
     tensors = _read_tensors(path)
     linears = {n: m for n, m in matrices(decoder).items() if config.fits(n)}
     config.require_fit(linears)
@@ -84,6 +81,20 @@ def read_pairs(decoder: Decoder, path: Path, base_digest: str | None = None) -> 
     return config, {
         n: (tensors[stored_name(f"{n}.lora_A")], tensors[stored_name(f"{n}.lora_B")]) for n in linears
     }
+
+
+def _require_base(path: Path, base: str | None, digest: str) -> None:
+    """Refuse an adapter that was made for another model, or does not say for which."""
+    if not base:
+        raise UserError(
+            f"{path}: does not say by its digest which model it was made for, as an adapter that microlm "
+            "trains does; merge it with PEFT, and adopt what that leaves"
+        )
+    if base != digest:
+        raise UserError(
+            f"{path}: the adapter was made for model {base[:12]}…, this one is {digest[:12]}…; "
+            "give the model that it was trained on"
+        )
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

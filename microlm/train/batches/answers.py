@@ -17,7 +17,7 @@ from torch import Tensor
 from microlm.core.errors import CheckFailed
 from microlm.core.records import Completion, Sampling
 from microlm.train.batches.batch import IGNORE, NO_TRUNK, Batch
-from microlm.train.batches.prompts import Prompt
+from microlm.train.batches.prompts import CanJudge, Prompt, any_gold
 from microlm.train.ranks import Ranks, Stopped
 
 Rollout = Callable[[Sequence[Sequence[int]], Sequence[Sampling], Callable[[], None]], list[Completion]]
@@ -34,10 +34,11 @@ _FLAT = 1e-9  # rewards that are closer are the same
 
 
 class Judge(NamedTuple):
-    """A reward, and its part in the sum that is trained on."""
+    """A reward, its part in the sum that is trained on, and which gold answers it can judge by."""
 
     weight: float
     reward: Reward
+    can_judge: CanJudge = any_gold
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +131,7 @@ def pack(
     samples: list[tuple[tuple[str, int], ...]] = [()] * count
     for r, members in enumerate(rows):
         here = [i for unit in members for i in units[unit]]
-        samples[r] = tuple((NAME, i) for i in here)
+        samples[r] = tuple((NAME, answers[i].prompt.number) for i in here)
         sums[r] = told[here].sum(axis=0)
         for unit in members:
             page.begin(r, answers[units[unit][0]].prompt.ids)

@@ -116,7 +116,9 @@ class RolloutRows:
         )
 
     def _scored(self, batch: Batch) -> Batch:
-        found = {name: scorer(batch) for name, scorer in self.scorers.items()}
+        """With all ranks' scores on each: rank 0 alone writes what a round that is cut goes on from."""
+        ranks = self.respondent.ranks
+        found = {name: ranks.sum_(scorer(batch)) for name, scorer in self.scorers.items()}
         return replace(batch, extras={**batch.extras, **found})
 
 
@@ -182,7 +184,7 @@ class RolloutStream:
         s["used"] += 1
         s["rows"] += len(batch.labels)
         s["padding"] += int((batch.segments < 0).sum())
-        if s["used"] == recipe.updates:
+        if s["used"] >= recipe.updates:  # fewer than before, where a run goes on with other settings
             self._batch, s["held"] = None, ""
         self._state = s
         self.waited_s += time.perf_counter() - started

@@ -14,8 +14,14 @@ from microlm.train.checkpoint.trained import Trained
 
 _ORDER = (
     "inputs.shards",
+    "inputs.data",
     "recipe.seed",
     "recipe.mixture",
+    "recipe.too_long",
+    "recipe.tasks",
+    "recipe.answers.prompts",
+    "recipe.answers.group",
+    "recipe.answers.max_tokens",
     "recipe.loop.context",
     "recipe.loop.document_mask",
 )

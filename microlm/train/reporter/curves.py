@@ -29,9 +29,12 @@ def write_curves(job: Job, rows: Rows, summary: Mapping[str, Any]) -> None:
 def page(job: Job, rows: Rows, summary: Mapping[str, Any]) -> Page:
     """Figures, curves over the tokens seen, the samples."""
     loop = job.loop
+    rows_a_step = round(
+        summary["tokens"] / (loop.steps * loop.context), 1
+    )  # rollouts fill as many as they do
     made = Page(
         f"Training: {job.name}",
-        f"{loop.steps:,} steps of {loop.batch_rows} rows × {loop.context} tokens",
+        f"{loop.steps:,} steps of {rows_a_step:g} rows × {loop.context} tokens",
     )
     made.facts(facts(summary))
     made.heading("Loss")

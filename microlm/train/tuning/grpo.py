@@ -5,6 +5,7 @@ Group-relative policy optimisation (2402.03300). Who answers (the engine) and wh
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,10 +26,10 @@ from microlm.text.tokenizer import Tokenizer
 from microlm.train import memory
 from microlm.train.batches.answers import Judge, Respondent, Reward, Rollout
 from microlm.train.batches.order import Order
-from microlm.train.batches.prompts import Prompts, make_prompts
+from microlm.train.batches.prompts import CanJudge, Prompts, make_prompts
 from microlm.train.batches.rollouts import AnswersRecipe, HeldOutAnswers, RolloutRows
 from microlm.train.job import Job, LoopRecipe, Sampler, fingerprint
-from microlm.train.loop import train
+from microlm.train.loop import require_room, train
 from microlm.train.objectives import policy
 from microlm.train.optim import OptimRecipe
 from microlm.train.pretrain import TOKENIZER, finish
@@ -108,8 +109,8 @@ class GrpoRecipe(StageRecipe):
 
 OpenRollout = Callable[[Path, Decoder, GrpoRecipe], Rollout]
 """`(tokenizer's directory, live decoder, recipe) → who answers by its weights of now`; the engine's."""
-FindReward = Callable[[str, GrpoRecipe], Reward]
-"""A reward by name; the evaluation room's."""
+FindReward = Callable[[str, GrpoRecipe], tuple[Reward, CanJudge]]
+"""A reward by name, and which gold answers it can judge by; the evaluation room's."""
 
 
 @dataclass(frozen=True)
@@ -151,6 +152,7 @@ def run(
     loop = recipe.sized
     sized = recipe.model_copy(update={"loop": loop})
     config, adapter = directory.read_config(model.path), recipe.lora.config() if recipe.lora else None
+    require_room(config, "grpo", loop.context)
     memory.check(config, sized, adapter, config if recipe.kl_weight and adapter is None else None)
     work.processes = processes(recipe.parallel)
     warn_idle("grpo", recipe.parallel, loop.batch_rows, loop.micro_rows)
@@ -206,17 +208,18 @@ def _rows(
     longest = loop.context - how.max_tokens
     tokenizer = Tokenizer.load(model.path)
     chats = read_records(data.file("conversations/train.jsonl"), Conversation)
-    asked = make_prompts(chats, recipe.tasks, tokenizer, longest)
     judges: dict[str, Judge] = {
-        n: Judge(weight, tools.reward(n, recipe)) for n, weight in sorted(recipe.rewards.items())
+        n: Judge(weight, *tools.reward(n, recipe)) for n, weight in sorted(recipe.rewards.items())
     }
+    can_judge = _judged_by_one(judges)
+    asked = make_prompts(chats, recipe.tasks, tokenizer, longest, can_judge)
     respondent = Respondent(tools.rollout(model.path, decoder, recipe), judges, ranks, how.max_tokens)
     drawn = drawing_scorers(decoder, loop, ranks, how.temperature) if how.updates > 1 else {}
     start = start_scorer(decoder, loop, how.temperature) if recipe.kl_weight else None
     scorers = {**drawn, "reference": start(ranks)} if start else drawn
     rows = RolloutRows(asked, respondent, how, loop.context, loop.micro_rows, seed, scorers)
-    chosen = _held_out_prompts(recipe, data, tokenizer, longest)
-    if chosen is None or ranks.rank:
+    chosen = None if ranks.rank else _held_out_prompts(recipe, data, tokenizer, longest, can_judge)
+    if chosen is None:
         return rows, None
     alone = Ranks(0, 1)
     scorers = {"reference": start(alone)} if start else {}
@@ -225,15 +228,23 @@ def _rows(
     )
 
 
+def _judged_by_one(judges: Mapping[str, Judge]) -> CanJudge:
+    """Whether one of the rewards that are trained on can judge by a gold answer."""
+    return lambda gold: any(judge.can_judge(gold) for judge in judges.values() if judge.weight)
+
+
 def _held_out_prompts(
-    recipe: GrpoRecipe, data: Artifact, tokenizer: Tokenizer, longest: int
+    recipe: GrpoRecipe, data: Artifact, tokenizer: Tokenizer, longest: int, can_judge: CanJudge
 ) -> Prompts | None:
-    """Some prompts of the validation split, always the same; None when there are none."""
-    file = data.path / "conversations/validation.jsonl"
-    if not recipe.validation_prompts or not file.exists():
+    """Some prompts of the validation split, always the same; None when none can be asked."""
+    file, most = data.path / "conversations/validation.jsonl", recipe.validation_prompts
+    if not most or not file.exists():
         return None
     chats = [c for c in read_records(file, Conversation) if not recipe.tasks or c.task in recipe.tasks]
     order = Order(len(chats), runtime.derive_seed(recipe.seed, "validation prompts"))
     chosen = [chats[i] for i in order.take(0, len(chats)).tolist()]
-    found = make_prompts(chosen, (), tokenizer, longest) if chosen else None
-    return found and Prompts(found.asked[: recipe.validation_prompts], found.dropped)
+    try:
+        return make_prompts(chosen, (), tokenizer, longest, can_judge, most)
+    except UserError as e:
+        warnings.warn(f"grpo: nothing is validated: validation split: {e}", stacklevel=2)
+        return None
