@@ -149,6 +149,7 @@ def _prepare(recipe: Trainable, folder: Path) -> tuple[Decoder, Job]:
             return dpo.prepare(recipe, model, shards.path, folder)
         return sft.prepare(recipe, model, shards.path, folder)
     if isinstance(recipe, DistilRecipe):
+        distil.require_teacher(open_artifact(recipe.teacher), shards, recipe.loop.context)
         return distil.prepare(recipe, {k: open_artifact(v) for k, v in recipe.inputs().items()}, folder)
     config = pretrain.configuration(recipe, shards, model)
     return pretrain.prepare(recipe, config, model.path if model else None, shards.path, folder)

@@ -163,6 +163,11 @@ def test_what_distil_cannot_use_is_a_sentence(made: tuple[Artifact, Artifact], t
     other = shards.run(TokenizeRecipe(out=str(tmp_path / "shards"), data=data.url, tokenizer=tokenizer.url))
     with pytest.raises(UserError, match=r"model: the teacher has another tokenizer than .*distil_endpoint"):
         taught(tmp_path / "c", (other, made[1]), architecture=SHAPE)
+    short = SHAPE | {"max_positions": CONTEXT}
+    values = {"shards": made[0].url, "architecture": short, "loop": LOOP | {"context": CONTEXT}}
+    teacher = pretrain.run(build(PretrainRecipe, {"out": str(tmp_path / "short"), **values}, "pretrain"))
+    with pytest.raises(UserError, match=rf"the teacher reads {CONTEXT} tokens, loop.context is {LONG}; lower"):
+        taught(tmp_path / "d", (made[0], teacher), architecture=SHAPE)
 
 
 def write_recipe(file: Path, made: tuple[Artifact, Artifact], out: Path) -> Path:

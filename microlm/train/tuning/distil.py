@@ -84,7 +84,7 @@ VERSION = 1
 def run(recipe: DistilRecipe, work: Workspace, sample: Sampler | None = None) -> None:
     """Load teacher and student, train on every rank, save the student; `sample` writes texts on the way."""
     teacher, shards, model = work.inputs["teacher"], work.inputs["shards"], work.inputs.get("model")
-    require_teacher(teacher, shards)
+    require_teacher(teacher, shards, recipe.loop.context)
     if model:
         require_same_tokenizer(model, shards)
     config, adapter = configuration(recipe, shards, model), recipe.lora.config() if recipe.lora else None
@@ -97,13 +97,19 @@ def run(recipe: DistilRecipe, work: Workspace, sample: Sampler | None = None) ->
         finish(work, model.path if model else shards.path / "tokenizer")
 
 
-def require_teacher(teacher: Artifact, shards: Artifact) -> None:
-    """Probabilities of other tokens cannot be compared."""
+def require_teacher(teacher: Artifact, shards: Artifact, context: int) -> None:
+    """Probabilities of other tokens cannot be compared; and the teacher reads whole rows of `context`."""
     if hash_file(teacher.file(TOKENIZER)) != hash_file(shards.file(f"tokenizer/{TOKENIZER}")):
         raise UserError(
             f"{teacher.url}: the teacher has another tokenizer than {shards.url}, so their tokens cannot be "
             "compared; tokenize the data with the teacher's tokenizer, or learn from the text that it "
             "writes (recipes/distil_endpoint.yaml)"
+        )
+    positions = directory.read_config(teacher.path).max_position_embeddings
+    if context > positions:
+        raise UserError(
+            f"{teacher.url}: the teacher reads {positions} tokens, loop.context is {context}; lower "
+            f"loop.context to {positions}, or choose a teacher with more positions"
         )
 
 
