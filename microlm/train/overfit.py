@@ -88,13 +88,21 @@ def overfit(recipe: Trainable, steps: int = STEPS, rows: int = ROWS, target: flo
     )
     rates = recipe.optim.model_copy(update={"schedule": "constant"})
     alone = Parallel(processes=1, threads=recipe.parallel.threads)
-    once = recipe.model_copy(update={"loop": loop, "optim": rates, "parallel": alone})
+    changes = {"loop": loop, "optim": rates, "parallel": alone} | _learnable(recipe)
+    once = recipe.model_copy(update=changes)
     found = trial(once, repeat=True)
     losses = [row["loss"] for row in found if "loss" in row]
     below = next((i for i, loss in enumerate(losses, 1) if loss < target), None)
     speed = statistics.median([r["tokens_per_s"] for r in found if "tokens_per_s" in r])
     last = statistics.fmean(losses[-10:])
     return Overfit(losses[0], last, min(losses), len(losses), target, below, speed)
+
+
+def _learnable(recipe: Trainable) -> dict[str, float]:
+    """What lets a batch learnt by heart have a loss of zero: the labels alone, all of them right."""
+    if isinstance(recipe, DistilRecipe):
+        return {"alpha": 0.0}  # a share of the teacher's entropy would stay
+    return {"label_smoothing": 0.0} if isinstance(recipe, DpoRecipe) else {}
 
 
 def require_overfit(found: Overfit) -> None:

@@ -26,6 +26,8 @@ from microlm.model import directory, lora
 from microlm.text import shards
 from microlm.text.shards import TokenizeRecipe
 from microlm.train import pretrain
+from microlm.train.overfit import overfit
+from microlm.train.plan import Trainable
 from microlm.train.pretrain import PretrainRecipe
 from microlm.train.tuning import distil, dpo
 from microlm.train.tuning.distil import DistilRecipe
@@ -166,7 +168,7 @@ def test_what_distil_cannot_use_is_a_sentence(made: tuple[Artifact, Artifact], t
     short = SHAPE | {"max_positions": CONTEXT}
     values = {"shards": made[0].url, "architecture": short, "loop": LOOP | {"context": CONTEXT}}
     teacher = pretrain.run(build(PretrainRecipe, {"out": str(tmp_path / "short"), **values}, "pretrain"))
-    with pytest.raises(UserError, match=rf"the teacher reads {CONTEXT} tokens, loop.context is {LONG}; lower"):
+    with pytest.raises(UserError, match=rf"the teacher reads {CONTEXT} tokens, loop.context is {LONG}"):
         taught(tmp_path / "d", (made[0], teacher), architecture=SHAPE)
 
 
@@ -199,6 +201,19 @@ def test_plan_and_overfit_know_them(
     assert first["lengths"]["chat"]["samples"] == 8 and first["too_long"] == "drop"
     assert first["memory"]["teacher"] == 0 < second["memory"]["teacher"]
     assert learnt["ok"] and learnt["first"] == pytest.approx(math.log(2), abs=1e-4)
+
+
+@pytest.mark.parametrize("stage", ["dpo", "distil"])
+def test_overfit_asks_for_what_can_be_learnt(
+    made: tuple[Artifact, Artifact], tmp_path: Path, stage: str
+) -> None:
+    """Smoothed labels and a teacher's distribution leave a loss that no weights take away."""
+    values = {"out": str(tmp_path), "shards": made[0].url, "loop": LOOP, "parallel": ONE}
+    recipe: Trainable = build(DpoRecipe, values | {"model": made[1].url, "label_smoothing": 0.3}, "dpo")
+    if stage == "distil":
+        fields = {"teacher": made[1].url, "architecture": SHAPE, "alpha": 0.9}
+        recipe = build(DistilRecipe, values | fields, "distil")
+    assert overfit(recipe, steps=100).ok
 
 
 @pytest.mark.slow
