@@ -16,6 +16,7 @@ _ORDER = (
     "inputs.shards",
     "recipe.seed",
     "recipe.mixture",
+    "recipe.too_long",
     "recipe.loop.context",
     "recipe.loop.document_mask",
 )
