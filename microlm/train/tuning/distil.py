@@ -25,15 +25,14 @@ from microlm.text.shards import open_sets
 from microlm.train import memory
 from microlm.train.batches import PackedRows, TooLong, held_out_rows
 from microlm.train.job import Job, LoopRecipe, Sampler, fingerprint
-from microlm.train.loop import train
 from microlm.train.objectives import distil
 from microlm.train.optim import OptimRecipe
 from microlm.train.pretrain import TOKENIZER, finish, require_same_tokenizer
 from microlm.train.ranks import Ranks, launch, processes, warn_idle
-from microlm.train.reporter import tell_lengths, write_summary
+from microlm.train.reporter import tell_lengths
 from microlm.train.step import make_forward
 from microlm.train.tuning import lora_recipe
-from microlm.train.tuning.leaving import kind_of, weights_saver
+from microlm.train.tuning.leaving import kind_of, train_and_leave, weights_saver
 from microlm.train.tuning.lora_recipe import LoraRecipe
 
 
@@ -133,10 +132,7 @@ def _rank(
     job.fingerprint, job.sampler = made_for, sample
     if ranks.rank == 0:
         tell_lengths(job)
-    at = train(ranks, decoder, job)
-    if ranks.rank == 0:
-        job.save_weights(decoder, out)
-        write_summary(job, decoder, at)
+    train_and_leave(ranks, decoder, job)
 
 
 def prepare(recipe: DistilRecipe, inputs: Mapping[str, Artifact], out: Path) -> tuple[Decoder, Job]:

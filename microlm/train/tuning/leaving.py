@@ -7,7 +7,12 @@ from typing import Protocol
 
 from microlm.core.manifest import Artifact, Kind
 from microlm.model import directory, lora
+from microlm.model.transformer import Decoder
 from microlm.train.checkpoint import SaveWeights
+from microlm.train.job import Job
+from microlm.train.loop import train
+from microlm.train.ranks import Ranks
+from microlm.train.reporter import write_summary
 from microlm.train.tuning.lora_recipe import LoraRecipe
 
 
@@ -29,3 +34,11 @@ def weights_saver(recipe: TuningRecipe, model: Artifact) -> SaveWeights:
         return directory.save
     base = model.url.rstrip("/").rpartition("/")[2]
     return partial(lora.save_adapter, base_name=base, base_digest=model.digest)
+
+
+def train_and_leave(ranks: Ranks, decoder: Decoder, job: Job) -> None:
+    """Train; rank 0 then writes the weights and what the manifest tells of them."""
+    at = train(ranks, decoder, job)
+    if ranks.rank == 0:
+        job.save_weights(decoder, job.folder)
+        write_summary(job, decoder, at)
