@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from microlm.core import manifest, runtime
+from microlm.core import runtime
 from microlm.core.errors import UserError
 from microlm.core.records import Completion, Sampling
 from microlm.engine import loading
@@ -28,7 +28,6 @@ from microlm.engine.prompts import Prompt, encode_prompt
 from microlm.engine.request import Delta, Request
 from microlm.engine.sampling import of_prompt
 from microlm.engine.scheduler import Work, tokens_of
-from microlm.model import lora
 from microlm.model.transformer import Decoder
 
 
@@ -214,9 +213,9 @@ class Engine:
     def load_adapter(self, name: str, directory: str | Path) -> None:
         """Load a LoRA adapter that requests may name from now on; its base must be this model."""
         path = Path(directory)
-        base = manifest.find(str(self.directory)) if lora.made_for(path) else None
+        digest = loading.digest_for(self.directory, path)
         with self._lock:
-            self._runner.adapters.load(name, path, base.digest if base else None)
+            self._runner.adapters.load(name, path, digest)
 
     def unload_adapter(self, name: str) -> None:
         """Forget an adapter; requests that run with it go on with it."""

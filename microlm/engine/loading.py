@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
 import torch
 
-from microlm.core import runtime
+from microlm.core import manifest, runtime
 from microlm.core.errors import UserError
 from microlm.engine.cache.memory import choose_size, free_bytes
 from microlm.engine.cache.pages import PagePool, pages_for
@@ -19,6 +20,7 @@ from microlm.engine.native.step import NativeStep
 from microlm.engine.native.weights import quantize as quantize_weights
 from microlm.engine.scheduler import Limits, Scheduler
 from microlm.model import directory as hf_directory
+from microlm.model import lora
 from microlm.model.transformer import Decoder
 from microlm.text.tokenizer import Tokenizer
 
@@ -64,6 +66,24 @@ class Options:
                 f"threads: {self.threads} is not between 1 and {MOST_THREADS}; "
                 "leave it out to use what torch uses"
             )
+
+
+def digest_for(model: Path, adapter: Path) -> str | None:
+    """The digest that the adapter's base must have: the served model's; None where either states none.
+
+    Of an adapter that states one, beside a model that does not, a warning says that nothing is checked.
+    """
+    wanted = lora.made_for(adapter)
+    if not wanted:
+        return None
+    found = manifest.find(str(model))
+    if found is None:
+        warnings.warn(
+            f"{adapter}: was made for model {wanted[:12]}…; whether {model} is that one cannot be checked, "
+            f"it has no {manifest.MANIFEST}: serve the artifact that the adapter was trained on to be sure",
+            stacklevel=3,
+        )
+    return found and found.digest
 
 
 def load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import random
+import shutil
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -196,6 +199,23 @@ def test_adapters_come_and_go(adapted: tuple[Path, list[Path]], tmp_path: Path) 
         engine.load_adapter("a", first)
     with pytest.raises(UserError, match=r"adapter_config\.json"):
         engine.load_adapter("c", tmp_path)
+
+
+def test_an_adapter_whose_base_cannot_be_checked_is_told(
+    adapted: tuple[Path, list[Path]], tmp_path: Path
+) -> None:
+    """The served folder has no manifest; of an adapter that names no base there is nothing to tell."""
+    folder, adapters = adapted
+    shutil.copytree(adapters[0], tmp_path / "a")
+    config = tmp_path / "a/adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_bytes()) | {"microlm_base_digest": "c" * 64}))
+    engine = Engine(folder / "base")
+    with pytest.warns(UserWarning, match=r"a: was made for model c{12}…; whether .*/base is that one cannot"):
+        engine.load_adapter("a", tmp_path / "a")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        engine.load_adapter("b", adapters[1])
+    assert engine.adapters == ["a", "b"]
 
 
 @pytest.mark.parametrize("native", [True, False])

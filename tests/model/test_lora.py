@@ -179,6 +179,10 @@ def test_another_base_is_refused(tmp_path: Path) -> None:
     decoder = random_decoder(tiny_config())
     with pytest.raises(UserError, match="made for model aaaaaaaaaaaa…, this one is bbbbbbbbbbbb…"):
         lora.load_adapter(decoder, tmp_path, "b" * 64)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_bytes()), "microlm_base_digest": None}))
+    with pytest.raises(UserError, match="does not say which model it was made for, so it cannot be checked"):
+        lora.load_adapter(decoder, tmp_path, "b" * 64)
     assert not lora.adapted(decoder)
     lora.load_adapter(decoder, tmp_path)
 

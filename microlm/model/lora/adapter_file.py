@@ -61,9 +61,15 @@ def load_adapter(decoder: Decoder, path: Path, base_digest: str | None = None) -
 def read_pairs(decoder: Decoder, path: Path, base_digest: str | None = None) -> tuple[LoraConfig, Pairs]:
     """A saved adapter's configuration and its (A, B) by module, checked against a decoder without one."""
     config, base = from_peft(path), made_for(path)
+    if base_digest is not None and not base:
+        raise UserError(
+            f"{path}: does not say which model it was made for, so it cannot be checked against "
+            f"{base_digest[:12]}…; give an adapter that MicroLM trained, or merge it with PEFT and adopt the "
+            "result"
+        )
     if base_digest is not None and base != base_digest:
         raise UserError(
-            f"{path}: the adapter was made for model {str(base)[:12]}…, this one is {base_digest[:12]}…; "
+            f"{path}: the adapter was made for model {base[:12]}…, this one is {base_digest[:12]}…; "
             "give the model that it was trained on"
         )
     tensors = _read_tensors(path)
