@@ -114,6 +114,18 @@ def test_dpo_by_adapter(made: tuple[Artifact, Artifact], tmp_path: Path) -> None
     assert rows[0]["validation_loss"] == pytest.approx(math.log(2), abs=1e-5)
 
 
+def test_an_adapter_names_its_base_as_the_hub_does(made: tuple[Artifact, Artifact], tmp_path: Path) -> None:
+    def body(work: Workspace) -> None:
+        for file in payload(made[1]):
+            (work.path / file).write_bytes((made[1].path / file).read_bytes())
+        work.metrics["adopted"] = {"origin": {"hub": "Qwen/Qwen3-0.6B", "commit": "a"}}
+
+    adopted = sign(tmp_path / "adopted", "model", body)
+    for model, name in ((adopted, "Qwen/Qwen3-0.6B"), (made[1], "model")):
+        tuned = preferred(tmp_path / f"lora of {model.path.name}", (made[0], model), lora={"rank": 4})
+        assert tuned.json("adapter_config.json")["base_model_name_or_path"] == name
+
+
 def test_what_dpo_cannot_use_is_a_sentence(made: tuple[Artifact, Artifact], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="must not see each other; leave out document_mask: false"):
         preferred(tmp_path / "a", made, loop=LOOP | {"document_mask": False})

@@ -32,8 +32,16 @@ def weights_saver(recipe: TuningRecipe, model: Artifact) -> SaveWeights:
     """How it is written."""
     if not recipe.lora:
         return directory.save
-    base = model.url.rstrip("/").rpartition("/")[2]
-    return partial(lora.save_adapter, base_name=base, base_digest=model.digest)
+    return partial(lora.save_adapter, base_name=base_name(model), base_digest=model.digest)
+
+
+def base_name(model: Artifact) -> str:
+    """What PEFT may resolve the base by: an adopted model's name on the hub; else its folder's last word.
+
+    No path: equal runs leave equal bytes, wherever they lie.
+    """
+    origin = model.manifest["metrics"].get("adopted", {}).get("origin", {})
+    return str(origin.get("hub") or model.url.rstrip("/").rpartition("/")[2])
 
 
 def train_and_leave(ranks: Ranks, decoder: Decoder, job: Job) -> None:
