@@ -83,7 +83,7 @@ def digest_for(model: Path, adapter: Path) -> str | None:
             f"it has no {manifest.MANIFEST}: serve the artifact that the adapter was trained on to be sure",
             stacklevel=3,
         )
-    return found and found.digest
+    return found.digest if found else None
 
 
 def load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:

@@ -67,7 +67,7 @@ def read_pairs(decoder: Decoder, path: Path, base_digest: str | None = None) -> 
             f"{base_digest[:12]}…; give an adapter that MicroLM trained, or merge it with PEFT and adopt the "
             "result"
         )
-    if base_digest is not None and base != base_digest:
+    if base and base_digest is not None and base != base_digest:
         raise UserError(
             f"{path}: the adapter was made for model {base[:12]}…, this one is {base_digest[:12]}…; "
             "give the model that it was trained on"
