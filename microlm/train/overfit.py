@@ -149,13 +149,14 @@ def _rank(ranks: Ranks, recipe: Trainable, repeat: bool, folder: Path) -> None:
 def _prepare(recipe: Trainable, folder: Path) -> tuple[Decoder, Job]:
     shards = open_artifact(recipe.shards)
     model = open_artifact(recipe.model) if recipe.model else None
-    if model:
-        pretrain.require_same_tokenizer(model, shards)
     if isinstance(recipe, SftRecipe | DpoRecipe):
         assert model
+        pretrain.require_same_chat(model, shards)
         if isinstance(recipe, DpoRecipe):
             return dpo.prepare(recipe, model, shards.path, folder)
         return sft.prepare(recipe, model, shards.path, folder)
+    if model:
+        pretrain.require_same_tokenizer(model, shards)
     if isinstance(recipe, DistilRecipe):
         distil.require_teacher(open_artifact(recipe.teacher), shards, recipe.loop.context)
         return distil.prepare(recipe, {k: open_artifact(v) for k, v in recipe.inputs().items()}, folder)

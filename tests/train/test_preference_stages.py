@@ -29,9 +29,10 @@ from microlm.train import pretrain
 from microlm.train.overfit import overfit
 from microlm.train.plan import Trainable
 from microlm.train.pretrain import PretrainRecipe
-from microlm.train.tuning import distil, dpo
+from microlm.train.tuning import distil, dpo, sft
 from microlm.train.tuning.distil import DistilRecipe
 from microlm.train.tuning.dpo import DpoRecipe
+from microlm.train.tuning.sft import SftRecipe
 
 SHAPE = {"hidden_size": 32, "layers": 2, "heads": 2, "kv_heads": 1, "head_dim": 16, "intermediate_size": 64}
 SMALLER = SHAPE | {"layers": 1, "intermediate_size": 32}
@@ -124,6 +125,33 @@ def test_an_adapter_names_its_base_as_the_hub_does(made: tuple[Artifact, Artifac
     for model, name in ((adopted, "Qwen/Qwen3-0.6B"), (made[1], "model")):
         tuned = preferred(tmp_path / f"lora of {model.path.name}", (made[0], model), lora={"rank": 4})
         assert tuned.json("adapter_config.json")["base_model_name_or_path"] == name
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+@pytest.mark.parametrize("what", ["chat template", "special tokens"])
+def test_conversations_in_another_form_are_refused(
+    made: tuple[Artifact, Artifact], tmp_path: Path, stage: str, what: str
+) -> None:
+    """The same tokenizer.json, so the same ids; but the model would be asked as it never learnt."""
+
+    def body(work: Workspace) -> None:
+        for file in payload(made[1]):
+            (work.path / file).write_bytes((made[1].path / file).read_bytes())
+        template, config = work.path / "chat_template.jinja", work.path / "tokenizer_config.json"
+        if what == "chat template":
+            template.write_text(template.read_text() + "{# another #}")
+        else:
+            named = json.loads(config.read_bytes())
+            config.write_text(json.dumps(named | {"eos_token": named["pad_token"]}))
+
+    other = sign(tmp_path / "other", "model", body)
+    values = {"out": str(tmp_path / "out"), "shards": made[0].url, "model": other.url, "loop": LOOP}
+    with pytest.raises(UserError, match=rf"written with another {what} \(.*; tokenize the data with"):
+        if stage == "sft":
+            sft.run(build(SftRecipe, values, "sft"))
+        else:
+            dpo.run(build(DpoRecipe, values, "dpo"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_dpo_cannot_use_is_a_sentence(made: tuple[Artifact, Artifact], tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from microlm.train.batches.pairs import PairRows, TooLongPair, held_out_pairs, p
 from microlm.train.job import Job, LoopRecipe, Sampler, fingerprint
 from microlm.train.objectives import dpo
 from microlm.train.optim import OptimRecipe
-from microlm.train.pretrain import TOKENIZER, finish, require_same_tokenizer
+from microlm.train.pretrain import TOKENIZER, finish, require_same_chat
 from microlm.train.ranks import Ranks, launch, processes, warn_idle
 from microlm.train.reporter import tell_lengths
 from microlm.train.tuning import lora_recipe
@@ -80,7 +80,7 @@ def run(recipe: DpoRecipe, work: Workspace, sample: Sampler | None = None) -> No
     `sample` writes texts on the way.
     """
     model, shards = work.inputs["model"], work.inputs["shards"]
-    require_same_tokenizer(model, shards)
+    require_same_chat(model, shards)
     memory.check(directory.read_config(model.path), recipe, recipe.lora.config() if recipe.lora else None)
     work.processes = processes(recipe.parallel)
     warn_idle("dpo", recipe.parallel, recipe.loop.batch_rows, recipe.loop.micro_rows)

@@ -22,7 +22,7 @@ from microlm.train import memory, objectives
 from microlm.train.batches import PackedRows, TooLong, held_out_rows
 from microlm.train.job import Job, LoopRecipe, Sampler, fingerprint
 from microlm.train.optim import OptimRecipe
-from microlm.train.pretrain import TOKENIZER, finish, require_same_tokenizer
+from microlm.train.pretrain import TOKENIZER, finish, require_same_chat
 from microlm.train.ranks import Ranks, launch, processes, warn_idle
 from microlm.train.reporter import tell_lengths
 from microlm.train.tuning import lora_recipe
@@ -59,7 +59,7 @@ def run(recipe: SftRecipe, work: Workspace, sample: Sampler | None = None) -> No
     `sample` writes texts on the way.
     """
     model, shards = work.inputs["model"], work.inputs["shards"]
-    require_same_tokenizer(model, shards)
+    require_same_chat(model, shards)
     memory.check(directory.read_config(model.path), recipe, recipe.lora.config() if recipe.lora else None)
     work.processes = processes(recipe.parallel)
     warn_idle("sft", recipe.parallel, recipe.loop.batch_rows, recipe.loop.micro_rows)
