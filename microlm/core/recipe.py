@@ -23,6 +23,15 @@ class Recipe(BaseModel):
         frozen=True, extra="forbid", protected_namespaces=(), validate_default=True, allow_inf_nan=False
     )
 
+    def keyed(self) -> dict[str, Any]:
+        """The fields that change the result, as plain JSON values."""
+        result = {}
+        for name, value in self.model_dump(mode="json").items():
+            inner = getattr(self, name)
+            if _mark(type(self).model_fields[name], "keyed", True):
+                result[name] = inner.keyed() if isinstance(inner, Recipe) else value
+        return result
+
 
 class Parallel(Recipe):
     """What differs between a laptop and a cluster; never changes a result's key."""
@@ -52,10 +61,6 @@ class StageRecipe(Recipe):
     seed: int = Field(0, ge=0, description="seed of everything random in this stage")
     parallel: Parallel = unkeyed(Parallel(), description="processes and threads")
 
-    def keyed(self) -> dict[str, Any]:
-        """The fields that change the result, as plain JSON values."""
-        return _keyed(self)
-
     @classmethod
     def input_fields(cls) -> tuple[str, ...]:
         """The fields that name input artifacts."""
@@ -70,15 +75,6 @@ class StageRecipe(Recipe):
         """Field name → directory of every input artifact that is set."""
         named = {k: getattr(self, k) for k in self.input_fields()}
         return {k: v for k, v in named.items() if v}
-
-
-def _keyed(block: Recipe) -> dict[str, Any]:
-    fields, result = type(block).model_fields, {}
-    for name, value in block.model_dump(mode="json").items():
-        inner = getattr(block, name)
-        if _mark(fields[name], "keyed", True):
-            result[name] = _keyed(inner) if isinstance(inner, Recipe) else value
-    return result
 
 
 def _mark(field: Any, name: str, default: Any) -> Any:

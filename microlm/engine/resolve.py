@@ -7,7 +7,7 @@ from pathlib import Path
 from microlm.core import storage
 from microlm.core.errors import UserError
 
-STAGES = ("export", "merge", "sft", "pretrain", "adopt")  # best first
+STAGES = ("export", "merge", "grpo", "dpo", "distil", "sft", "pretrain", "adopt")  # best first
 BASES = ("pretrain", "adopt")
 CONFIG = "config.json"
 

@@ -81,6 +81,11 @@ class LoopRecipe(Recipe):
             raise ValueError(f"{value} is not installed; pip install {value}, or leave tracker out")
         return value
 
+    def keyed(self) -> dict[str, Any]:
+        """With what the best weights are chosen by, where they are kept: on which rows, how often."""
+        chosen_by = ("validation_steps", "validation_rows") if self.keep_best else ()
+        return super().keyed() | {name: getattr(self, name) for name in chosen_by}
+
     @property
     def steps(self) -> int:
         """Optimizer steps of the whole run."""

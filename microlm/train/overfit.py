@@ -88,13 +88,21 @@ def overfit(recipe: Trainable, steps: int = STEPS, rows: int = ROWS, target: flo
     )
     rates = recipe.optim.model_copy(update={"schedule": "constant"})
     alone = Parallel(processes=1, threads=recipe.parallel.threads)
-    once = recipe.model_copy(update={"loop": loop, "optim": rates, "parallel": alone})
+    changes = {"loop": loop, "optim": rates, "parallel": alone} | _learnable(recipe)
+    once = recipe.model_copy(update=changes)
     found = trial(once, repeat=True)
     losses = [row["loss"] for row in found if "loss" in row]
     below = next((i for i, loss in enumerate(losses, 1) if loss < target), None)
     speed = statistics.median([r["tokens_per_s"] for r in found if "tokens_per_s" in r])
     last = statistics.fmean(losses[-10:])
     return Overfit(losses[0], last, min(losses), len(losses), target, below, speed)
+
+
+def _learnable(recipe: Trainable) -> dict[str, float]:
+    """What lets a batch learnt by heart have a loss of zero: the labels alone, all of them right."""
+    if isinstance(recipe, DistilRecipe):
+        return {"alpha": 0.0}  # a share of the teacher's entropy would stay
+    return {"label_smoothing": 0.0} if isinstance(recipe, DpoRecipe) else {}
 
 
 def require_overfit(found: Overfit) -> None:
@@ -141,14 +149,16 @@ def _rank(ranks: Ranks, recipe: Trainable, repeat: bool, folder: Path) -> None:
 def _prepare(recipe: Trainable, folder: Path) -> tuple[Decoder, Job]:
     shards = open_artifact(recipe.shards)
     model = open_artifact(recipe.model) if recipe.model else None
-    if model:
-        pretrain.require_same_tokenizer(model, shards)
     if isinstance(recipe, SftRecipe | DpoRecipe):
         assert model
+        pretrain.require_same_chat(model, shards)
         if isinstance(recipe, DpoRecipe):
             return dpo.prepare(recipe, model, shards.path, folder)
         return sft.prepare(recipe, model, shards.path, folder)
+    if model:
+        pretrain.require_same_tokenizer(model, shards)
     if isinstance(recipe, DistilRecipe):
+        distil.require_teacher(open_artifact(recipe.teacher), shards, recipe.loop.context)
         return distil.prepare(recipe, {k: open_artifact(v) for k, v in recipe.inputs().items()}, folder)
     config = pretrain.configuration(recipe, shards, model)
     return pretrain.prepare(recipe, config, model.path if model else None, shards.path, folder)

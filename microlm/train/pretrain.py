@@ -24,6 +24,7 @@ from microlm.model.architecture import ArchitectureRecipe
 from microlm.model.config import ModelConfig
 from microlm.model.rope import RopeScaling
 from microlm.model.transformer import Decoder, initialise
+from microlm.text.chat.directory import read_sources, special_tokens
 from microlm.text.shards import open_sets
 from microlm.text.tokenizer import FILES, copy_files
 from microlm.train import memory, objectives
@@ -159,6 +160,22 @@ def require_same_tokenizer(model: Artifact, shards: Artifact) -> None:
             f"{shards.url}: was made with another tokenizer than that of {model.url}; "
             "tokenize the data with the tokenizer that the model was trained with"
         )
+
+
+def require_same_chat(model: Artifact, shards: Artifact) -> None:
+    """Conversations are learnt as the shards spell them, and asked as the model's own files do."""
+    require_same_tokenizer(model, shards)
+    places = (model.path, shards.path / "tokenizer")
+    facts = {"chat template": read_sources, "special tokens": special_tokens}
+    for what, read in facts.items():
+        ours, theirs = map(read, places)
+        if ours != theirs:
+            odd = ", ".join(sorted(n for n in {*ours, *theirs} if ours.get(n) != theirs.get(n)))
+            raise UserError(
+                f"{shards.url}: its conversations were written with another {what} ({odd}) than {model.url} "
+                "has, which would be asked in a form that it never learnt; tokenize the data with "
+                f"tokenizer={model.url}"
+            )
 
 
 def finish(work: Workspace, tokenizer: Path) -> None:

@@ -120,6 +120,17 @@ def test_a_run_stands_for_its_best_finished_stage(run: Path, model: str, tmp_pat
         resolve_model_dir(model, base=True)
 
 
+@pytest.mark.parametrize("stage", ["grpo", "dpo", "distil"])
+def test_what_post_training_leaves_goes_before_what_it_began_with(tmp_path: Path, stage: str) -> None:
+    for name in ("pretrain", "sft", stage):
+        (tmp_path / name).mkdir()
+        for file in ("config.json", "manifest.json"):
+            (tmp_path / name / file).write_text("{}")
+    assert resolve_model_dir(tmp_path) == tmp_path / stage
+    (tmp_path / stage / "config.json").unlink()  # an adapter is no model
+    assert resolve_model_dir(tmp_path) == tmp_path / "sft"
+
+
 def write_prompts(folder: Path) -> Path:
     rows = [{"prompt": f"李白 {i}" * (1 + i % 3), "id": i} for i in range(30)] + [{"prompt": "长" * 200}]
     path = folder / "prompts.jsonl"

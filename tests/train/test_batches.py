@@ -294,5 +294,5 @@ def test_validation_uses_what_there_is() -> None:
     assert held_out_rows({"talk": long, "question": good}, {"talk": 1.0}, CONTEXT) is None
     rows = held_out_rows({"talk": long, "question": good}, {"talk": 0.5, "question": 0.5, "x": 1.0}, CONTEXT)
     assert rows is not None
-    assert rows.names == ["question"]
+    assert rows.names == ["question"] and rows.left_out["talk"].dropped == 1 == len(rows.left_out)
     assert np.isclose(sum(rows.shares), 1)

@@ -109,6 +109,7 @@ def test_pairs_that_no_row_can_hold_are_a_sentence_or_no_validation() -> None:
     assert held_out_pairs({"chat": tokens, "more": TOKENS}, {"chat": 1.0}, 28) is None
     found = held_out_pairs({"chat": tokens, "more": TOKENS}, {}, 28)
     assert found is not None and found.names == ["more"]
+    assert found.left_out["chat"].dropped == 1 == len(found.left_out)
 
 
 def test_sums_are_those_of_the_segments() -> None:

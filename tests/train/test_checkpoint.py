@@ -24,6 +24,7 @@ from microlm.train.checkpoint import Position, SavePlan, Saver, Trained, restore
 from microlm.train.checkpoint import folder as folders
 from microlm.train.checkpoint import trained as tensors
 from microlm.train.checkpoint.position import random_state, set_random_state
+from microlm.train.job import LoopRecipe
 from microlm.train.loop import train
 from microlm.train.optim import OptimRecipe
 from microlm.train.ranks import Ranks
@@ -218,6 +219,14 @@ def test_the_place_in_other_data_means_nothing(tmp_path: Path) -> None:
     assert at is not None and at.data == {}
 
 
+def test_the_place_among_samples_cut_otherwise_means_nothing(tmp_path: Path) -> None:
+    write(tmp_path)
+    other = MADE_FOR | {"recipe": {"optim": {"matrix_lr": 0.02}, "too_long": "split"}}
+    with pytest.warns(UserWarning, match=r"recipe.too_long was None, is split"):
+        at = restore(tmp_path, tiny_trained(9), other, allow_mismatch=True)
+    assert at is not None and at.data == {}
+
+
 def test_another_shape_is_refused_even_where_a_mismatch_is_allowed(tmp_path: Path) -> None:
     write(tmp_path)
     wide = tiny_trained(9, decoder=tiny_decoder(intermediate_size=96))
@@ -259,6 +268,15 @@ def test_every_random_state_comes_back() -> None:
 
 def validated(step: int, loss: float) -> Position:
     return Position(step, history=[{"step": float(step), "validation_loss": loss}])
+
+
+def test_what_chooses_the_best_weights_is_in_the_key() -> None:
+    """Where none are kept, validation changes nothing that is left."""
+    for more in ({"validation_steps": 7}, {"validation_rows": 7}):
+        assert LoopRecipe().keyed() == LoopRecipe(**more).keyed()
+        kept = LoopRecipe(keep_best=True)
+        assert kept.keyed() != LoopRecipe(keep_best=True, **more).keyed()
+    assert LoopRecipe().keyed().keys() < kept.keyed().keys()
 
 
 def test_the_best_weights_are_kept(tmp_path: Path) -> None:

@@ -26,10 +26,13 @@ from microlm.model import directory, lora
 from microlm.text import shards
 from microlm.text.shards import TokenizeRecipe
 from microlm.train import pretrain
+from microlm.train.overfit import overfit
+from microlm.train.plan import Trainable
 from microlm.train.pretrain import PretrainRecipe
-from microlm.train.tuning import distil, dpo
+from microlm.train.tuning import distil, dpo, sft
 from microlm.train.tuning.distil import DistilRecipe
 from microlm.train.tuning.dpo import DpoRecipe
+from microlm.train.tuning.sft import SftRecipe
 
 SHAPE = {"hidden_size": 32, "layers": 2, "heads": 2, "kv_heads": 1, "head_dim": 16, "intermediate_size": 64}
 SMALLER = SHAPE | {"layers": 1, "intermediate_size": 32}
@@ -112,6 +115,45 @@ def test_dpo_by_adapter(made: tuple[Artifact, Artifact], tmp_path: Path) -> None
     assert rows[0]["validation_loss"] == pytest.approx(math.log(2), abs=1e-5)
 
 
+def test_an_adapter_names_its_base_as_the_hub_does(made: tuple[Artifact, Artifact], tmp_path: Path) -> None:
+    def body(work: Workspace) -> None:
+        for file in payload(made[1]):
+            (work.path / file).write_bytes((made[1].path / file).read_bytes())
+        work.metrics["adopted"] = {"origin": {"hub": "Qwen/Qwen3-0.6B", "commit": "a"}}
+
+    adopted = sign(tmp_path / "adopted", "model", body)
+    for model, name in ((adopted, "Qwen/Qwen3-0.6B"), (made[1], "model")):
+        tuned = preferred(tmp_path / f"lora of {model.path.name}", (made[0], model), lora={"rank": 4})
+        assert tuned.json("adapter_config.json")["base_model_name_or_path"] == name
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+@pytest.mark.parametrize("what", ["chat template", "special tokens"])
+def test_conversations_in_another_form_are_refused(
+    made: tuple[Artifact, Artifact], tmp_path: Path, stage: str, what: str
+) -> None:
+    """The same tokenizer.json, so the same ids; but the model would be asked as it never learnt."""
+
+    def body(work: Workspace) -> None:
+        for file in payload(made[1]):
+            (work.path / file).write_bytes((made[1].path / file).read_bytes())
+        template, config = work.path / "chat_template.jinja", work.path / "tokenizer_config.json"
+        if what == "chat template":
+            template.write_text(template.read_text() + "{# another #}")
+        else:
+            named = json.loads(config.read_bytes())
+            config.write_text(json.dumps(named | {"eos_token": named["pad_token"]}))
+
+    other = sign(tmp_path / "other", "model", body)
+    values = {"out": str(tmp_path / "out"), "shards": made[0].url, "model": other.url, "loop": LOOP}
+    with pytest.raises(UserError, match=rf"written with another {what} \(.*; tokenize the data with"):
+        if stage == "sft":
+            sft.run(build(SftRecipe, values, "sft"))
+        else:
+            dpo.run(build(DpoRecipe, values, "dpo"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_dpo_cannot_use_is_a_sentence(made: tuple[Artifact, Artifact], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="must not see each other; leave out document_mask: false"):
         preferred(tmp_path / "a", made, loop=LOOP | {"document_mask": False})
@@ -163,6 +205,11 @@ def test_what_distil_cannot_use_is_a_sentence(made: tuple[Artifact, Artifact], t
     other = shards.run(TokenizeRecipe(out=str(tmp_path / "shards"), data=data.url, tokenizer=tokenizer.url))
     with pytest.raises(UserError, match=r"model: the teacher has another tokenizer than .*distil_endpoint"):
         taught(tmp_path / "c", (other, made[1]), architecture=SHAPE)
+    short = SHAPE | {"max_positions": CONTEXT}
+    values = {"shards": made[0].url, "architecture": short, "loop": LOOP | {"context": CONTEXT}}
+    teacher = pretrain.run(build(PretrainRecipe, {"out": str(tmp_path / "short"), **values}, "pretrain"))
+    with pytest.raises(UserError, match=rf"the teacher reads {CONTEXT} tokens, loop.context is {LONG}"):
+        taught(tmp_path / "d", (made[0], teacher), architecture=SHAPE)
 
 
 def write_recipe(file: Path, made: tuple[Artifact, Artifact], out: Path) -> Path:
@@ -194,6 +241,19 @@ def test_plan_and_overfit_know_them(
     assert first["lengths"]["chat"]["samples"] == 8 and first["too_long"] == "drop"
     assert first["memory"]["teacher"] == 0 < second["memory"]["teacher"]
     assert learnt["ok"] and learnt["first"] == pytest.approx(math.log(2), abs=1e-4)
+
+
+@pytest.mark.parametrize("stage", ["dpo", "distil"])
+def test_overfit_asks_for_what_can_be_learnt(
+    made: tuple[Artifact, Artifact], tmp_path: Path, stage: str
+) -> None:
+    """Smoothed labels and a teacher's distribution leave a loss that no weights take away."""
+    values = {"out": str(tmp_path), "shards": made[0].url, "loop": LOOP, "parallel": ONE}
+    recipe: Trainable = build(DpoRecipe, values | {"model": made[1].url, "label_smoothing": 0.3}, "dpo")
+    if stage == "distil":
+        fields = {"teacher": made[1].url, "architecture": SHAPE, "alpha": 0.9}
+        recipe = build(DistilRecipe, values | fields, "distil")
+    assert overfit(recipe, steps=100).ok
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -17,7 +18,7 @@ from training import CONTEXT, make_job, random_set, tiny_loop, token_set
 
 from microlm.core.errors import UserError
 from microlm.text.shards import TokenSet
-from microlm.train.batches import IGNORE, PackedRows, TooLong, spans
+from microlm.train.batches import IGNORE, PackedRows, TooLong, held_out_rows, spans
 from microlm.train.batches.lengths import CAP, Histogram
 from microlm.train.batches.spans import POLICIES, spans_of
 from microlm.train.reporter import tell_lengths
@@ -217,3 +218,17 @@ def test_the_counts_are_told_before_the_first_step(
     assert err[1] == (
         "tiny: training: too_long is cut_right; loop.context=61 (now 32) would keep every sample whole"
     )
+
+
+def test_held_out_sets_that_do_not_fit_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = PackedRows({"talk": talk("..xx")}, {}, CONTEXT, 0)
+    sets = {"talk": talk("..xx"), "long": talk("." + "x" * 2 * CONTEXT)}
+    for names, keep_best, told in (
+        (("talk", "long"), False, r"tiny: validation: long is left out: 1 samples, .*1 dropped"),
+        (("long",), False, r"tiny: warning: no held-out sample can be used, so there is no validation; hold"),
+        (("long",), True, r"there is no validation, and keep_best keeps nothing; .* raise loop.context"),
+    ):
+        held_out = held_out_rows({name: sets[name] for name in names}, {}, CONTEXT)
+        loop = tiny_loop(keep_best=keep_best, validation_rows=4)
+        tell_lengths(make_job(tmp_path, loop, train=rows, validation=held_out))
+        assert re.search(told, capsys.readouterr().err)

@@ -19,7 +19,7 @@ from microlm.text.shards import TokenSet
 from microlm.train.batches.batch import Batch
 from microlm.train.batches.lengths import Lengths
 from microlm.train.batches.packing import Piece
-from microlm.train.batches.rows import PackedRows
+from microlm.train.batches.rows import PackedRows, asked_for
 from microlm.train.batches.spans import spans_of, unread
 
 TooLongPair = Literal["drop", "cut_left"]
@@ -150,13 +150,18 @@ def pair_rows(
 def held_out_pairs(
     sets: Mapping[str, TokenSet], weights: Mapping[str, float], context: int, too_long: TooLongPair = "drop"
 ) -> PairRows | None:
-    """Rows for validation, always the same, out of the sets that can be used; None when there are none."""
+    """Rows for validation, always the same, out of the sets that can be used; None when there are none.
+
+    The shares of the others go to those; `left_out` tells which.
+    """
     pairs = {name: pairs_of(tokens, context, too_long) for name, tokens in sets.items()}
     found = {name: some for name, some in pairs.items() if len(some.fitting(context))}
     shares = {name: weight for name, weight in weights.items() if name in found}
     if not found or (weights and not any(shares.values())):
         return None
-    return PairRows(found, shares, context, 0, too_long)
+    rows = PairRows(found, shares, context, 0, too_long)
+    rows.left_out = {n: pairs[n].lengths for n in asked_for(pairs, weights) if n not in found}
+    return rows
 
 
 def pair_sums(values_RT: Tensor, segments_RT: Tensor, pairs: int) -> Tensor:

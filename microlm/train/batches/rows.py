@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -24,7 +24,8 @@ class PackedRows:
     """Packed rows out of several token sets, mixed by share of positions; endless, in a seeded order.
 
     With `document_mask` each sample sees itself only; without it also the samples before it in its row.
-    `lengths` tells of each set what is trained on, and what `too_long` left out.
+    `lengths` tells of each set what is trained on, and what `too_long` left out; `left_out` of the sets of
+    which no sample fits, where that is allowed.
     """
 
     def __init__(
@@ -37,13 +38,14 @@ class PackedRows:
         too_long: TooLong = "drop",
     ) -> None:
         _check_weights(sets, weights)
-        self.names = [n for n in sorted(sets) if weights.get(n, 0.0 if weights else 1.0) > 0]
+        self.names = asked_for(sets, weights)
         total = sum(weights.get(n, 1.0) for n in self.names)
         self.shares = [weights.get(n, 1.0) / total for n in self.names]
         self.context, self.seed, self.too_long = context, seed, too_long
         chosen = [sets[n] for n in self.names]
         found = [spans_of(s, context, unread(document_mask), too_long) for s in chosen]
         self.lengths = {n: lengths for n, (_, lengths) in zip(self.names, found, strict=True)}
+        self.left_out: dict[str, Lengths] = {}
         for name, lengths in self.lengths.items():
             _require_some(sets[name].name, lengths, context)
         spans, whole = [spans for spans, _ in found], [s.loss is not None for s in chosen]
@@ -107,13 +109,23 @@ def held_out_rows(
     document_mask: bool = True,
     too_long: TooLong = "drop",
 ) -> PackedRows | None:
-    """Rows for validation, always the same, out of the sets that can be used; None when there are none."""
+    """Rows for validation, always the same, out of the sets that can be used; None when there are none.
+
+    The shares of the others go to those; `left_out` tells which.
+    """
     lengths = {n: spans_of(s, context, unread(document_mask), too_long)[1] for n, s in sets.items()}
     found = {name: tokens for name, tokens in sets.items() if lengths[name].used}
     shares = {name: weight for name, weight in weights.items() if name in found}
     if not found or (weights and not any(shares.values())):
         return None
-    return PackedRows(found, shares, context, 0, document_mask, too_long)
+    rows = PackedRows(found, shares, context, 0, document_mask, too_long)
+    rows.left_out = {n: lengths[n] for n in asked_for(sets, weights) if n not in found}
+    return rows
+
+
+def asked_for(sets: Iterable[str], weights: Mapping[str, float]) -> list[str]:
+    """The sets with a share; without weights each has one."""
+    return [name for name in sorted(sets) if weights.get(name, 0.0 if weights else 1.0) > 0]
 
 
 def _require_some(name: str, lengths: Lengths, context: int) -> None:

@@ -34,6 +34,14 @@ def tell_lengths(job: Job) -> None:
     for split, some in sets.items():
         for line in sentences(some.lengths, some.context, some.too_long):
             sys.stderr.write(f"{job.name}: {split}: {line}\n")
+        for name, found in some.left_out.items():
+            sys.stderr.write(f"{job.name}: {split}: {name} is left out: {found.sentence()}\n")
+    if job.validation is None and (job.loop.validation_rows or job.loop.keep_best):
+        lost = ", and keep_best keeps nothing" if job.loop.keep_best else ""
+        sys.stderr.write(
+            f"{job.name}: warning: no held-out sample can be used, so there is no validation{lost}; hold "
+            "some out in the data stage, or raise loop.context\n"
+        )
 
 
 def write_summary(job: Job, decoder: Decoder, at: Position) -> None:

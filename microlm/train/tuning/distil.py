@@ -25,15 +25,14 @@ from microlm.text.shards import open_sets
 from microlm.train import memory
 from microlm.train.batches import PackedRows, TooLong, held_out_rows
 from microlm.train.job import Job, LoopRecipe, Sampler, fingerprint
-from microlm.train.loop import train
 from microlm.train.objectives import distil
 from microlm.train.optim import OptimRecipe
 from microlm.train.pretrain import TOKENIZER, finish, require_same_tokenizer
 from microlm.train.ranks import Ranks, launch, processes, warn_idle
-from microlm.train.reporter import tell_lengths, write_summary
+from microlm.train.reporter import tell_lengths
 from microlm.train.step import make_forward
 from microlm.train.tuning import lora_recipe
-from microlm.train.tuning.leaving import kind_of, weights_saver
+from microlm.train.tuning.leaving import kind_of, train_and_leave, weights_saver
 from microlm.train.tuning.lora_recipe import LoraRecipe
 
 
@@ -84,7 +83,7 @@ VERSION = 1
 def run(recipe: DistilRecipe, work: Workspace, sample: Sampler | None = None) -> None:
     """Load teacher and student, train on every rank, save the student; `sample` writes texts on the way."""
     teacher, shards, model = work.inputs["teacher"], work.inputs["shards"], work.inputs.get("model")
-    require_teacher(teacher, shards)
+    require_teacher(teacher, shards, recipe.loop.context)
     if model:
         require_same_tokenizer(model, shards)
     config, adapter = configuration(recipe, shards, model), recipe.lora.config() if recipe.lora else None
@@ -97,13 +96,19 @@ def run(recipe: DistilRecipe, work: Workspace, sample: Sampler | None = None) ->
         finish(work, model.path if model else shards.path / "tokenizer")
 
 
-def require_teacher(teacher: Artifact, shards: Artifact) -> None:
-    """Probabilities of other tokens cannot be compared."""
+def require_teacher(teacher: Artifact, shards: Artifact, context: int) -> None:
+    """Probabilities of other tokens cannot be compared; and the teacher reads whole rows of `context`."""
     if hash_file(teacher.file(TOKENIZER)) != hash_file(shards.file(f"tokenizer/{TOKENIZER}")):
         raise UserError(
             f"{teacher.url}: the teacher has another tokenizer than {shards.url}, so their tokens cannot be "
             "compared; tokenize the data with the teacher's tokenizer, or learn from the text that it "
             "writes (recipes/distil_endpoint.yaml)"
+        )
+    positions = directory.read_config(teacher.path).max_position_embeddings
+    if context > positions:
+        raise UserError(
+            f"{teacher.url}: the teacher reads {positions} tokens, loop.context is {context}; lower "
+            f"loop.context to {positions}, or choose a teacher with more positions"
         )
 
 
@@ -127,10 +132,7 @@ def _rank(
     job.fingerprint, job.sampler = made_for, sample
     if ranks.rank == 0:
         tell_lengths(job)
-    at = train(ranks, decoder, job)
-    if ranks.rank == 0:
-        job.save_weights(decoder, out)
-        write_summary(job, decoder, at)
+    train_and_leave(ranks, decoder, job)
 
 
 def prepare(recipe: DistilRecipe, inputs: Mapping[str, Artifact], out: Path) -> tuple[Decoder, Job]:

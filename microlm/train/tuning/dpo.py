@@ -22,14 +22,13 @@ from microlm.text.shards import open_sets
 from microlm.train import memory
 from microlm.train.batches.pairs import PairRows, TooLongPair, held_out_pairs, pair_rows
 from microlm.train.job import Job, LoopRecipe, Sampler, fingerprint
-from microlm.train.loop import train
 from microlm.train.objectives import dpo
 from microlm.train.optim import OptimRecipe
-from microlm.train.pretrain import TOKENIZER, finish, require_same_tokenizer
+from microlm.train.pretrain import TOKENIZER, finish, require_same_chat
 from microlm.train.ranks import Ranks, launch, processes, warn_idle
-from microlm.train.reporter import tell_lengths, write_summary
+from microlm.train.reporter import tell_lengths
 from microlm.train.tuning import lora_recipe
-from microlm.train.tuning.leaving import kind_of, weights_saver
+from microlm.train.tuning.leaving import kind_of, train_and_leave, weights_saver
 from microlm.train.tuning.lora_recipe import LoraRecipe
 from microlm.train.tuning.reference import add_references
 
@@ -81,7 +80,7 @@ def run(recipe: DpoRecipe, work: Workspace, sample: Sampler | None = None) -> No
     `sample` writes texts on the way.
     """
     model, shards = work.inputs["model"], work.inputs["shards"]
-    require_same_tokenizer(model, shards)
+    require_same_chat(model, shards)
     memory.check(directory.read_config(model.path), recipe, recipe.lora.config() if recipe.lora else None)
     work.processes = processes(recipe.parallel)
     warn_idle("dpo", recipe.parallel, recipe.loop.batch_rows, recipe.loop.micro_rows)
@@ -104,10 +103,7 @@ def _rank(
     if ranks.rank == 0:
         tell_lengths(job)
     add_references(ranks, decoder, job, reference_of(recipe, made_for))
-    at = train(ranks, decoder, job)
-    if ranks.rank == 0:
-        job.save_weights(decoder, out)
-        write_summary(job, decoder, at)
+    train_and_leave(ranks, decoder, job)
 
 
 def prepare(recipe: DpoRecipe, model: Artifact, shards: Path, out: Path) -> tuple[Decoder, Job]:

@@ -6,7 +6,6 @@ Architecture, tokenizer, template come from the input artifact; labels are assis
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +13,20 @@ from pydantic import Field
 
 from microlm.core import runtime
 from microlm.core.artifact import Workspace, stage
-from microlm.core.manifest import Artifact, Kind
+from microlm.core.manifest import Artifact
 from microlm.core.recipe import StageRecipe, artifact_input
-from microlm.model import directory, lora
+from microlm.model import directory
 from microlm.model.transformer import Decoder
 from microlm.text.shards import open_sets
 from microlm.train import memory, objectives
 from microlm.train.batches import PackedRows, TooLong, held_out_rows
 from microlm.train.job import Job, LoopRecipe, Sampler, fingerprint
-from microlm.train.loop import train
 from microlm.train.optim import OptimRecipe
-from microlm.train.pretrain import TOKENIZER, finish, require_same_tokenizer
+from microlm.train.pretrain import TOKENIZER, finish, require_same_chat
 from microlm.train.ranks import Ranks, launch, processes, warn_idle
-from microlm.train.reporter import tell_lengths, write_summary
+from microlm.train.reporter import tell_lengths
 from microlm.train.tuning import lora_recipe
+from microlm.train.tuning.leaving import kind_of, train_and_leave, weights_saver
 from microlm.train.tuning.lora_recipe import LoraRecipe
 
 
@@ -50,21 +49,17 @@ class SftRecipe(StageRecipe):
     optim: OptimRecipe = Field(default=OptimRecipe(), description="rates and schedule")
 
 
-def _kind(recipe: SftRecipe) -> Kind:
-    return "adapter" if recipe.lora else "model"
-
-
 VERSION = 5
 
 
-@stage("sft", _kind, VERSION)
+@stage("sft", kind_of, VERSION)
 def run(recipe: SftRecipe, work: Workspace, sample: Sampler | None = None) -> None:
     """Load the model, train on every rank, save weights or adapter with the model's own tokenizer files.
 
     `sample` writes texts on the way.
     """
     model, shards = work.inputs["model"], work.inputs["shards"]
-    require_same_tokenizer(model, shards)
+    require_same_chat(model, shards)
     memory.check(directory.read_config(model.path), recipe, recipe.lora.config() if recipe.lora else None)
     work.processes = processes(recipe.parallel)
     warn_idle("sft", recipe.parallel, recipe.loop.batch_rows, recipe.loop.micro_rows)
@@ -86,10 +81,7 @@ def _rank(
     job.fingerprint, job.sampler = made_for, sample
     if ranks.rank == 0:
         tell_lengths(job)
-    at = train(ranks, decoder, job)
-    if ranks.rank == 0:
-        job.save_weights(decoder, out)
-        write_summary(job, decoder, at)
+    train_and_leave(ranks, decoder, job)
 
 
 def prepare(recipe: SftRecipe, model: Artifact, shards: Path, out: Path) -> tuple[Decoder, Job]:
@@ -104,8 +96,5 @@ def prepare(recipe: SftRecipe, model: Artifact, shards: Path, out: Path) -> tupl
     name = "lora" if recipe.lora else "sft"
     objective = objectives.make(recipe.loop.compiles())
     job = Job(recipe.loop, recipe.optim, objective, rows, validation, out, name)
-    job.tokenizer = shards / "tokenizer"
-    if recipe.lora:
-        base = model.url.rstrip("/").rpartition("/")[2]
-        job.save_weights = partial(lora.save_adapter, base_name=base, base_digest=model.digest)
+    job.tokenizer, job.save_weights = shards / "tokenizer", weights_saver(recipe, model)
     return decoder, job
