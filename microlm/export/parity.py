@@ -87,12 +87,18 @@ def compare(
     difference = report["logits_max_abs_difference"]
     small = difference is not None and difference <= TOLERANCE
     unequal = ("texts_unequal", "controls_unequal", "conversations_unequal")
-    report["ok"] = small and not any(report[name] for name in unequal)
+    rendered = report["conversations"] > 0 or not has_template
+    report["ok"] = small and rendered and not any(report[name] for name in unequal)
     return report
 
 
 def require(report: dict[str, Any], where: str) -> None:
     """CheckFailed with what differs."""
+    if report["conversations_refused"] and not report["conversations"]:
+        raise CheckFailed(
+            f"{where}: its template renders none of the conversations, so none was compared; "
+            "change the template"
+        )
     if not report["ok"]:
         difference = report["logits_max_abs_difference"]
         shown = "are not finite" if difference is None else f"differ by up to {difference:.3g}"

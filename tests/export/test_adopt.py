@@ -327,6 +327,55 @@ def test_a_model_that_differs_is_not_signed(tmp_path: Path, monkeypatch: pytest.
     assert not (tmp_path / "model").exists()
 
 
+HOSTILE = {
+    "an exception": ("{{ 1/0 }}", "ZeroDivisionError"),
+    "a long text": ("{{ 'x' * (10**30) }}", "OverflowError"),
+    "much memory": ("{{ ('x' * (10**9))|length }}", "too much memory"),
+    "no end": (
+        "{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}",
+        "it takes more than 3 s",
+    ),
+    "a fault": ("{% for %}", "not a Jinja template"),
+    "a refusal": ("{{ raise_exception('never') }}", "it refuses this conversation: never"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_template_that_renders_no_question_is_refused(tmp_path: Path, name: str) -> None:
+    template, reason = HOSTILE[name]
+    source = write_foreign(tmp_path / "source")
+    (source / "chat_template.jinja").write_text(template, encoding="utf-8")
+    with pytest.raises(UserError, match=reason):
+        run_adopt(tmp_path / "model", source)
+
+
+def test_what_the_sandbox_refuses_is_not_asked_of_transformers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_foreign(tmp_path / "source")
+    (source / "chat_template.jinja").write_text("{{ 'x' * (10**30) }}", encoding="utf-8")
+    asked = list[object]()
+    monkeypatch.setattr(
+        transformers.PreTrainedTokenizerFast, "apply_chat_template", lambda *a, **_: asked.append(a)
+    )
+    report = parity.compare(source, [], [], 16)
+    assert not asked and report["conversations_refused"] >= 4 and report["conversations"] == 0
+    assert not report["ok"]
+    with pytest.raises(CheckFailed, match="its template renders none of the conversations"):
+        parity.require(report, "m")
+
+
+def test_what_a_template_refuses_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write_foreign(tmp_path / "source")
+    file = source / "chat_template.jinja"
+    refusal = "{% if messages|length > 1 %}{{ raise_exception('one turn') }}{% endif %}"
+    file.write_text(refusal + file.read_text(encoding="utf-8"), encoding="utf-8")
+    report = run_adopt(tmp_path / "model", source).manifest["metrics"]["parity"]
+    refused = report["conversations_refused"]
+    assert report["ok"] and report["conversations"] and refused
+    assert f"the chat template refuses {refused} conversations" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_name_on_the_hub(tmp_path: Path) -> None:
     """From a mirror; then without a network, from the hub's cache; then with neither."""

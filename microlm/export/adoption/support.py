@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from microlm.core.errors import UserError
+from microlm.core.records import Conversation, Message
 from microlm.model import directory
 from microlm.model.config import CLASS, ModelConfig
+from microlm.text.chat import chat_ids
 from microlm.text.chat.directory import read_sources
 from microlm.text.tokenizer import FILES, Tokenizer
 
@@ -137,6 +139,12 @@ def require_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer:
         )
     assert tokenizer.token_bytes, "reading them refuses what is not of byte-level BPE"
     return tokenizer
+
+
+def require_template(tokenizer: Tokenizer) -> None:
+    """A chat template that comes along renders a question, in the sandbox; UserError says why not."""
+    if has_template(tokenizer.path):
+        chat_ids(tokenizer, Conversation((Message("user", "?"),)), generation_prompt=True)
 
 
 def has_template(folder: Path) -> bool:
