@@ -149,6 +149,10 @@ LICENCES = {
     "---\nlicense: other\nlicense_name: qwen-research\n---\n": "qwen-research",
     "---\n: [\n---\n": "llama3.2",
     "no front matter": "llama3.2",
+    "---\na: &a [x, x]\nb: &b [*a, *a]\nlicense: {k: *b}\n---\n": "llama3.2",
+    "---\na: &a [x, x]\nlicense: [*a, mit]\n---\n": "llama3.2",
+    f"---\nlicense: other\nlicense_name: {'x' * 101}\n---\n": "llama3.2",
+    f"---\nlicense: [{'mit, ' * 9}]\n---\n": "llama3.2",
 }
 
 
