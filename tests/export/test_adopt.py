@@ -402,13 +402,22 @@ def test_a_name_on_the_hub(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_hub_model_of_pickles_is_refused_before_it_is_fetched(tmp_path: Path) -> None:
-    source = pickled(tmp_path / "source")
+@pytest.mark.parametrize(
+    ("write", "sentence", "weights"),
+    [
+        (pickled, "hf:owner/poems: the weights are pickled", "pytorch_model.bin"),
+        (sentencepiece, "is not of byte-level BPE; only that is read", "model.safetensors"),
+    ],
+)
+def test_a_hub_model_that_cannot_be_adopted_is_refused_before_it_is_fetched(
+    tmp_path: Path, write: Callable[[Path], Path], sentence: str, weights: str
+) -> None:
+    source = write(tmp_path / "source")
     with mirror(source) as server:
         home = {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
         done = command(tmp_path, "hf:owner/poems", "a", home)
-        assert done.returncode == 2 and "hf:owner/poems: the weights are pickled" in done.stderr
-        assert not any("pytorch_model.bin" in path for path in server.asked)
+        assert done.returncode == 2 and sentence in done.stderr
+        assert not any(weights in path for path in server.asked)
 
 
 def command(folder: Path, source: str, out: str, environment: dict[str, str]) -> Any:
