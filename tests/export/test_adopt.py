@@ -296,6 +296,14 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     "cut weights": (cut, r"model\.safetensors: not a whole safetensors file"),
     "no config": (without("config.json"), r"no config\.json there; expected a Hugging Face"),
     "an adapter": (adapter, r"is an adapter, not a model; adopt its base \(Qwen/Qwen2\.5-0\.5B\)"),
+    "no list of heads": (
+        changed("config.json", architectures=5),
+        r"config\.json: architectures is 5, expected a list; copy the file again",
+    ),
+    "a file": (
+        lambda folder: write_foreign(folder) / "model.safetensors",
+        r"model\.safetensors: is a file, not a model directory; give its directory, .*source$",
+    ),
     "nothing": (lambda folder: folder, "no such directory; give"),
 }  # fmt: skip
 

@@ -56,7 +56,10 @@ def _no_config(folder: Path) -> UserError:
 def _require_kind(file: Path, config: Mapping[str, Any]) -> None:
     """Refuse what is no decoder of a stock Llama, Qwen2 or Qwen3."""
     kind, known = str(config.get("model_type")), unsupported()
-    classes = [str(name) for name in config.get("architectures") or ()]
+    named = config.get("architectures") or []
+    if not isinstance(named, list):
+        raise UserError(f"{file}: architectures is {named!r:.40}, expected a list; copy the file again")
+    classes = [str(name) for name in named]
     if config.get("is_encoder_decoder") or kind in known["encoder_decoders"]:
         raise UserError(f"{file}: {kind} is an encoder with a decoder; {_ONLY}")
     if kind in known["encoders"] or any("MaskedLM" in name for name in classes):
