@@ -129,6 +129,8 @@ def tell(source: str, facts: dict[str, Any]) -> None:
     if facts["template"] == "none":
         lines.append("a base model without chat template, whose tokenizer cannot write ChatML: texts only")
     lines += [f"changed: {what}" for what in facts["changed"]]
+    if facts["left_out"]:
+        lines.append(f"left out: {', '.join(facts['left_out'])}")
     for line in lines:
         sys.stderr.write(f"adopt {source}: {line}\n")
 

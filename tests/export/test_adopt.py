@@ -304,6 +304,10 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
         lambda folder: write_foreign(folder) / "model.safetensors",
         r"model\.safetensors: is a file, not a model directory; give its directory, .*source$",
     ),
+    "a template elsewhere": (
+        lambda folder: edit(write_foreign(folder), "chat_template.json", chat_template="x"),
+        r"chat_template\.json: chat templates are not read from there; put them into chat_template\.jinja",
+    ),
     "nothing": (lambda folder: folder, "no such directory; give"),
 }  # fmt: skip
 
@@ -382,10 +386,12 @@ def test_what_a_template_refuses_is_told(tmp_path: Path, capsys: pytest.CaptureF
     file = source / "chat_template.jinja"
     refusal = "{% if messages|length > 1 %}{{ raise_exception('one turn') }}{% endif %}"
     file.write_text(refusal + file.read_text(encoding="utf-8"), encoding="utf-8")
+    (source / "vocab.json").write_text("{}", encoding="utf-8")
     report = run_adopt(tmp_path / "model", source).manifest["metrics"]["parity"]
     refused = report["conversations_refused"]
     assert report["ok"] and report["conversations"] and refused
-    assert f"the chat template refuses {refused} conversations" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"the chat template refuses {refused} conversations" in said and "left out: vocab.json" in said
 
 
 @pytest.mark.slow

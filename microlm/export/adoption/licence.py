@@ -44,8 +44,9 @@ def licence_of(folder: Path) -> str:
 
 def _names(value: object) -> list[str]:
     """The names in a card's field; nothing else is written out: a few aliases of YAML are a long text."""
-    names = value if isinstance(value, list) else [value]
-    if len(names) > _MOST_NAMES or not all(isinstance(n, str) and len(n) <= _NAME_CHARS for n in names):
+    found = value if isinstance(value, list) else [value]
+    names = [name for name in found if isinstance(name, str) and len(name) <= _NAME_CHARS]
+    if len(names) < len(found) or len(found) > _MOST_NAMES:
         return []
     return [name for name in names if name.strip()]
 

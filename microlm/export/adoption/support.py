@@ -20,6 +20,7 @@ from microlm.text.tokenizer import FILES, Tokenizer
 CONFIG = "config.json"
 _HOUSE = "a Hugging Face model directory"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+_OTHER_TEMPLATES = ("chat_template.json", "additional_chat_templates")
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -146,6 +147,12 @@ def require_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer:
 
 def require_template(tokenizer: Tokenizer) -> None:
     """A chat template that comes along renders a question, in the sandbox; UserError says why not."""
+    for name in _OTHER_TEMPLATES:
+        if (tokenizer.path / name).exists():
+            raise UserError(
+                f"{tokenizer.path / name}: chat templates are not read from there; put them into {FILES[3]}, "
+                f"or by name into {FILES[1]}, and remove it"
+            )
     if has_template(tokenizer.path):
         chat_ids(tokenizer, Conversation((Message("user", "?"),)), generation_prompt=True)
 
