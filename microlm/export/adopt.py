@@ -57,6 +57,7 @@ def run(recipe: AdoptRecipe, work: Workspace) -> None:
         origin, left_out, changed = found.origin, take_over(found.path, work.path), []
     config = support.require_config(work.path)
     tokenizer = support.require_tokenizer(work.path, config)
+    support.require_template(tokenizer)
     template, added = complete(work.path, tokenizer, config)
     inside = origin.pop("licence", licence.UNKNOWN)
     stated = licence.spdx(inside) if found.is_gguf else licence.licence_of(work.path)
@@ -80,7 +81,7 @@ def take_over(folder: Path, out: Path) -> list[str]:
     """Copy the directory's files, checked, links followed; the names of those that stay behind."""
     config = support.require_config(folder)
     support.require_weights(folder)
-    support.require_tokenizer(folder, config)
+    support.require_template(support.require_tokenizer(folder, config))
     taken = places.taken(folder)
     storage.require_space(out, sum(f.stat().st_size for f in taken), "the model", "choose another place")
     with storage.explain_write(out):
@@ -128,6 +129,8 @@ def tell(source: str, facts: dict[str, Any]) -> None:
     if facts["template"] == "none":
         lines.append("a base model without chat template, whose tokenizer cannot write ChatML: texts only")
     lines += [f"changed: {what}" for what in facts["changed"]]
+    if facts["left_out"]:
+        lines.append(f"left out: {', '.join(facts['left_out'])}")
     for line in lines:
         sys.stderr.write(f"adopt {source}: {line}\n")
 
@@ -139,6 +142,8 @@ def check(recipe: AdoptRecipe, work: Workspace) -> None:
     report = parity.compare(work.path, texts, chats, recipe.parity_tokens)
     work.write_json("logs/parity.json", report)
     work.metrics["parity"] = report
+    if refused := report["conversations_refused"]:
+        sys.stderr.write(f"adopt {recipe.source}: the chat template refuses {refused} conversations\n")
     parity.require(report, work.out)
 
 

@@ -149,6 +149,10 @@ LICENCES = {
     "---\nlicense: other\nlicense_name: qwen-research\n---\n": "qwen-research",
     "---\n: [\n---\n": "llama3.2",
     "no front matter": "llama3.2",
+    "---\na: &a [x, x]\nb: &b [*a, *a]\nlicense: {k: *b}\n---\n": "llama3.2",
+    "---\na: &a [x, x]\nlicense: [*a, mit]\n---\n": "llama3.2",
+    f"---\nlicense: other\nlicense_name: {'x' * 101}\n---\n": "llama3.2",
+    f"---\nlicense: [{'mit, ' * 9}]\n---\n": "llama3.2",
 }
 
 
@@ -292,6 +296,18 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     "cut weights": (cut, r"model\.safetensors: not a whole safetensors file"),
     "no config": (without("config.json"), r"no config\.json there; expected a Hugging Face"),
     "an adapter": (adapter, r"is an adapter, not a model; adopt its base \(Qwen/Qwen2\.5-0\.5B\)"),
+    "no list of heads": (
+        changed("config.json", architectures=5),
+        r"config\.json: architectures is 5, expected a list; copy the file again",
+    ),
+    "a file": (
+        lambda folder: write_foreign(folder) / "model.safetensors",
+        r"model\.safetensors: is a file, not a model directory; give its directory, .*source$",
+    ),
+    "a template elsewhere": (
+        lambda folder: edit(write_foreign(folder), "chat_template.json", chat_template="x"),
+        r"chat_template\.json: chat templates are not read from there; put them into chat_template\.jinja",
+    ),
     "nothing": (lambda folder: folder, "no such directory; give"),
 }  # fmt: skip
 
@@ -327,6 +343,57 @@ def test_a_model_that_differs_is_not_signed(tmp_path: Path, monkeypatch: pytest.
     assert not (tmp_path / "model").exists()
 
 
+HOSTILE = {
+    "an exception": ("{{ 1/0 }}", "ZeroDivisionError"),
+    "a long text": ("{{ 'x' * (10**30) }}", "OverflowError"),
+    "much memory": ("{{ ('x' * (10**9))|length }}", "too much memory"),
+    "no end": (
+        "{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}",
+        "it takes more than 3 s",
+    ),
+    "a fault": ("{% for %}", "not a Jinja template"),
+    "a refusal": ("{{ raise_exception('never') }}", "it refuses this conversation: never"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_template_that_renders_no_question_is_refused(tmp_path: Path, name: str) -> None:
+    template, reason = HOSTILE[name]
+    source = write_foreign(tmp_path / "source")
+    (source / "chat_template.jinja").write_text(template, encoding="utf-8")
+    with pytest.raises(UserError, match=reason):
+        run_adopt(tmp_path / "model", source)
+
+
+def test_what_the_sandbox_refuses_is_not_asked_of_transformers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_foreign(tmp_path / "source")
+    (source / "chat_template.jinja").write_text("{{ 'x' * (10**30) }}", encoding="utf-8")
+    asked = list[object]()
+    monkeypatch.setattr(
+        transformers.PreTrainedTokenizerFast, "apply_chat_template", lambda *a, **_: asked.append(a)
+    )
+    report = parity.compare(source, [], [], 16)
+    assert not asked and report["conversations_refused"] >= 4 and report["conversations"] == 0
+    assert not report["ok"]
+    with pytest.raises(CheckFailed, match="its template renders none of the conversations"):
+        parity.require(report, "m")
+
+
+def test_what_a_template_refuses_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write_foreign(tmp_path / "source")
+    file = source / "chat_template.jinja"
+    refusal = "{% if messages|length > 1 %}{{ raise_exception('one turn') }}{% endif %}"
+    file.write_text(refusal + file.read_text(encoding="utf-8"), encoding="utf-8")
+    (source / "vocab.json").write_text("{}", encoding="utf-8")
+    report = run_adopt(tmp_path / "model", source).manifest["metrics"]["parity"]
+    refused = report["conversations_refused"]
+    assert report["ok"] and report["conversations"] and refused
+    said = capsys.readouterr().err
+    assert f"the chat template refuses {refused} conversations" in said and "left out: vocab.json" in said
+
+
 @pytest.mark.slow
 def test_a_name_on_the_hub(tmp_path: Path) -> None:
     """From a mirror; then without a network, from the hub's cache; then with neither."""
@@ -349,13 +416,22 @@ def test_a_name_on_the_hub(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_hub_model_of_pickles_is_refused_before_it_is_fetched(tmp_path: Path) -> None:
-    source = pickled(tmp_path / "source")
+@pytest.mark.parametrize(
+    ("write", "sentence", "weights"),
+    [
+        (pickled, "hf:owner/poems: the weights are pickled", "pytorch_model.bin"),
+        (sentencepiece, "is not of byte-level BPE; only that is read", "model.safetensors"),
+    ],
+)
+def test_a_hub_model_that_cannot_be_adopted_is_refused_before_it_is_fetched(
+    tmp_path: Path, write: Callable[[Path], Path], sentence: str, weights: str
+) -> None:
+    source = write(tmp_path / "source")
     with mirror(source) as server:
         home = {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
         done = command(tmp_path, "hf:owner/poems", "a", home)
-        assert done.returncode == 2 and "hf:owner/poems: the weights are pickled" in done.stderr
-        assert not any("pytorch_model.bin" in path for path in server.asked)
+        assert done.returncode == 2 and sentence in done.stderr
+        assert not any(weights in path for path in server.asked)
 
 
 def command(folder: Path, source: str, out: str, environment: dict[str, str]) -> Any:

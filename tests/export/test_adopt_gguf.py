@@ -89,6 +89,59 @@ def test_another_gguf_is_one_sentence(tmp_path: Path, write: Callable[[Path], No
     assert not (tmp_path / "model").exists()
 
 
+def rewritten(folder: Path, **fields: int | None) -> Path:
+    """A small whole file with some of its numbers changed, or (None) left out: `block__count` is a dot."""
+    _, vocab = vocabulary(folder, Pieces("gpt2", "runs"), "gpt-2")
+    gguf_file.write(folder / "whole.gguf", vocab, tensors=True)
+    reader = gguf.GGUFReader(folder / "whole.gguf")
+    changed = {name.replace("__", "."): value for name, value in fields.items()}
+    writer = gguf.GGUFWriter(str(folder / "m.gguf"), "llama")
+    for name, field in reader.fields.items():
+        if name in changed or name.startswith("GGUF.") or name == "general.architecture":
+            continue
+        inner = field.types[-1] if len(field.types) > 1 else None
+        writer.add_key_value(name, field.contents(), field.types[0], sub_type=inner)
+    for name, value in changed.items():
+        if value is not None:
+            writer.add_uint32(name, value)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return folder / "m.gguf"
+
+
+BAD: dict[str, tuple[dict[str, int | None], str]] = {
+    "no depth": ({"llama__block_count": None}, "does not say 'llama.block_count'"),
+    "no width": ({"llama__embedding_length": None}, "does not say 'llama.embedding_length'"),
+    "no kinds": ({"tokenizer__ggml__token_type": None}, "does not say 'tokenizer.ggml.token_type'"),
+    "no list": ({"tokenizer__ggml__merges": 7}, "does not say 'tokenizer.ggml.merges'"),
+    "no such token": ({"tokenizer__ggml__eos_token_id": 10**6}, "they do not belong together"),
+    "too deep": ({"llama__block_count": 3}, r"its sizes are those of [\d,]+ weights, and it holds [\d,]+;"),
+    "too wide": ({"llama__feed_forward_length": 64}, "its sizes are those of"),
+    "large heads": ({"llama__rope__dimension_count": 64}, "its sizes are those of"),
+    "by another name": ({"mistral__block_count": 3}, "its sizes are those of"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_sizes_that_the_tensors_have_not_are_refused_before_room_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    fields, sentence = BAD[name]
+    file = rewritten(tmp_path, **fields)
+    monkeypatch.setattr(adopt.gguf, "write", lambda *_: pytest.fail("room is made"))
+    with pytest.raises(UserError, match=sentence):
+        run_adopt(tmp_path / "model", f"gguf:{file}")
+
+
+def test_the_same_file_with_its_own_sizes_is_adopted(tmp_path: Path) -> None:
+    made = run_adopt(tmp_path / "model", f"gguf:{rewritten(tmp_path)}")
+    assert made.manifest["metrics"]["parity"]["ok"]
+
+
 @pytest.mark.parametrize(
     ("source", "sentence"),
     [

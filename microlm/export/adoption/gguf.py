@@ -25,6 +25,9 @@ _NAMED = {
     "bos_token": "bos_token_id", "eos_token": "eos_token_id", "unk_token": "unknown_token_id",
     "pad_token": "padding_token_id",
 }  # fmt: skip
+_SIZES = (
+    "block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count",
+)  # fmt: skip
 Fields = dict[str, Any]
 
 
@@ -50,7 +53,43 @@ def read_fields(file: Path) -> Fields:
         raise UserError(
             f"{file}: cuts text by the rule {said.get('tokenizer.ggml.pre')!r}; known: {', '.join(_CUTS)}"
         )
+    _require_complete(file, said, kind)
+    held = sum(int(tensor.n_elements) for tensor in reader.tensors)
+    if (wanted := read_config(file).parameters) > held:
+        raise UserError(
+            f"{file}: its sizes are those of {wanted:,} weights, and it holds {held:,}; download it again"
+        )
     return said
+
+
+def _require_complete(file: Path, said: Fields, kind: str) -> None:
+    """Refuse a file without sizes (transformers would take those of a large model) or tokens."""
+    sizes = [f"{kind}.{name}" for name in _SIZES]
+    lists = [f"tokenizer.ggml.{name}" for name in ("tokens", "token_type", "merges")]
+    for names, expected in ((sizes, int), (lists, list)):
+        if lost := [name for name in names if not isinstance(said.get(name), expected)]:
+            raise UserError(f"{file}: does not say '{lost[0]}'; download it again, or adopt its directory")
+    count, kinds = (len(said[name]) for name in lists[:2])
+    ids = [number for field in _NAMED.values() if (number := said.get(f"tokenizer.ggml.{field}")) is not None]
+    if count != kinds or any(number not in range(count) for number in ids):
+        raise UserError(
+            f"{file}: has {count} tokens of {kinds} kinds, named ones {ids}; they do not belong together, "
+            "download it again"
+        )
+
+
+def read_config(file: Path) -> ModelConfig:
+    """The sizes by which transformers makes room for the weights, and what our decoder computes."""
+    from transformers import AutoConfig
+
+    try:
+        with quiet_transformers():
+            theirs = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+    except Exception as e:  # whatever its parsers raise on fields that are not as they expect
+        first = (str(e).strip().splitlines() or [""])[0][:160]
+        raise UserError(f"{file}: transformers cannot read it ({type(e).__name__}: {first})") from e
+    fields = {k: v for k, v in theirs.to_dict().items() if k != "quantization_config"}
+    return ModelConfig.from_hf(fields, str(file))
 
 
 def write(file: Path, said: Fields, folder: Path) -> None:
@@ -59,8 +98,7 @@ def write(file: Path, said: Fields, folder: Path) -> None:
 
     with quiet_transformers():
         theirs = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    fields = {k: v for k, v in theirs.config.to_dict().items() if k != "quantization_config"}
-    config = ModelConfig.from_hf(fields, str(file))
+    config = read_config(file)
     weights = theirs.state_dict()
     with torch.device("meta"):
         decoder = Decoder(config)

@@ -30,7 +30,7 @@ def pinned(name: str, revision: str) -> str:
 
 @cache
 def snapshot(name: str, commit: str) -> Path:
-    """The folder of a commit. The configuration comes first: what cannot be adopted is not downloaded."""
+    """The folder of a commit. Small files come first: what they say cannot be adopted is not downloaded."""
     _download(name, commit, _SMALL)
     folder = _download(name, commit, ("config.json",))
     if not any(folder.glob("model*.safetensors")):
@@ -39,7 +39,7 @@ def snapshot(name: str, commit: str) -> Path:
 
 
 def _require_adoptable(name: str, commit: str, folder: Path) -> None:
-    support.require_config(folder)
+    support.require_template(support.require_tokenizer(folder, support.require_config(folder)))
     listed: list[str] = _asked(name, lambda hub: hub.HfApi().list_repo_files(name, revision=commit))
     pickles = [file for file in listed if file.endswith((".bin", ".pt", ".pth"))]
     if pickles and not any(file.endswith(".safetensors") for file in listed):

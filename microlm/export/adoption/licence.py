@@ -23,23 +23,32 @@ _BY_TEXT = (
     (r"gnu general public license\s+version 3", "gpl-3.0"),
 )
 _READ_BYTES = 1 << 16
+_NAME_CHARS, _MOST_NAMES = 100, 8
 
 
 def licence_of(folder: Path) -> str:
     """By the front matter of README.md, else by the text of LICENSE."""
     card = _card(folder)
-    said = card.get("license")
-    said = ", ".join(map(spdx, said)) if isinstance(said, list) else said
-    if said and said != "other":
-        return spdx(said)
-    if name := card.get("license_name"):
-        return str(name)
+    said = _names(card.get("license"))
+    if said and said != ["other"]:
+        return ", ".join(map(spdx, said))
+    if names := _names(card.get("license_name")):
+        return ", ".join(names)
     for file in sorted(f for pattern in TEXTS[:2] for f in folder.glob(pattern) if f.is_file()):
         text = " ".join(_read(file).lower().split())
         for pattern, name in _BY_TEXT:
             if found := re.search(pattern, text):
                 return spdx(name.format(*found.groups()))
     return UNKNOWN
+
+
+def _names(value: object) -> list[str]:
+    """The names in a card's field; nothing else is written out: a few aliases of YAML are a long text."""
+    found = value if isinstance(value, list) else [value]
+    names = [name for name in found if isinstance(name, str) and len(name) <= _NAME_CHARS]
+    if len(names) < len(found) or len(found) > _MOST_NAMES:
+        return []
+    return [name for name in names if name.strip()]
 
 
 def spdx(name: object) -> str:

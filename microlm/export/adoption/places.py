@@ -74,6 +74,9 @@ def fetch(place: Place) -> Found:
         return Found(hub.snapshot(place.name, commit), {"hub": place.name, "commit": commit})
     if place.kind == "dir":
         folder = Path(place.name).expanduser()
+        if folder.is_file():
+            word = f"gguf:{folder}" if folder.suffix == ".gguf" else f"its directory, {folder.parent}"
+            raise UserError(f"{folder}: is a file, not a model directory; give {word}")
         return Found(folder, {"directory": folder.resolve().name})
     if place.kind == "wheel":
         file, version = _of_package(place.name)

@@ -10,14 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from microlm.core.errors import UserError
+from microlm.core.records import Conversation, Message
 from microlm.model import directory
 from microlm.model.config import CLASS, ModelConfig
+from microlm.text.chat import chat_ids
 from microlm.text.chat.directory import read_sources
 from microlm.text.tokenizer import FILES, Tokenizer
 
 CONFIG = "config.json"
 _HOUSE = "a Hugging Face model directory"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+_OTHER_TEMPLATES = ("chat_template.json", "additional_chat_templates")
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -54,7 +57,10 @@ def _no_config(folder: Path) -> UserError:
 def _require_kind(file: Path, config: Mapping[str, Any]) -> None:
     """Refuse what is no decoder of a stock Llama, Qwen2 or Qwen3."""
     kind, known = str(config.get("model_type")), unsupported()
-    classes = [str(name) for name in config.get("architectures") or ()]
+    named = config.get("architectures") or []
+    if not isinstance(named, list):
+        raise UserError(f"{file}: architectures is {named!r:.40}, expected a list; copy the file again")
+    classes = [str(name) for name in named]
     if config.get("is_encoder_decoder") or kind in known["encoder_decoders"]:
         raise UserError(f"{file}: {kind} is an encoder with a decoder; {_ONLY}")
     if kind in known["encoders"] or any("MaskedLM" in name for name in classes):
@@ -137,6 +143,18 @@ def require_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer:
         )
     assert tokenizer.token_bytes, "reading them refuses what is not of byte-level BPE"
     return tokenizer
+
+
+def require_template(tokenizer: Tokenizer) -> None:
+    """A chat template that comes along renders a question, in the sandbox; UserError says why not."""
+    for name in _OTHER_TEMPLATES:
+        if (tokenizer.path / name).exists():
+            raise UserError(
+                f"{tokenizer.path / name}: chat templates are not read from there; put them into {FILES[3]}, "
+                f"or by name into {FILES[1]}, and remove it"
+            )
+    if has_template(tokenizer.path):
+        chat_ids(tokenizer, Conversation((Message("user", "?"),)), generation_prompt=True)
 
 
 def has_template(folder: Path) -> bool:
