@@ -143,6 +143,15 @@ def ask(text: str, **fields: Any) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": text}], **fields}
 
 
+def test_a_task_that_cannot_name_a_token_set_is_counted(server: Watched, tmp_path: Path) -> None:
+    pair = {"prompt": "Who?", "chosen": "a", "rejected": "b"}
+    rows = [ask("1", task="法律"), ask("2", task="documents"), ask("3", task="a b"), ask("4", task=5),
+            {"instruction": "6", "output": "7", "task": "a/b"}, pair]  # fmt: skip
+    made = distil(tmp_path / "out", server.url, seeds=seeds(tmp_path / "s.jsonl", rows))
+    assert [c.task for c in chats(made)] == ["法律", "chat"]
+    assert made.json("counts.json")["dropped"] == {"bad_task": 4}
+
+
 @pytest.mark.parametrize("thinking", [True, False])
 def test_thinking_and_calls_become_parts_of_the_message(tmp_path: Path, thinking: bool) -> None:
     rows = [ask("2 + 2?"), ask("2 + 2?", tools=[TOOL]), ask("long"), {"prompt": "marks"}]

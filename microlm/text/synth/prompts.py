@@ -6,7 +6,6 @@ A conversation is asked up to its last turn that is not the assistant's; what wa
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -15,14 +14,14 @@ from microlm.core.client import ChatReply
 from microlm.core.records import Conversation, Extraction, Message, Preference
 from microlm.text import extraction, sources
 from microlm.text.dedup import DigestSet
-from microlm.text.read import Drop, Fault, Record
+from microlm.text.read import Drop, Fault, Record, shown
 from microlm.text.sources import Source
 from microlm.text.sources.marked import answer_text
 from microlm.text.sources.shapes import parse_object
 from microlm.text.sources.turns import dialogue
 from microlm.text.synth.check import require_finished
 from microlm.text.synth.items import UNREAD, Item, Skipped, request_digest
-from microlm.text.synth.recipe import NAME, Prompts, SynthRecipe, Template
+from microlm.text.synth.recipe import Prompts, SynthRecipe, Template
 from microlm.text.synth.templates import require_utf8
 
 
@@ -34,6 +33,9 @@ def walk(recipe: SynthRecipe, asks: Prompts, source: Source) -> Iterator[Item | 
             record = data if isinstance(data, Drop) else _read(data, place)
             if isinstance(record, Drop):
                 yield Skipped(next(numbers), place, UNREAD, record.reason, record.detail)
+            elif not sources.is_task(task := _task(record)):
+                detail = f"task {shown(task)!r} cannot name a token set"
+                yield Skipped(next(numbers), place, UNREAD, "bad_task", detail)
             elif not asks.tasks or _task(record) in asks.tasks:
                 yield from _items(recipe, asks, place, record, asked, numbers)
 
@@ -47,8 +49,8 @@ def _read(data: Mapping[str, Any], place: str) -> Record | Drop:
         return parse_object(data, place)
     task = data.get("task", "chat")
     try:
-        if not isinstance(task, str) or not re.fullmatch(NAME, task):
-            raise Fault("bad_task", f"task {str(task)[:40]!r} cannot name a token set")
+        if not isinstance(task, str):
+            raise Fault("bad_task", f"'task' is {type(task).__name__}, expected a string")
         messages, tools = dialogue(turns, data)
     except Fault as fault:
         return Drop(fault.reason, place, fault.detail)
