@@ -119,6 +119,18 @@ def test_prompts_of_a_data_artifact_by_task_and_with_a_system_message(
     assert made.manifest["inputs"]["data"]["digest"] == data.digest
 
 
+def test_pairs_have_a_task_and_what_is_not_asked_is_counted(server: Watched, tmp_path: Path) -> None:
+    pair = {"chosen": "a", "rejected": "b", "task": "law"}
+    rows = [ask("1"), {"prompt": "2", **pair}, ask("3", task="arithmetic"), {"prompt": "4", **pair}]
+    words = seeds(tmp_path / "s.jsonl", rows)
+    made = distil(tmp_path / "out", server.url, seeds=words, prompts={"tasks": ["law"]})
+    assert [(c.task, c.messages[0].content) for c in chats(made)] == [("law", "2"), ("law", "4")]
+    counts = made.json("counts.json")
+    assert counts["asked"] == 4 and counts["dropped"] == {"other_task": 2}
+    one = distil(tmp_path / "one", server.url, seeds=words, prompts={"tasks": ["law"]}, limit=1)
+    assert [c.messages[0].content for c in chats(one)] == ["2"]
+
+
 async def thoughtful(scope: Any, receive: Any, send: Any) -> None:
     """An endpoint as vLLM is with a reasoning parser and tools: it thinks, calls, or is cut."""
     message = await receive()

@@ -25,6 +25,9 @@ from microlm.text.synth.recipe import Prompts, SynthRecipe, Template
 from microlm.text.synth.templates import require_utf8
 
 
+OTHER_TASK = "other_task"
+
+
 def walk(recipe: SynthRecipe, asks: Prompts, source: Source) -> Iterator[Item | Skipped]:
     """The prompts of a file, each as often as `draw.samples` says."""
     numbers, asked = itertools.count(), DigestSet()
@@ -36,7 +39,9 @@ def walk(recipe: SynthRecipe, asks: Prompts, source: Source) -> Iterator[Item | 
             elif not sources.is_task(task := _task(record)):
                 detail = f"task {shown(task)!r} cannot name a token set"
                 yield Skipped(next(numbers), place, UNREAD, "bad_task", detail)
-            elif not asks.tasks or _task(record) in asks.tasks:
+            elif asks.tasks and task not in asks.tasks:
+                yield Skipped(next(numbers), place, task, OTHER_TASK, f"task '{task}' is not asked")
+            else:
                 yield from _items(recipe, asks, place, record, asked, numbers)
 
 
@@ -86,7 +91,7 @@ def _items(
 
 def _task(record: Record) -> str:
     """What the answer is to teach."""
-    if isinstance(record, Conversation):
+    if isinstance(record, Conversation | Preference):
         return record.task
     return "extraction" if isinstance(record, Extraction) else "chat"
 
