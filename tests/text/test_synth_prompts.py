@@ -144,6 +144,8 @@ async def thoughtful(scope: Any, receive: Any, send: Any) -> None:
         said["content"], reason = "cut", "length"
     elif body and body["messages"][-1]["content"] == "marks":
         said = {"role": "assistant", "content": "<think>\nby marks\n</think>\n\nyes"}
+    elif body and "think>" in body["messages"][-1]["content"]:
+        said = {"role": "assistant", "content": body["messages"][-1]["content"]}
     choice = {"index": 0, "message": said, "finish_reason": reason}
     answer = {"id": "x", "model": "teacher-v1", "choices": [choice], "data": [{"id": "teacher"}]}
     headers = [(b"content-type", b"application/json")]
@@ -180,6 +182,29 @@ def test_thinking_and_calls_become_parts_of_the_message(tmp_path: Path, thinking
         Message("assistant", "yes", marked),
     ]
     assert chats(made)[1].tools == (json.dumps(TOOL),)
+
+
+def test_thinking_whose_marks_do_not_match_is_no_answer(tmp_path: Path) -> None:
+    said = ["two and two</think>4", "<think>two and", "<think>a</think>b</think>4", "<think>a</think>4"]
+    words = seeds(tmp_path / "s.jsonl", [ask(text) for text in said])
+    with run_app(thoughtful) as (url, _):
+        made = distil(tmp_path / "out", url, seeds=words, draw={**DRAW, "attempts": 1})
+    assert made.json("counts.json")["dropped"] == {"unmatched_thinking": 3}
+    assert [c.messages[-1] for c in chats(made)] == [Message("assistant", "4", "a")]
+
+
+def test_calls_and_thinking_tell_two_prompts_apart(tmp_path: Path) -> None:
+    def called(n: int, thought: str = "") -> dict[str, Any]:
+        call = {"type": "function", "function": {"name": "add", "arguments": {"n": n}}}
+        answer = {"role": "assistant", "content": "", "tool_calls": [call], "reasoning_content": thought}
+        return {"messages": [*ask("+?")["messages"], answer, {"role": "tool", "content": "ok"}]}
+
+    words = seeds(tmp_path / "s.jsonl", [called(1), called(2), called(2), called(2, "hm")])
+    with run_app(thoughtful) as (url, _):
+        made = distil(tmp_path / "out", url, seeds=words)
+    assert made.json("counts.json")["dropped"] == {"duplicate_prompt": 1}
+    calls = [[c.arguments for c in chat.messages[1].tool_calls] for chat in chats(made)]
+    assert calls == [['{"n": 1}'], ['{"n": 2}'], ['{"n": 2}']]
 
 
 def test_the_answers_are_what_is_learnt(server: Watched, model: Path, tmp_path: Path) -> None:
