@@ -47,6 +47,18 @@ def test_a_pipeline_is_resolved() -> None:
     assert found[5].fields["model"] == "runs/q/sft" and found[5].fields["shards"] == "/other/shards"
 
 
+def test_the_best_checkpoint_of_an_earlier_stage_is_an_input() -> None:
+    found = plan(pipeline(), "lora.model=sft/best", "sft.loop.keep_best=true")
+    assert found[5].fields["model"] == "runs/q/sft/best"
+    for word, sentence in [
+        ("lora.model=sft/best", "stage 'sft' keeps no best; set sft.loop.keep_best=true"),
+        ("lora.model=sft/bset", "stage 'sft' leaves no 'bset' to name"),
+        ("sft.model=lora/best", "stage 'lora' does not run before this one"),
+    ]:
+        with pytest.raises(UserError, match=sentence):
+            plan(pipeline(), word)
+
+
 def test_overrides_reach_their_stage() -> None:
     found = {
         p.name: p.fields

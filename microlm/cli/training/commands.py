@@ -151,8 +151,11 @@ def _trainable(staged: Staged) -> Any:
 
 
 def _maker(place: str, stages: Sequence[Staged]) -> Staged | None:
-    """The stage that makes what lies, or will lie, at a place."""
-    return next((s for s in stages if s.recipe.out == place), None)
+    """The stage that makes what lies, or will lie, at a place: all of it, or its best checkpoint."""
+    from microlm.cli.pipeline import BEST
+    from microlm.core import storage
+
+    return next((s for s in stages if place in (s.recipe.out, storage.join(s.recipe.out, BEST))), None)
 
 
 def _index(shards: str, stages: Sequence[Staged]) -> Mapping[str, Any]:
