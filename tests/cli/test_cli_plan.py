@@ -1,12 +1,17 @@
 """Recipe + words → plan, as a pure function."""
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from microlm.cli.pipeline import Planned, resolve, until
+from microlm.cli.recipes import find_recipe
+from microlm.cli.run import COMMANDS, _one_stage_help
 from microlm.cli.stages import STAGES
 from microlm.core.errors import UserError
+from microlm.core.recipe import read_yaml
 
 INPUTS = {
     "tokenizer": ("data",),
@@ -158,3 +163,13 @@ def test_until_keeps_what_comes_before() -> None:
     assert until(found, "sft", "r") == found
     with pytest.raises(UserError, match="holds no stage of type 'export'"):
         until(found, "export", "r")
+
+
+def test_the_example_of_a_stage_command_is_a_recipe_that_has_the_stage() -> None:
+    for words, (stage, text, example) in COMMANDS.items():
+        if stage == "synth":
+            continue  # an endpoint of one's own
+        name = re.search(r"recipes/(\w+)\.yaml", _one_stage_help(words, stage, example))
+        assert name and text
+        held = read_yaml(find_recipe(Path(name[1])))["stages"]
+        assert stage in [entry["stage"] for entry in held], words
