@@ -159,16 +159,17 @@ def _maker(place: str, stages: Sequence[Staged]) -> Staged | None:
 
 
 def _index(shards: str, stages: Sequence[Staged]) -> Mapping[str, Any]:
-    """The shards' index; before they are made what the tokenizer's recipe says, and no sets."""
+    """The shards' index; before they are made what the tokenizer or its recipe says, and no sets."""
     from microlm.core import manifest
     from microlm.core.errors import UserError
+    from microlm.text.tokenizer import Tokenizer
 
     if made := manifest.find(shards):
         return dict(made.json("index.json"))
     maker = _maker(shards, stages)
     tokenizer = getattr(maker.recipe, "tokenizer", "") if maker else ""
     if found := manifest.find(tokenizer) if tokenizer else None:
-        size = found.manifest["metrics"].get("vocab_size")
+        size = found.manifest.get("metrics", {}).get("vocab_size") or Tokenizer.load(found.path).vocab_size
     else:
         trainer = _maker(tokenizer, stages)
         size = getattr(trainer.recipe, "vocab_size", None) if trainer else None
