@@ -119,7 +119,7 @@ to its last '{stage}' stage is run. What is finished already is skipped.
 
 \b
 Example:
-  microlm {words} recipes/{stage if stage in OWN_RECIPE else 'quickstart'}.yaml {example}
+  microlm {words} recipes/{stage if stage in OWN_RECIPE else "quickstart"}.yaml {example}
 """
 
 

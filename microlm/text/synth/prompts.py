@@ -115,5 +115,7 @@ def taught(reply: ChatReply, keep_thinking: bool) -> str:
     [message], _ = dialogue([{**choices[0]["message"], "role": "assistant"}], {})
     said = replace(message, content=message.content.strip())
     if said.content.startswith("<think>") or "</think>" in said.content:
-        raise Fault("unmatched_thinking", "a mark of thinking has no partner, so the answer is not told apart")
+        raise Fault(
+            "unmatched_thinking", "a mark of thinking has no partner, so the answer is not told apart"
+        )
     return require_utf8(answer_text(said if keep_thinking else replace(said, reasoning="")))
