@@ -15,6 +15,7 @@ from microlm.core.errors import UserError
 from microlm.core.recipe import apply_overrides, nearest, parse_override
 
 TOP = ("name", "output", "seed", "parallel", "stages")
+BEST = "best"  # in a training stage's directory, where its loop.keep_best asks for it
 INHERITED = ("seed", "parallel")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
@@ -87,6 +88,8 @@ def _pipeline(
             if key in fields:
                 fields[key] = _place(fields[key], places, list(entries), f"{where}: {name}.{key}")
         places[name] = str(fields["out"])
+        if isinstance(loop := fields.get("loop"), Mapping) and loop.get("keep_best"):
+            places[f"{name}/{BEST}"] = storage.join(places[name], BEST)
         plan.append(Planned(name, stage, recipe_name(stage), fields))
     return plan
 
@@ -169,10 +172,12 @@ def _place(value: Any, places: Mapping[str, str], names: list[str], where: str) 
     if not isinstance(value, str) or value in places:
         return places.get(value, value) if isinstance(value, str) else value
     head, _, kept = value.partition("/")
-    if head in places and kept:  # a checkpoint that an earlier stage keeps: sft/best
-        return storage.join(places[head], kept)
-    if value in names:
-        raise UserError(f"{where}: stage '{value}' does not run before this one; move it up in the list")
+    if head in names and head not in places:
+        raise UserError(f"{where}: stage '{head}' does not run before this one; move it up in the list")
+    if head in places and kept == BEST:
+        raise UserError(f"{where}: stage '{head}' keeps no {BEST}; set {head}.loop.keep_best=true")
+    if head in places:
+        raise UserError(f"{where}: stage '{head}' leaves no '{kept}' to name (a directory is ./{value})")
     if value and "/" not in value and not value.startswith((".", storage.BUILTIN)):
         hint = nearest(value, places) if places else "no stage runs before this one"
         raise UserError(f"{where}: '{value}' is no earlier stage; {hint} (a directory is written ./{value})")

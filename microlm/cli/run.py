@@ -58,6 +58,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "export merge": ("merge", "Merge a LoRA adapter into its model.", "output=runs/mine"),
     "export hf": ("export", "Write a Hugging Face directory, checked against transformers.", "seed=1"),
 }
+OWN_RECIPE = ("dpo", "distil", "grpo")  # the quickstart has no such stage
 GROUPS = {
     "data": "Raw text to clean, split records.",
     "tokenizer": "Text to token ids.",
@@ -118,7 +119,7 @@ to its last '{stage}' stage is run. What is finished already is skipped.
 
 \b
 Example:
-  microlm {words} recipes/quickstart.yaml {example}
+  microlm {words} recipes/{stage if stage in OWN_RECIPE else "quickstart"}.yaml {example}
 """
 
 

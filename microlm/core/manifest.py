@@ -108,7 +108,8 @@ def open_artifact(url: str) -> Artifact:
 
 def _checkpoint(url: str) -> Artifact | None:
     """The part of a model or adapter that is a whole model itself: its files, digest, and lineage."""
-    parent, _, name = url.rstrip("/").rpartition("/")
+    place = url if storage.is_remote(url) else str(storage.local_path(url).absolute())
+    parent, _, name = place.rstrip("/").rpartition("/")
     if not parent or not name.strip(".") or not storage.exists(storage.join(parent, MANIFEST)):
         return None
     owner = open_artifact(parent)
@@ -119,7 +120,7 @@ def _checkpoint(url: str) -> Artifact | None:
     ]
     if owner.kind not in ("model", "adapter") or not any(f["path"] == CHECKPOINT for f in files):
         return None
-    head = json.loads((owner.path / name / CHECKPOINT).read_bytes())
+    head = _head(owner.path / name / CHECKPOINT)
     told = {"name": name, "of": owner.digest} | {k: head.get(k) for k in ("step", "validation_loss")}
     changed: dict[str, Any] = {
         "key": sha256(f"{owner.key} {name}".encode()),
@@ -132,6 +133,17 @@ def _checkpoint(url: str) -> Artifact | None:
     if owner.manifest.get("seal") == seal(owner.manifest):  # else its own is missing, and so it is damaged
         manifest["seal"] = seal(manifest)
     return Artifact(url, owner.path / name, manifest)
+
+
+def _head(path: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself."""
+    try:
+        head = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        head = None
+    if not isinstance(head, dict):
+        raise UserError(f"{path}: is missing or damaged; {_AGAIN}")
+    return head
 
 
 def _below(path: str) -> str:

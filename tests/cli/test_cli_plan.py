@@ -1,12 +1,17 @@
 """Recipe + words → plan, as a pure function."""
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from microlm.cli.pipeline import Planned, resolve, until
+from microlm.cli.recipes import find_recipe
+from microlm.cli.run import COMMANDS, _one_stage_help
 from microlm.cli.stages import STAGES
 from microlm.core.errors import UserError
+from microlm.core.recipe import read_yaml
 
 INPUTS = {
     "tokenizer": ("data",),
@@ -45,6 +50,18 @@ def test_a_pipeline_is_resolved() -> None:
     }  # fmt: skip
     assert found[3].fields["parallel"] == {"processes": 2, "threads": 3}
     assert found[5].fields["model"] == "runs/q/sft" and found[5].fields["shards"] == "/other/shards"
+
+
+def test_the_best_checkpoint_of_an_earlier_stage_is_an_input() -> None:
+    found = plan(pipeline(), "lora.model=sft/best", "sft.loop.keep_best=true")
+    assert found[5].fields["model"] == "runs/q/sft/best"
+    for word, sentence in [
+        ("lora.model=sft/best", "stage 'sft' keeps no best; set sft.loop.keep_best=true"),
+        ("lora.model=sft/bset", "stage 'sft' leaves no 'bset' to name"),
+        ("sft.model=lora/best", "stage 'lora' does not run before this one"),
+    ]:
+        with pytest.raises(UserError, match=sentence):
+            plan(pipeline(), word)
 
 
 def test_overrides_reach_their_stage() -> None:
@@ -146,3 +163,13 @@ def test_until_keeps_what_comes_before() -> None:
     assert until(found, "sft", "r") == found
     with pytest.raises(UserError, match="holds no stage of type 'export'"):
         until(found, "export", "r")
+
+
+def test_the_example_of_a_stage_command_is_a_recipe_that_has_the_stage() -> None:
+    for words, (stage, text, example) in COMMANDS.items():
+        if stage == "synth":
+            continue  # an endpoint of one's own
+        name = re.search(r"recipes/(\w+)\.yaml", _one_stage_help(words, stage, example))
+        assert name and text
+        held = read_yaml(find_recipe(Path(name[1])))["stages"]
+        assert stage in [entry["stage"] for entry in held], words

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from artifacts import write_data
+from artifacts import sign, write_data
+from tiny_model import write_tiny_model
 from training import CONTEXT, write_recipe
 
 from microlm.cli import main
+from microlm.text.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -151,3 +153,18 @@ def test_mistakes_are_sentences(recipe: Path, tmp_path: Path, capsys: pytest.Cap
     tokenizer.write_text(json.dumps({"stage": "tokenizer", "out": "x", "data": "y"}))
     assert call("plan", str(tokenizer)) == 2
     assert "the recipe trains nothing" in capsys.readouterr().err
+
+
+def test_a_dry_run_knows_the_vocabulary_of_a_model_that_is_the_tokenizer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = sign(tmp_path / "model", "model", lambda work: write_tiny_model(work.path) and None)
+    data = write_data(tmp_path / "data")
+    stages = [
+        {"stage": "tokenize", "name": "shards", "data": data.url, "tokenizer": model.url},
+        {"stage": "sft", "model": model.url, "shards": "shards", "loop": {"tokens": 4096, "context": 64}},
+    ]
+    where = tmp_path / "recipe.yaml"
+    where.write_text(json.dumps({"output": str(tmp_path / "out"), "stages": stages}))
+    (found,) = plans(capsys, "sft", str(where), "--dry-run")
+    assert found["config"]["vocab_size"] == Tokenizer.load(model.path).vocab_size

@@ -10,6 +10,7 @@ from unittest.mock import MagicMock
 
 import pytest
 import toy_stages
+from artifacts import sign
 from toy_stages import DoubleRecipe, Inner, TextRecipe, double, write_text
 
 from microlm.core import artifact, manifest, storage
@@ -326,3 +327,19 @@ def test_kill_9_at_any_moment_and_again_gives_the_same_bytes(tmp_path: Path) -> 
         done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "a"), at], check=False)
         assert done.returncode == -9 and manifest.find(str(tmp_path / "a")) is None
     assert make(tmp_path / "a").digest == make(tmp_path / "b").digest
+
+
+def test_a_checkpoint_is_found_from_where_it_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    head = tmp_path / "sft" / "best" / manifest.CHECKPOINT
+    sign(tmp_path / "sft", "model", lambda work: work.write_json("best/checkpoint.json", {"step": 3}))
+    for folder, url in ((tmp_path, "sft/best"), (tmp_path / "sft", "best"), (head.parent, ".")):
+        monkeypatch.chdir(folder)
+        found = manifest.open_artifact(url)
+        assert found.which["checkpoint"]["step"] == 3 and found.file(manifest.CHECKPOINT).samefile(head)
+    for text in ("[]", "{"):
+        head.write_text(text)
+        with pytest.raises(UserError, match=r"checkpoint\.json: is missing or damaged; remove"):
+            manifest.open_artifact(".")
+    head.unlink()
+    with pytest.raises(UserError, match="is missing or damaged"):
+        manifest.open_artifact(".")

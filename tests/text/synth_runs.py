@@ -97,8 +97,8 @@ class Watched:
         async def again() -> Any:
             return first.pop() if first else await receive()
 
+        self.answered += 1  # before the answer: who has it may be back at once
         await self.app(scope, again, send)
-        self.answered += 1
         return None
 
     async def _refuse(self, send: Any, status: int, headers: dict[str, str]) -> None:

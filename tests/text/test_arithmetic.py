@@ -17,6 +17,7 @@ from microlm.text.sources.marked import answer_text
 from microlm.text.split import records_of
 
 _EQUATION = re.compile(r"(\d+) ([-+×÷]) (\d+) = (\d+)$")
+EITHER = {"sum", "product", "sum, then difference", "product, then sum", "product, then difference"}
 _SIGNS = {"+": int.__add__, "-": int.__sub__, "×": int.__mul__, "÷": int.__floordiv__}
 
 
@@ -59,6 +60,11 @@ def test_no_problem_comes_twice() -> None:
     assert len(found) == total and (min(found), max(found)) == (0, total - 1)
     values = {(c["name"], *sorted(v.items())) for c, v in map(arithmetic._values, range(total))}
     assert len(values) == total
+    either = [(c, v) for c, v in map(arithmetic._values, range(total)) if c["name"] in EITHER]
+    seen = {(c["name"], *sorted((v["a"], v["b"])), v.get("c")) for c, v in either}
+    assert len(seen) == len(either) and {name for name, *_ in seen} == EITHER
+    for c, v in either:
+        assert all(low <= v[name] <= high for name, (low, high) in c["numbers"].items())
 
 
 def test_held_out_problems_are_nowhere_in_training(tmp_path: Path) -> None:

@@ -119,6 +119,18 @@ def test_prompts_of_a_data_artifact_by_task_and_with_a_system_message(
     assert made.manifest["inputs"]["data"]["digest"] == data.digest
 
 
+def test_pairs_have_a_task_and_what_is_not_asked_is_counted(server: Watched, tmp_path: Path) -> None:
+    pair = {"chosen": "a", "rejected": "b", "task": "law"}
+    rows = [ask("1"), {"prompt": "2", **pair}, ask("3", task="arithmetic"), {"prompt": "4", **pair}]
+    words = seeds(tmp_path / "s.jsonl", rows)
+    made = distil(tmp_path / "out", server.url, seeds=words, prompts={"tasks": ["law"]})
+    assert [(c.task, c.messages[0].content) for c in chats(made)] == [("law", "2"), ("law", "4")]
+    counts = made.json("counts.json")
+    assert counts["asked"] == 4 and counts["dropped"] == {"other_task": 2}
+    one = distil(tmp_path / "one", server.url, seeds=words, prompts={"tasks": ["law"]}, limit=1)
+    assert [c.messages[0].content for c in chats(one)] == ["2"]
+
+
 async def thoughtful(scope: Any, receive: Any, send: Any) -> None:
     """An endpoint as vLLM is with a reasoning parser and tools: it thinks, calls, or is cut."""
     message = await receive()
@@ -132,6 +144,8 @@ async def thoughtful(scope: Any, receive: Any, send: Any) -> None:
         said["content"], reason = "cut", "length"
     elif body and body["messages"][-1]["content"] == "marks":
         said = {"role": "assistant", "content": "<think>\nby marks\n</think>\n\nyes"}
+    elif body and "think>" in body["messages"][-1]["content"]:
+        said = {"role": "assistant", "content": body["messages"][-1]["content"]}
     choice = {"index": 0, "message": said, "finish_reason": reason}
     answer = {"id": "x", "model": "teacher-v1", "choices": [choice], "data": [{"id": "teacher"}]}
     headers = [(b"content-type", b"application/json")]
@@ -141,6 +155,15 @@ async def thoughtful(scope: Any, receive: Any, send: Any) -> None:
 
 def ask(text: str, **fields: Any) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": text}], **fields}
+
+
+def test_a_task_that_cannot_name_a_token_set_is_counted(server: Watched, tmp_path: Path) -> None:
+    pair = {"prompt": "Who?", "chosen": "a", "rejected": "b"}
+    rows = [ask("1", task="法律"), ask("2", task="documents"), ask("3", task="a b"), ask("4", task=5),
+            {"instruction": "6", "output": "7", "task": "a/b"}, pair]  # fmt: skip
+    made = distil(tmp_path / "out", server.url, seeds=seeds(tmp_path / "s.jsonl", rows))
+    assert [c.task for c in chats(made)] == ["法律", "chat"]
+    assert made.json("counts.json")["dropped"] == {"bad_task": 4}
 
 
 @pytest.mark.parametrize("thinking", [True, False])
@@ -159,6 +182,29 @@ def test_thinking_and_calls_become_parts_of_the_message(tmp_path: Path, thinking
         Message("assistant", "yes", marked),
     ]
     assert chats(made)[1].tools == (json.dumps(TOOL),)
+
+
+def test_thinking_whose_marks_do_not_match_is_no_answer(tmp_path: Path) -> None:
+    said = ["two and two</think>4", "<think>two and", "<think>a</think>b</think>4", "<think>a</think>4"]
+    words = seeds(tmp_path / "s.jsonl", [ask(text) for text in said])
+    with run_app(thoughtful) as (url, _):
+        made = distil(tmp_path / "out", url, seeds=words, draw={**DRAW, "attempts": 1})
+    assert made.json("counts.json")["dropped"] == {"unmatched_thinking": 3}
+    assert [c.messages[-1] for c in chats(made)] == [Message("assistant", "4", "a")]
+
+
+def test_calls_and_thinking_tell_two_prompts_apart(tmp_path: Path) -> None:
+    def called(n: int, thought: str = "") -> dict[str, Any]:
+        call = {"type": "function", "function": {"name": "add", "arguments": {"n": n}}}
+        answer = {"role": "assistant", "content": "", "tool_calls": [call], "reasoning_content": thought}
+        return {"messages": [*ask("+?")["messages"], answer, {"role": "tool", "content": "ok"}]}
+
+    words = seeds(tmp_path / "s.jsonl", [called(1), called(2), called(2), called(2, "hm")])
+    with run_app(thoughtful) as (url, _):
+        made = distil(tmp_path / "out", url, seeds=words)
+    assert made.json("counts.json")["dropped"] == {"duplicate_prompt": 1}
+    calls = [[c.arguments for c in chat.messages[1].tool_calls] for chat in chats(made)]
+    assert calls == [['{"n": 1}'], ['{"n": 2}'], ['{"n": 2}']]
 
 
 def test_the_answers_are_what_is_learnt(server: Watched, model: Path, tmp_path: Path) -> None:

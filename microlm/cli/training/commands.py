@@ -181,21 +181,25 @@ def _trainable(staged: Staged) -> Any:
 
 
 def _maker(place: str, stages: Sequence[Staged]) -> Staged | None:
-    """The stage that makes what lies, or will lie, at a place."""
-    return next((s for s in stages if s.recipe.out == place), None)
+    """The stage that makes what lies, or will lie, at a place: all of it, or its best checkpoint."""
+    from microlm.cli.pipeline import BEST
+    from microlm.core import storage
+
+    return next((s for s in stages if place in (s.recipe.out, storage.join(s.recipe.out, BEST))), None)
 
 
 def _index(shards: str, stages: Sequence[Staged]) -> Mapping[str, Any]:
-    """The shards' index; before they are made what the tokenizer's recipe says, and no sets."""
+    """The shards' index; before they are made what the tokenizer or its recipe says, and no sets."""
     from microlm.core import manifest
     from microlm.core.errors import UserError
+    from microlm.text.tokenizer import Tokenizer
 
     if made := manifest.find(shards):
         return dict(made.json("index.json"))
     maker = _maker(shards, stages)
     tokenizer = getattr(maker.recipe, "tokenizer", "") if maker else ""
     if found := manifest.find(tokenizer) if tokenizer else None:
-        size = found.manifest["metrics"].get("vocab_size")
+        size = found.manifest.get("metrics", {}).get("vocab_size") or Tokenizer.load(found.path).vocab_size
     else:
         trainer = _maker(tokenizer, stages)
         size = getattr(trainer.recipe, "vocab_size", None) if trainer else None

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from microlm.core.records import Conversation, Message
+from microlm.core.records import Conversation, Message, words_of
 from microlm.text.clean import normalised
 from microlm.text.dedup import digest
 from microlm.text.synth.recipe import Template
@@ -53,9 +53,11 @@ def said_digest(text: str) -> bytes:
 
 def conversation_digest(conversation: Conversation) -> bytes:
     """The digest of all turns."""
-    return said_digest(
-        _BETWEEN.join(part for turn in conversation.messages for part in (turn.role, turn.content))
-    )
+    return said_digest(_BETWEEN.join(_parts(conversation.messages)))
+
+
+def _parts(messages: Sequence[Message]) -> list[str]:
+    return [part for turn in messages for part in (turn.role, *words_of(turn))]
 
 
 def _kept(match: re.Match[str]) -> str:
@@ -64,7 +66,7 @@ def _kept(match: re.Match[str]) -> str:
 
 def request_digest(messages: Sequence[Message], template: Template, tools: Sequence[str] = ()) -> bytes:
     """Of what is asked: the turns, the tools, and the schema that the answer must fit."""
-    parts = [*tools, *(part for m in messages for part in (m.role, m.content))]
+    parts = [*tools, *_parts(messages)]
     if template.json_schema is not None:
         parts.append(json.dumps(template.json_schema, sort_keys=True))
     return said_digest(_BETWEEN.join(parts))

@@ -32,7 +32,7 @@ class Plan:
         asks = self.recipe.prompts
         if asks is None or self._source is None:
             return itertools.islice(self._walk(), self.recipe.limit)
-        return itertools.islice(prompts.walk(self.recipe, asks, self._source), self.recipe.limit)
+        return _first(prompts.walk(self.recipe, asks, self._source), self.recipe.limit)
 
     def _walk(self) -> Iterator[Item | Skipped]:
         numbers = itertools.count()
@@ -82,3 +82,11 @@ class Plan:
     def text(self, name: str, fields: Mapping[str, Any], template: str) -> str:
         """A template's text for an item; equal names draw equal dice."""
         return self._renderer.render(template, fields, runtime.rng(self.recipe.seed, "synth", name, template))
+
+
+def _first(found: Iterator[Item | Skipped], limit: int | None) -> Iterator[Item | Skipped]:
+    """So many of what is found; those of another task come along and do not count."""
+    taken = 0
+    while taken != limit and (one := next(found, None)):
+        taken += not (isinstance(one, Skipped) and one.reason == prompts.OTHER_TASK)
+        yield one

@@ -6,7 +6,6 @@ A conversation is asked up to its last turn that is not the assistant's; what wa
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -15,15 +14,18 @@ from microlm.core.client import ChatReply
 from microlm.core.records import Conversation, Extraction, Message, Preference
 from microlm.text import extraction, sources
 from microlm.text.dedup import DigestSet
-from microlm.text.read import Drop, Fault, Record
+from microlm.text.read import Drop, Fault, Record, shown
 from microlm.text.sources import Source
 from microlm.text.sources.marked import answer_text
 from microlm.text.sources.shapes import parse_object
 from microlm.text.sources.turns import dialogue
 from microlm.text.synth.check import require_finished
 from microlm.text.synth.items import UNREAD, Item, Skipped, request_digest
-from microlm.text.synth.recipe import NAME, Prompts, SynthRecipe, Template
+from microlm.text.synth.recipe import Prompts, SynthRecipe, Template
 from microlm.text.synth.templates import require_utf8
+
+
+OTHER_TASK = "other_task"
 
 
 def walk(recipe: SynthRecipe, asks: Prompts, source: Source) -> Iterator[Item | Skipped]:
@@ -34,7 +36,12 @@ def walk(recipe: SynthRecipe, asks: Prompts, source: Source) -> Iterator[Item | 
             record = data if isinstance(data, Drop) else _read(data, place)
             if isinstance(record, Drop):
                 yield Skipped(next(numbers), place, UNREAD, record.reason, record.detail)
-            elif not asks.tasks or _task(record) in asks.tasks:
+            elif not sources.is_task(task := _task(record)):
+                detail = f"task {shown(task)!r} cannot name a token set"
+                yield Skipped(next(numbers), place, UNREAD, "bad_task", detail)
+            elif asks.tasks and task not in asks.tasks:
+                yield Skipped(next(numbers), place, task, OTHER_TASK, f"task '{task}' is not asked")
+            else:
                 yield from _items(recipe, asks, place, record, asked, numbers)
 
 
@@ -47,8 +54,8 @@ def _read(data: Mapping[str, Any], place: str) -> Record | Drop:
         return parse_object(data, place)
     task = data.get("task", "chat")
     try:
-        if not isinstance(task, str) or not re.fullmatch(NAME, task):
-            raise Fault("bad_task", f"task {str(task)[:40]!r} cannot name a token set")
+        if not isinstance(task, str):
+            raise Fault("bad_task", f"'task' is {type(task).__name__}, expected a string")
         messages, tools = dialogue(turns, data)
     except Fault as fault:
         return Drop(fault.reason, place, fault.detail)
@@ -84,7 +91,7 @@ def _items(
 
 def _task(record: Record) -> str:
     """What the answer is to teach."""
-    if isinstance(record, Conversation):
+    if isinstance(record, Conversation | Preference):
         return record.task
     return "extraction" if isinstance(record, Extraction) else "chat"
 
@@ -107,4 +114,8 @@ def taught(reply: ChatReply, keep_thinking: bool) -> str:
     choices: list[Mapping[str, Any]] = reply.raw["choices"]
     [message], _ = dialogue([{**choices[0]["message"], "role": "assistant"}], {})
     said = replace(message, content=message.content.strip())
+    if said.content.startswith("<think>") or "</think>" in said.content:
+        raise Fault(
+            "unmatched_thinking", "a mark of thinking has no partner, so the answer is not told apart"
+        )
     return require_utf8(answer_text(said if keep_thinking else replace(said, reasoning="")))

@@ -13,7 +13,7 @@ from microlm.core.recipe import Recipe, StageRecipe, artifact_input, unkeyed
 from microlm.text.synth.check import check_schema
 from microlm.text.synth.templates import Syntax, check_template
 
-NAME = "^[A-Za-z0-9_-]{1,64}$"  # a task becomes a token set's name
+NAME = r"^[\w-]{1,64}$"  # a task becomes a token set's name, as in sources.is_task
 
 
 class Result(Recipe):

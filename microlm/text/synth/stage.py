@@ -34,7 +34,7 @@ def fingerprint(recipe: SynthRecipe) -> dict[str, Any]:
     return {"seeds": source.fingerprint() if source else None}
 
 
-@stage("synth", "data", version=2, fingerprint=fingerprint)
+@stage("synth", "data", version=3, fingerprint=fingerprint)
 def run(recipe: SynthRecipe, work: Workspace) -> None:
     """Ask what is not answered yet, then write everything in the order of the plan."""
     plan = Plan(recipe)

@@ -1,7 +1,7 @@
 """Word problems with the steps to their answer as thinking, in Chinese and English, composed by number.
 
 Enters: `COUNT` or `COUNT@SEED`. Leaves: `Problems`, blocks of conversations. No computation with the same
-numbers comes twice, so one that is held out is nowhere in training.
+numbers comes twice, in either order, so one that is held out is nowhere in training.
 """
 
 from __future__ import annotations
@@ -81,6 +81,8 @@ def compose(seed: int, number: int) -> dict[str, Any]:
     tables, index = _tables(), _index(seed, number)
     rng = runtime.rng(seed, "arithmetic", index)
     computation, values = _values(index)
+    if "either" in computation and rng.random() < 0.5:
+        values["a"], values["b"] = values["b"], values["a"]
     lang = "zh" if rng.random() < CHINESE_SHARE else "en"
     words = tables[lang]
     who, other = rng.sample(words["people"], 2)
@@ -136,7 +138,11 @@ def _tables() -> dict[str, Any]:
 
 
 def _size(computation: Mapping[str, Any]) -> int:
-    return math.prod(high - low + 1 for low, high in computation["numbers"].values())
+    sizes = {name: high - low + 1 for name, (low, high) in computation["numbers"].items()}
+    if "either" in computation:  # a and b of one range, in whose order nothing lies: pairs a ≤ b
+        count = sizes.pop("a")
+        sizes["b"] = count * (count + 1) // 2
+    return math.prod(sizes.values())
 
 
 def _index(seed: int, number: int) -> int:
@@ -155,7 +161,15 @@ def _values(index: int) -> tuple[Mapping[str, Any], dict[str, int]]:
             break
         index -= _size(computation)
     values: dict[str, int] = {}
-    for name, (low, high) in computation["numbers"].items():
+    numbers = dict(computation["numbers"])
+    if "either" in computation:
+        low, high = numbers.pop("a")
+        del numbers["b"]
+        count = high - low + 1
+        index, pair = divmod(index, count * (count + 1) // 2)
+        larger = (math.isqrt(8 * pair + 1) - 1) // 2
+        values |= {"a": low + pair - larger * (larger + 1) // 2, "b": low + larger}
+    for name, (low, high) in numbers.items():
         index, rest = divmod(index, high - low + 1)
         values[name] = low + rest
     for name, left, sign, right in computation["given"]:
