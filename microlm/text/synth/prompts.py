@@ -24,7 +24,6 @@ from microlm.text.synth.items import UNREAD, Item, Skipped, request_digest
 from microlm.text.synth.recipe import Prompts, SynthRecipe, Template
 from microlm.text.synth.templates import require_utf8
 
-
 OTHER_TASK = "other_task"
 
 
