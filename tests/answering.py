@@ -71,7 +71,7 @@ def make_rows(
     respondent = Respondent(answering, {"share": Judge(1.0, wanted_share)}, ranks, how.max_tokens)
     scorers = dict(drawing_scorers(decoder, asked.sized, ranks, how.temperature)) if how.updates > 1 else {}
     if asked.kl_weight:
-        scorers["reference"] = start_scorer(decoder, asked.sized, how.temperature)(ranks)
+        scorers["reference"] = start_scorer(decoder, model, asked.sized, how.temperature)(ranks)
     return RolloutRows(prompts, respondent, how, CONTEXT, asked.loop.micro_rows, asked.seed, scorers)
 
 

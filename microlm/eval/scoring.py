@@ -129,22 +129,11 @@ def conforms(value: Any, schema: Mapping[str, Any]) -> bool:
     return True
 
 
-def unchecked(schema: Mapping[str, Any]) -> list[str]:
-    """The keywords anywhere in a schema for which `conforms` would raise, malformed ones too."""
-    if bad := [key for key, kind in _SHAPES.items() if not isinstance(schema.get(key, kind()), kind)]:
-        return bad
-    named = [schema.get(key, {}).values() for key in ("properties", "patternProperties")]
-    others = [schema.get("anyOf", ()), (schema.get("items"), schema.get("additionalProperties"))]
-    inner = [part for group in (*named, *others) for part in group if isinstance(part, Mapping)]
-    return [*_unknown(schema), *(word for part in inner for word in unchecked(part))]
-
-
 def _unknown(schema: Mapping[str, Any]) -> list[str]:
     return sorted(set(schema) - {*_KEYWORDS, "description", "title"})
 
 
 _TYPES: Mapping[str, type] = {"object": dict, "array": list, "string": str}
-_SHAPES = {"properties": dict, "patternProperties": dict, "anyOf": list}
 _KEYWORDS = {
     *("type", "properties", "patternProperties", "additionalProperties", "required", "minProperties"),
     *("maxProperties", "minLength", "maxLength", "items", "minItems", "maxItems", "anyOf", "enum"),

@@ -49,6 +49,7 @@ class Memory:
     """Bytes of one process. Activations and the optimizer's scratch are never there together.
 
     `teacher`: the weights of a second model that is only read, its forward pass and its logits.
+    `answers`: the weights and the KV cache of the engine that writes what is learnt.
     """
 
     weights: int
@@ -62,11 +63,13 @@ class Memory:
     runtime: int
     holes: float
     teacher: int = 0
+    answers: int = 0
 
     @property
     def total(self) -> int:
         """The peak: what stays, the larger of the two phases, and the allocator's holes."""
-        stays = self.weights + self.gradients + self.moments + self.sums + self.snapshot + self.teacher
+        stays = self.weights + self.gradients + self.moments + self.sums + self.snapshot
+        stays += self.teacher + self.answers
         return self.runtime + round(self.holes * (stays + max(self.activations + self.logits, self.scratch)))
 
 
@@ -75,11 +78,12 @@ def check(
     recipe: TrainingRecipe,
     adapter: lora.LoraConfig | None = None,
     teacher: ModelConfig | None = None,
+    answers: int = 0,
 ) -> None:
-    """Refuse a run that cannot fit into what is free here, before it starts."""
+    """Refuse a run that cannot fit into what is free here, before it starts; `answers` as in `Memory`."""
     ranks = processes(recipe.parallel)
     decoder = shadow(config, recipe.loop, adapter)
-    memory = predict(decoder, recipe.loop, recipe.optim, ranks)
+    memory = replace(predict(decoder, recipe.loop, recipe.optim, ranks), answers=answers)
     if teacher:
         memory = replace(memory, teacher=teacher_bytes(teacher, recipe.loop))
     require_fit(memory, recipe.loop, runtime.local_ranks(ranks))

@@ -29,7 +29,7 @@ from microlm.train.ranks import limited_threads, processes
 from microlm.train.reporter.speed import position_flops
 from microlm.train.tuning.distil import DistilRecipe
 from microlm.train.tuning.dpo import DpoRecipe
-from microlm.train.tuning.grpo import GrpoRecipe
+from microlm.train.tuning.grpo import GrpoRecipe, answering_bytes
 from microlm.train.tuning.sft import SftRecipe
 
 DOCUMENTS = "documents"
@@ -146,6 +146,8 @@ def plan(
     if teacher:
         memory = replace(memory, teacher=teacher_bytes(teacher, loop))
         flops += _forward_flops(teacher, loop, labelled)
+    if isinstance(recipe, GrpoRecipe):
+        memory = replace(memory, answers=answering_bytes(recipe, config))
     return Plan(
         config=config,
         parameters=config.parameter_parts() | ({"adapter": added} if added else {}),

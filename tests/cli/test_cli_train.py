@@ -64,6 +64,17 @@ def test_a_plan_of_grpo_before_its_model_is_made(recipe: Path, capsys: pytest.Ca
     file.write_text(json.dumps(asked))
     *others, found = plans(capsys, "plan", str(file))
     assert found["config"] == others[0]["config"] and found["tokens"] == 3 * 8 * CONTEXT
+    (held,) = plans(capsys, "grpo", str(file), "grpo.kl_weight=0.1", "--dry-run")
+    memory = [each["memory"] for each in (others[0], found, held)]
+    assert [m["answers"] > 0 for m in memory] == [False, True, True]
+    assert [m["teacher"] > 0 for m in memory] == [False, False, True]
+    assert call("train", "overfit", str(file), "--stage", "grpo") == 2
+    assert "run it with few of them instead (grpo.steps=5)" in capsys.readouterr().err
+    assert call("plan", str(file), "--measure", "--json") == 0
+    out, err = capsys.readouterr()
+    assert [p["tokens_per_s"] for p in json.loads(out)["plans"]] == [None] * 4
+    assert err.count("not measured: ") == 4 and "stage 'grpo': not measured: grpo learns from answers" in err
+    assert "shards is not made yet" in err
 
 
 def test_a_dry_run_tells_what_the_stage_takes(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:

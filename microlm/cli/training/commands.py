@@ -77,8 +77,9 @@ def show(
     found: dict[str, Plan] = {}
     for staged in wanted:
         made = plan_stage(staged, stages)
-        if measure:
-            _require_rows(staged, "--measure times")
+        if measure and (why := _unmeasured(staged)):
+            typer.echo(f"stage '{staged.planned.name}': not measured: {why}", err=True)
+        elif measure:
             made = replace(made, tokens_per_s=tokens_per_s(_trainable(staged)))
         found[staged.planned.name] = made
     if as_json:
@@ -94,12 +95,13 @@ def plan_stage(staged: Staged, stages: Sequence[Staged]) -> Plan:
     """The plan of a training stage, from its inputs or (before they are made) from their recipes."""
     from microlm.core import manifest
     from microlm.train.plan import plan as make
+    from microlm.train.tuning.grpo import reference_of
 
     recipe = _trainable(staged)
     if staged.planned.stage == "grpo":
         asked = {"prompts": _prompts(recipe)}
         config = _config(staged, stages)
-        return make(recipe, config, asked, None, config if recipe.kl_weight and not recipe.lora else None)
+        return make(recipe, config, asked, None, reference_of(recipe, config))
     index, shards = _index(recipe.shards, stages), manifest.find(recipe.shards)
     config, teacher = _config(staged, stages), _teacher(recipe, stages)
     return make(recipe, config, index, shards.path if shards else None, teacher)
@@ -128,7 +130,7 @@ def overfit(
     planned = plan_of(recipe, overrides or [])
     recipes = build_all(planned, str(recipe))
     number = _chosen(planned, stage, str(recipe))
-    _require_rows(Staged(planned[number], recipes[number]), "train overfit learns")
+    _require_rows(Staged(planned[number], recipes[number]))
     for result in run_all(planned[:number], recipes[:number]):
         typer.echo(f"{result.name:<12} {'skipped' if result.skipped else 'done'}", err=True)
     found = trials.overfit(_trainable(Staged(planned[number], recipes[number])), steps, rows)
@@ -163,15 +165,26 @@ def _prompts(recipe: Any) -> int | None:
     return sum(not recipe.tasks or chat.task in recipe.tasks for chat in chats)
 
 
-def _require_rows(staged: Staged, what: str) -> None:
-    """Refuse to try a stage whose rows the model itself writes, anew in every step."""
-    from microlm.core.errors import UserError
+OWN_ROWS = "grpo learns from answers that it writes itself in every step"
+
+
+def _unmeasured(staged: Staged) -> str | None:
+    """Why no real steps can be timed now; None when they can."""
+    from microlm.core import manifest
 
     if staged.planned.stage == "grpo":
-        raise UserError(
-            f"stage '{staged.planned.name}': {what} rows that are there, and grpo writes its own; "
-            f"run it with few steps instead ({staged.planned.name}.steps=5)"
-        )
+        return OWN_ROWS
+    places = [value for value in staged.recipe.inputs().values() if manifest.find(value) is None]
+    return f"{places[0]} is not made yet" if places else None
+
+
+def _require_rows(staged: Staged) -> None:
+    """Refuse to try a stage whose rows the model itself writes."""
+    from microlm.core.errors import UserError
+
+    name = staged.planned.name
+    if staged.planned.stage == "grpo":
+        raise UserError(f"stage '{name}': {OWN_ROWS}; run it with few of them instead ({name}.steps=5)")
 
 
 def _trainable(staged: Staged) -> Any:

@@ -41,13 +41,13 @@ def extraction(prompt: Prompt, answer: Completion) -> float:
 
 def is_json(prompt: Prompt, answer: Completion, schema: Mapping[str, Any] | None) -> float:
     """1 for one valid JSON object, of the schema where there is one."""
-    from microlm.eval.scoring import conforms
+    from microlm.text.read import Fault
+    from microlm.text.synth.check import check_json
 
     try:
-        value = json.loads(answer.text)
-    except (ValueError, RecursionError):
+        return float(isinstance(check_json(answer.text, schema or {}), dict))
+    except Fault:
         return 0.0
-    return float(isinstance(value, dict) and (schema is None or conforms(value, schema)))
 
 
 def arithmetic(prompt: Prompt, answer: Completion) -> float:
@@ -94,10 +94,10 @@ GOLDS: dict[str, CanJudge] = {"extraction": is_extraction, "arithmetic": has_num
 
 
 def _schema(place: str) -> dict[str, Any]:
-    """A schema of the keywords that the scorer checks."""
+    """A JSON schema out of a file."""
     from pathlib import Path
 
-    from microlm.eval.scoring import unchecked
+    from microlm.text.synth.check import check_schema
 
     try:
         schema = json.loads(Path(place).read_bytes())
@@ -105,6 +105,8 @@ def _schema(place: str) -> dict[str, Any]:
         raise UserError(f"json_schema: {place}: not JSON ({type(e).__name__}); give a schema") from None
     if not isinstance(schema, dict):
         raise UserError(f"json_schema: {place}: holds no JSON object; give a schema")
-    if words := unchecked(schema):
-        raise UserError(f"json_schema: {place}: the keyword {words[0]!r} is not checked; leave it out")
+    try:
+        check_schema(schema)
+    except ValueError as e:
+        raise UserError(f"json_schema: {place}: {e}") from None
     return schema

@@ -20,6 +20,7 @@ from microlm.core.manifest import Artifact, hash_file
 from microlm.core.recipe import StageRecipe, artifact_input, unkeyed
 from microlm.core.records import Conversation
 from microlm.model import directory
+from microlm.model.config import ModelConfig
 from microlm.model.transformer import Decoder
 from microlm.text.read import read_records
 from microlm.text.tokenizer import Tokenizer
@@ -29,14 +30,13 @@ from microlm.train.batches.order import Order
 from microlm.train.batches.prompts import CanJudge, Prompts, make_prompts
 from microlm.train.batches.rollouts import AnswersRecipe, HeldOutAnswers, RolloutRows
 from microlm.train.job import Job, LoopRecipe, Sampler, fingerprint
-from microlm.train.loop import require_room, train
+from microlm.train.loop import require_room
 from microlm.train.objectives import policy
 from microlm.train.optim import OptimRecipe
 from microlm.train.pretrain import TOKENIZER, finish
 from microlm.train.ranks import Ranks, launch, processes, warn_idle
-from microlm.train.reporter import write_summary
 from microlm.train.tuning import lora_recipe
-from microlm.train.tuning.leaving import kind_of, weights_saver
+from microlm.train.tuning.leaving import kind_of, train_and_leave, weights_saver
 from microlm.train.tuning.lora_recipe import LoraRecipe
 from microlm.train.tuning.scorers import drawing_scorers, start_scorer
 
@@ -107,6 +107,19 @@ class GrpoRecipe(StageRecipe):
         return self.loop.model_copy(update=size)
 
 
+def reference_of(recipe: GrpoRecipe, config: ModelConfig) -> ModelConfig | None:
+    """The frozen start that the KL divergence needs; under an adapter the base is there already."""
+    return config if recipe.kl_weight and recipe.lora is None else None
+
+
+def answering_bytes(recipe: GrpoRecipe, config: ModelConfig) -> int:
+    """The engine's own weights, and pages for `answers.rows` whole rows."""
+    how, auto = recipe.answers, recipe.loop.compute_dtype().itemsize
+    item = {"float32": 4, "bfloat16": 2, "int8": 1}.get(how.precision, auto)
+    token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    return config.parameters * item + how.rows * recipe.loop.context * token * max(item, 2)
+
+
 OpenRollout = Callable[[Path, Decoder, GrpoRecipe], Rollout]
 """`(tokenizer's directory, live decoder, recipe) → who answers by its weights of now`; the engine's."""
 FindReward = Callable[[str, GrpoRecipe], tuple[Reward, CanJudge]]
@@ -153,7 +166,7 @@ def run(
     sized = recipe.model_copy(update={"loop": loop})
     config, adapter = directory.read_config(model.path), recipe.lora.config() if recipe.lora else None
     require_room(config, "grpo", loop.context)
-    memory.check(config, sized, adapter, config if recipe.kl_weight and adapter is None else None)
+    memory.check(config, sized, adapter, reference_of(recipe, config), answering_bytes(recipe, config))
     work.processes = processes(recipe.parallel)
     warn_idle("grpo", recipe.parallel, loop.batch_rows, loop.micro_rows)
     made_for = fingerprint(f"grpo {VERSION}", recipe, work.inputs, model.file(TOKENIZER)) | dict(
@@ -175,10 +188,7 @@ def _rank(
 ) -> None:
     decoder, job = prepare(recipe, model, data, out, ranks, tools)
     job.fingerprint = made_for
-    at = train(ranks, decoder, job)
-    if ranks.rank == 0:
-        job.save_weights(decoder, out)
-        write_summary(job, decoder, at)
+    train_and_leave(ranks, decoder, job)
 
 
 def prepare(
@@ -215,7 +225,7 @@ def _rows(
     asked = make_prompts(chats, recipe.tasks, tokenizer, longest, can_judge)
     respondent = Respondent(tools.rollout(model.path, decoder, recipe), judges, ranks, how.max_tokens)
     drawn = drawing_scorers(decoder, loop, ranks, how.temperature) if how.updates > 1 else {}
-    start = start_scorer(decoder, loop, how.temperature) if recipe.kl_weight else None
+    start = start_scorer(decoder, model.path, loop, how.temperature) if recipe.kl_weight else None
     scorers = {**drawn, "reference": start(ranks)} if start else drawn
     rows = RolloutRows(asked, respondent, how, loop.context, loop.micro_rows, seed, scorers)
     chosen = None if ranks.rank else _held_out_prompts(recipe, data, tokenizer, longest, can_judge)

@@ -5,15 +5,15 @@ Each rank scores the micro-batches that it trains on.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from microlm.model import lora
+from microlm.model import directory, lora
 from microlm.model.transformer import Decoder
 from microlm.train.batches import Batch
 from microlm.train.batches.rollouts import Scorer
@@ -57,12 +57,18 @@ class Scores:
         return found
 
 
-def start_scorer(decoder: Decoder, loop: LoopRecipe, temperature: float) -> Callable[[Ranks], Scorer]:
-    """Scores of the model as it is now, for some ranks: without its adapter, or of a copy that stays."""
+def start_scorer(
+    decoder: Decoder, start: Path, loop: LoopRecipe, temperature: float
+) -> Callable[[Ranks], Scorer]:
+    """Scores of the start, for some ranks: of the decoder without its adapter, or of the weights in a folder.
+
+    Those are held once, in the precision of the products.
+    """
     if lora.adapted(decoder):
         return lambda ranks: Scores(decoder, loop, ranks, temperature, lambda: without_adapter(decoder))
-    start = copy.deepcopy(decoder)
-    return lambda ranks: Scores(start, loop, ranks, temperature)
+    dtype = loop.compute_dtype()
+    frozen = directory.load(start, dtype, weight_dtype=dtype).to(decoder.cos.device)
+    return lambda ranks: Scores(frozen, loop, ranks, temperature)
 
 
 @contextmanager
