@@ -74,8 +74,8 @@ def test_equal_bytes_are_the_same_model_wherever_they_lie(tmp_path: Path) -> Non
 
 def test_a_hub_cache_of_links_is_followed(tmp_path: Path) -> None:
     source = write_foreign(tmp_path / "blobs")
-    links = tmp_path / "snapshot"
-    links.mkdir()
+    links = tmp_path / "snapshots" / "c0ffee"
+    links.mkdir(parents=True)
     for file in source.iterdir():
         (links / file.name).symlink_to(file)
     made = run_adopt(tmp_path / "model", links)
@@ -83,6 +83,14 @@ def test_a_hub_cache_of_links_is_followed(tmp_path: Path) -> None:
     (source / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"model\.safetensors: is a link that leads nowhere"):
         run_adopt(tmp_path / "other", links)
+
+
+def test_terms_that_are_a_link_to_elsewhere_are_not_taken(tmp_path: Path) -> None:
+    source = write_foreign(tmp_path / "source")
+    (tmp_path / "secret").write_text("of nobody's concern", encoding="utf-8")
+    (source / "LICENSE.txt").symlink_to(tmp_path / "secret")
+    with pytest.raises(UserError, match=r"LICENSE\.txt: is a link that leaves the model's directory"):
+        run_adopt(tmp_path / "model", source)
 
 
 def test_an_old_directory_with_stored_frequencies(tmp_path: Path) -> None:

@@ -89,8 +89,8 @@ def test_another_gguf_is_one_sentence(tmp_path: Path, write: Callable[[Path], No
     assert not (tmp_path / "model").exists()
 
 
-def rewritten(folder: Path, **fields: int | None) -> Path:
-    """A small whole file with some of its numbers changed, or (None) left out: `block__count` is a dot."""
+def rewritten(folder: Path, **fields: int | list[str] | None) -> Path:
+    """A small whole file with some of its fields changed, or (None) left out: `block__count` is a dot."""
     _, vocab = vocabulary(folder, Pieces("gpt2", "runs"), "gpt-2")
     gguf_file.write(folder / "whole.gguf", vocab, tensors=True)
     reader = gguf.GGUFReader(folder / "whole.gguf")
@@ -102,7 +102,9 @@ def rewritten(folder: Path, **fields: int | None) -> Path:
         inner = field.types[-1] if len(field.types) > 1 else None
         writer.add_key_value(name, field.contents(), field.types[0], sub_type=inner)
     for name, value in changed.items():
-        if value is not None:
+        if isinstance(value, list):
+            writer.add_array(name, value)
+        elif value is not None:
             writer.add_uint32(name, value)
     for tensor in reader.tensors:
         writer.add_tensor(tensor.name, tensor.data)
@@ -113,11 +115,15 @@ def rewritten(folder: Path, **fields: int | None) -> Path:
     return folder / "m.gguf"
 
 
-BAD: dict[str, tuple[dict[str, int | None], str]] = {
+BAD: dict[str, tuple[dict[str, int | list[str] | None], str]] = {
     "no depth": ({"llama__block_count": None}, "does not say 'llama.block_count'"),
     "no width": ({"llama__embedding_length": None}, "does not say 'llama.embedding_length'"),
     "no kinds": ({"tokenizer__ggml__token_type": None}, "does not say 'tokenizer.ggml.token_type'"),
     "no list": ({"tokenizer__ggml__merges": 7}, "does not say 'tokenizer.ggml.merges'"),
+    "foreign merges": (
+        {"tokenizer__ggml__merges": ["a b", "水 火"]},
+        "merges 'a b', which are no tokens",
+    ),
     "no such token": ({"tokenizer__ggml__eos_token_id": 10**6}, "they do not belong together"),
     "too deep": ({"llama__block_count": 3}, r"its sizes are those of [\d,]+ weights, and it holds [\d,]+;"),
     "too wide": ({"llama__feed_forward_length": 64}, "its sizes are those of"),

@@ -76,6 +76,13 @@ def _require_complete(file: Path, said: Fields, kind: str) -> None:
             f"{file}: has {count} tokens of {kinds} kinds, named ones {ids}; they do not belong together, "
             "download it again"
         )
+    known = set(said[lists[0]])
+    for merge in said[lists[2]]:
+        left, _, right = merge.partition(" ")
+        if not known.issuperset((left, right, left + right)):
+            raise UserError(
+                f"{file}: merges {merge[:40]!r}, which are no tokens of its own; download it again"
+            )
 
 
 def read_config(file: Path) -> ModelConfig:

@@ -93,8 +93,18 @@ def taken(folder: Path) -> list[Path]:
     names = ["config.json", directory.GENERATION, *FILES]
     names += [] if weights[0].name == directory.WEIGHTS else [directory.INDEX]
     texts = [file for pattern in TEXTS for file in sorted(folder.glob(pattern))]
+    for text in texts:
+        _require_inside(text, folder)
     others = [*(folder / name for name in names), *texts]
     return [*weights, *(path for path in others if path.is_file())]
+
+
+def _require_inside(file: Path, folder: Path) -> None:
+    """Refuse terms that are a link to somewhere else: they would go along with every export."""
+    home = folder.resolve()
+    homes = [home, home.parent.parent] if home.parent.name == "snapshots" else [home]  # the hub's cache links
+    if not any(file.resolve().is_relative_to(each) for each in homes):
+        raise UserError(f"{file}: is a link that leaves the model's directory; put the text itself there")
 
 
 @cache
