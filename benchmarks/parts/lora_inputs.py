@@ -110,8 +110,10 @@ def write_start(model: Path, folder: Path) -> Path:
     return folder
 
 
-def theirs(model: Path, start: Path, batch: Batch, mixed: bool, compiled: bool = False) -> Step:
-    """transformers' model in bf16 with SDPA, and PEFT's adapter.
+def theirs(
+    model: Path, start: Path, batch: Batch, mixed: bool, micro_rows: int = 0, compiled: bool = False
+) -> Step:
+    """transformers' model in bf16 with SDPA, and PEFT's adapter; `micro_rows` at once, or all (0).
 
     `mixed`: in float32 under autocast, as Trainer with bf16=True runs it; else in bf16 too.
     """
@@ -124,17 +126,23 @@ def theirs(model: Path, start: Path, batch: Batch, mixed: bool, compiled: bool =
     trained = [p for p in wrapped.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=RATE, betas=BETAS, eps=EPS, weight_decay=0, fused=True)
     called: Callable[..., Any] = torch.compile(wrapped, dynamic=False) if compiled else wrapped
-    here = batch.to(runtime.device())
+    size, labels = micro_rows or len(batch.labels), batch.label_count
+    pieces = [batch.rows(i, i + size).to(runtime.device()) for i in range(0, len(batch.labels), size)]
 
     def step() -> float:
-        with torch.autocast(runtime.device().type, torch.bfloat16, enabled=mixed):
-            logits = called(input_ids=here.input_ids, use_cache=False).logits
-        loss = F.cross_entropy(logits.float().flatten(0, 1), here.labels.flatten(), ignore_index=IGNORE)
-        loss.backward()
+        total = 0.0
+        for here in pieces:
+            with torch.autocast(runtime.device().type, torch.bfloat16, enabled=mixed):
+                logits = called(input_ids=here.input_ids, use_cache=False).logits
+            loss = F.cross_entropy(
+                logits.float().flatten(0, 1), here.labels.flatten(), ignore_index=IGNORE, reduction="sum"
+            )
+            (loss / labels).backward()
+            total += float(loss.detach())
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        return float(loss.detach())
+        return total / labels
 
     return step
 

@@ -142,8 +142,7 @@ def check(recipe: AdoptRecipe, work: Workspace) -> None:
     report = parity.compare(work.path, texts, chats, recipe.parity_tokens)
     work.write_json("logs/parity.json", report)
     work.metrics["parity"] = report
-    if refused := report["conversations_refused"]:
-        sys.stderr.write(f"adopt {recipe.source}: the chat template refuses {refused} conversations\n")
+    parity.tell(report, f"adopt {recipe.source}")
     parity.require(report, work.out)
 
 

@@ -63,6 +63,7 @@ def run(recipe: ExportRecipe, work: Workspace) -> None:
     work.metrics |= report
     if found:
         work.metrics["licence_warnings"] = [concern._asdict() for concern in found]
+    parity.tell(report, work.out)
     parity.require(report, work.out)
 
 

@@ -5,9 +5,11 @@ Enters: a directory that was written, held-out texts and conversations. Leaves: 
 
 from __future__ import annotations
 
+import datetime
 import json
 import math
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain, cycle, islice
 from pathlib import Path
@@ -28,6 +30,7 @@ from microlm.text.chat.renderer import TODAY
 from microlm.text.read import texts_of
 from microlm.text.tokenizer import Tokenizer
 
+ANOTHER_DAY = TODAY + datetime.timedelta(days=45)
 TOLERANCE = 1e-4  # largest difference of two float32 logits
 PROMPT_TOKENS = 128
 HELD_OUT_TEXTS, HELD_OUT_CHATS = 24, 8  # whose logits are compared
@@ -129,35 +132,48 @@ def _compare_chats(theirs: Any, tokenizer: Tokenizer, chats: Sequence[Conversati
     and not asked of transformers, which renders in this process without limits of time and memory.
     """
     plain = [c for c in chats if not any(token in t for token in tokenizer.control for t in texts_of(c))]
-    refused, unequal = 0, list[str]()
+    refused, dated, unequal = 0, False, list[str]()
     for chat in plain:
         known = _our_ids(tokenizer, chat)
         refused += known is None
-        if known is not None and _their_ids(theirs, chat) != known:
+        if known is None:
+            continue
+        if (said := _their_ids(theirs, chat, TODAY)) != known:
             unequal.append(chat.messages[0].content)
+        dated = dated or _their_ids(theirs, chat, ANOTHER_DAY) != said
     first = next(iter(unequal), None)
     return {
         "conversations": len(plain) - refused,
         "conversations_refused": refused,
         "conversations_unequal": len(unequal),
         "first_unequal_conversation": first,
+        "template_tells_the_date": dated,
     }
 
 
-def _their_ids(theirs: Any, chat: Conversation) -> list[int] | None:
-    """What transformers makes of a conversation on the day of ours; None where the template refuses it."""
+def tell(report: Mapping[str, Any], where: str) -> None:
+    """What a person should know of a report that passed, on stderr."""
+    if refused := report["conversations_refused"]:
+        sys.stderr.write(f"{where}: the chat template refuses {refused} conversations\n")
+    if report["template_tells_the_date"]:
+        sys.stderr.write(
+            f"{where}: the chat template tells the date, here always {TODAY}; other engines say today's\n"
+        )
+
+
+def _their_ids(theirs: Any, chat: Conversation, date: datetime.date) -> list[int] | None:
+    """What transformers makes of a conversation on a day; None where the template refuses it."""
     ask = chat.messages[-1].role == "user"
     turns = [template_message(m) for m in chat.messages]
     tools = [json.loads(tool) for tool in chat.tools] or None
-    day = TODAY.strftime("%d %b %Y")
     try:
         ids: list[int] = theirs.apply_chat_template(
             turns,
             tools,
             add_generation_prompt=ask,
             return_dict=False,
-            date_string=day,
-            strftime_now=TODAY.strftime,
+            date_string=date.strftime("%d %b %Y"),
+            strftime_now=date.strftime,
         )
     except Exception:  # a template's expression can raise anything
         return None
