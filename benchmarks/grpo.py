@@ -9,9 +9,7 @@ in turn, their answers being equal. --plot FILE.png draws the curve. --quick tim
 from __future__ import annotations
 
 import argparse
-import datetime
 import importlib
-import os
 import statistics
 import subprocess
 import sys
@@ -24,7 +22,7 @@ from typing import Any
 import torch
 from parts import result_file
 
-from microlm.core import runtime, stats
+from microlm.core import stats
 from microlm.core.manifest import Artifact, open_artifact
 from microlm.core.metrics import FILE, read_metrics
 from microlm.core.records import Prediction, Sampling
@@ -67,19 +65,7 @@ def main() -> None:
         if options.plot:
             draw(options.plot, read_metrics(options.run / "grpo/logs" / FILE), rows)
     measure_refresh(rows, options.quick)
-    values = {row["name"]: row["value"] for row in rows}
-    result = {
-        "schema_version": 1,
-        "benchmark": "grpo-quick" if options.quick else "grpo",
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": runtime.code_commit(),
-        "machine": result_file.machine(runtime.environment(1)),
-        "versions": {name: runtime.package_version(name) for name in PACKAGES},
-        "threads": options.threads,
-        "load": round(os.getloadavg()[0], 1),
-        "rows": rows,
-        "goals": [] if options.quick else result_file.goals(GOALS, values),
-    }
+    result = result_file.result("grpo", rows, GOALS, PACKAGES, options.quick, threads=options.threads)
     result_file.write(result, options.out)
 
 
