@@ -66,9 +66,7 @@ def make_rows(
 ) -> RolloutRows:
     """Rows of the decoder's own answers, judged by `wanted_share`."""
     how = asked.answers
-    gold = how.max_tokens if how.gold else 0
-    tokenizer = Tokenizer.load(model)
-    prompts = make_prompts(CHATS, (), tokenizer, CONTEXT - how.max_tokens, longest_gold=gold)
+    prompts = make_prompts(CHATS, (), Tokenizer.load(model), CONTEXT - how.max_tokens)
     answering = rollout or open_rollout(model, decoder, asked)
     respondent = Respondent(answering, {"share": Judge(1.0, wanted_share)}, ranks, how.max_tokens)
     scorers = dict(drawing_scorers(decoder, asked.sized, ranks, how.temperature)) if how.updates > 1 else {}

@@ -28,15 +28,13 @@ from microlm.core.recipe import Parallel
 from microlm.core.records import Completion, Conversation, Message, Sampling, ToolCall
 from microlm.engine.prompts import encode_prompt
 from microlm.model import directory
-from microlm.text.chat import encode_chat
 from microlm.text.tokenizer import Tokenizer
 from microlm.train.batches import IGNORE
 from microlm.train.batches.answers import Answer, fill, pack
 from microlm.train.batches.batch import NO_TRUNK
-from microlm.train.batches.prompts import LONG_GOLD, NO_QUESTION, TOO_LONG, Prompt, make_prompts, split
+from microlm.train.batches.prompts import NO_QUESTION, TOO_LONG, Prompt, make_prompts, split
 from microlm.train.batches.rollouts import RolloutStream
 from microlm.train.loop import train
-from microlm.train.objectives.policy import answer_count
 from microlm.train.ranks import Ranks, launch
 from microlm.train.reporter import TIMED
 
@@ -124,35 +122,6 @@ def test_the_order_and_the_draws_come_from_the_place(model: Path) -> None:
     again = make_rows(model, decoder, asked, ALONE).batches(0, {**state, "place": 4, "rounds": 2})
     assert torch.equal(next(again).input_ids, batches[2].input_ids)
     assert not torch.equal(batches[0].input_ids, batches[2].input_ids)
-
-
-def test_the_data_answers_as_one_of_each_group(model: Path) -> None:
-    """What is told is that of the same answers without it; learnt beside them is what SFT teaches."""
-    decoder = directory.load(model, torch.float32)
-    without, beside = (
-        make_rows(model, decoder, recipe(answers={"gold": gold}), ALONE) for gold in (False, True)
-    )
-    plain, taught = (rows.make(0, 0, lambda: None) for rows in (without, beside))
-    assert answer_count(taught) == 3 * 5 and answer_count(plain) == 3 * 4
-    means = [b.extras["told"].sum(0)[:-1] / answer_count(b) for b in (plain, taught)]  # but for flat groups
-    assert means[0].tolist() == pytest.approx(means[1].tolist())
-    assert taught.extras["engine"].sum() == pytest.approx(float(plain.extras["engine"].sum()))
-    given = taught.labels[(taught.labels != IGNORE) & (taught.extras["drawn"] == 0)]
-    learnt: list[int] = []
-    for prompt in map(beside.chosen, range(3)):
-        talk = (*prompt.asked.messages, Message("assistant", prompt.gold))
-        learnt += [
-            i for i, is_label in zip(*encode_chat(Tokenizer.load(model), talk), strict=True) if is_label
-        ]
-    assert sorted(given.tolist()) == sorted(learnt)
-    drawn = plain.labels != IGNORE
-    written = (taught.labels != IGNORE) & (taught.extras["drawn"] > 0)
-    assert sorted(plain.labels[drawn].tolist()) == sorted(taught.labels[written].tolist())
-
-
-def test_an_answer_of_the_data_that_is_too_long_is_counted(model: Path) -> None:
-    found = make_prompts(CHATS, (), Tokenizer.load(model), 60, longest_gold=4)
-    assert found.dropped == {LONG_GOLD: 1} and len(found.asked) == 4
 
 
 def test_a_round_that_is_half_learnt_lies_in_the_state(model: Path) -> None:

@@ -86,13 +86,6 @@ class Respondent:
         """The weighted sum of each answer's rewards."""
         return np.array([a.rewards for a in answers]) @ np.array([j.weight for j in self.judges.values()])
 
-    def gold(self, prompt: Prompt) -> Answer:
-        """What the data answers, judged as if it were drawn; the engine's log-probabilities are not known."""
-        ids = prompt.gold_ids
-        said = Completion(prompt.gold, ids, "stop", len(prompt.ids))
-        rewards = tuple(judge.reward(prompt, said) for judge in self.judges.values())
-        return Answer(prompt, ids, (0.0,) * len(ids), rewards, False)
-
     def _row(self, prompt: Prompt, completion: Completion) -> list[float]:
         if completion.finish_reason == "error":
             raise CheckFailed(f"an answer of the model under training failed: {completion.error}")

@@ -9,12 +9,11 @@ from dataclasses import dataclass, replace
 from microlm.core.errors import UserError
 from microlm.core.recipe import nearest
 from microlm.core.records import Conversation, Message
-from microlm.text.chat import chat_ids, encode_chat
+from microlm.text.chat import chat_ids
 from microlm.text.tokenizer import Tokenizer
 
 NO_QUESTION, TOO_LONG = "without a user's turn", "longer than the context allows"
 NO_GOLD = "without a gold answer that a reward can judge by"
-LONG_GOLD = "with a gold answer longer than answers.max_tokens"
 CanJudge = Callable[[str], bool]
 """Whether a reward finds in a gold answer what it judges by."""
 
@@ -23,15 +22,13 @@ CanJudge = Callable[[str], bool]
 class Prompt:
     """The conversation up to its last user turn, its ids with the answer's turn opened, what followed.
 
-    `number`: of the conversation in its file, from 0. `gold_ids`: of what followed and its EOS, if it is
-    learnt from.
+    `number`: of the conversation in its file, from 0.
     """
 
     asked: Conversation
     ids: tuple[int, ...]
     gold: str
     number: int = 0
-    gold_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -54,12 +51,10 @@ def make_prompts(
     longest: int,
     can_judge: CanJudge = any_gold,
     most: int | None = None,
-    longest_gold: int = 0,
 ) -> Prompts:
     """The questions of some tasks (none named: all) that can be judged; of at most `longest` ids each.
 
-    `most`: no more than so many of the first ones. `longest_gold`: ids of what followed, which are kept then;
-    0: they are not.
+    `most`: no more than so many of the first ones.
     """
     made: list[Prompt] = []
     known: set[str] = set()
@@ -80,14 +75,8 @@ def make_prompts(
         ids = chat_ids(tokenizer, parts[0], generation_prompt=True)
         if len(ids) > longest:
             dropped[TOO_LONG] += 1
-            continue
-        prompt = Prompt(parts[0], tuple(ids), parts[1], number)
-        if longest_gold:
-            prompt = replace(prompt, gold_ids=gold_ids(tokenizer, prompt))
-        if longest_gold and len(prompt.gold_ids) > longest_gold:
-            dropped[LONG_GOLD] += 1
         else:
-            made.append(prompt)
+            made.append(Prompt(parts[0], tuple(ids), parts[1], number))
     for task in set(tasks) - known:
         raise UserError(f"tasks: the data holds no conversations of '{task}'; {nearest(task, known)}")
     if not made:
@@ -96,19 +85,6 @@ def make_prompts(
         help_ = longer if dropped[TOO_LONG] else "choose other tasks, or rewards that can judge them"
         raise UserError(f"data: no conversation can be asked ({why}); {help_}")
     return Prompts(made, dict(dropped))
-
-
-def gold_ids(tokenizer: Tokenizer, prompt: Prompt) -> tuple[int, ...]:
-    """The ids of the answer that the data gives, as SFT would teach them: its EOS is the last."""
-    turns = (*prompt.asked.messages, Message("assistant", prompt.gold))
-    ids, learnt = encode_chat(tokenizer, turns, tools=prompt.asked.tools)
-    first = len(prompt.ids)
-    if tuple(ids[:first]) != prompt.ids:
-        raise UserError(
-            "answers.gold: the chat template writes an answer otherwise than it opens one, so the data's "
-            "answers cannot follow a prompt; leave answers.gold out"
-        )
-    return tuple(ids[first : first + sum(learnt[first:])])
 
 
 def split(chat: Conversation) -> tuple[Conversation, str] | None:

@@ -37,9 +37,6 @@ class AnswersRecipe(Recipe):
 
     prompts: int = Field(default=16, ge=1, description="prompts of a step")
     group: int = Field(default=8, ge=2, description="answers to each prompt, compared with each other")
-    gold: bool = Field(
-        default=False, description="the data's answer is one more of its group, judged as the others are"
-    )
     max_tokens: int = Field(default=128, ge=1, description="longest answer, in tokens")
     temperature: float = Field(default=1.0, gt=0, le=2, description="of the draw, and of the policy")
     updates: int = Field(default=1, ge=1, le=16, description="steps that learn from the same answers")
@@ -53,11 +50,6 @@ class AnswersRecipe(Recipe):
         default="auto", description="weights that the engine answers with; auto: as loop.dtype"
     )
     rows: int = Field(default=64, ge=1, le=1024, description="answers that are written at once")
-
-    @property
-    def learnt(self) -> int:
-        """Answers to each prompt that are learnt from."""
-        return self.group + self.gold
 
 
 @dataclass
@@ -111,28 +103,17 @@ class RolloutRows:
         r, seed = self.recipe, runtime.derive_seed(self.seed, "answers", place)
         return Sampling(r.max_tokens, r.temperature, seed=seed, n=r.group, logprobs=0)
 
-    def _learnt(self, drawn: Sequence[Answer]) -> Batch:
-        """The data's answers among the drawn ones, if asked for; what is told is of the drawn ones alone."""
-        how, size = self.recipe, self.recipe.learnt
-        answers = self._with_gold(drawn) if how.gold else drawn
+    def _learnt(self, answers: Sequence[Answer]) -> Batch:
         rewards = self.respondent.total(answers)
-        found, flat = advantages(rewards, size, how.advantage)
+        found, flat = advantages(rewards, self.recipe.group, self.recipe.advantage)
         tokens = sum(len(a.ids) for a in answers)
-        weights = [len(answers) / tokens if how.per == "token" else 1 / len(a.ids) for a in answers]
-        each, told = {"advantage": found, "weight": np.array(weights)}, figures(answers, rewards, flat)
-        if how.gold:
-            is_drawn = np.arange(len(answers)) % size < how.group
-            told = np.where(is_drawn[:, None], told * size / how.group, 0.0)
-            each["drawn"] = is_drawn * size / how.group
-        return pack(answers, each, told, (self.context, self.micro_rows))
-
-    def _with_gold(self, drawn: Sequence[Answer]) -> list[Answer]:
-        """Each group with the data's answer as its last."""
-        found: list[Answer] = []
-        for first in range(0, len(drawn), self.recipe.group):
-            group = drawn[first : first + self.recipe.group]
-            found += [*group, self.respondent.gold(group[0].prompt)]
-        return found
+        weights = [len(answers) / tokens if self.recipe.per == "token" else 1 / len(a.ids) for a in answers]
+        return pack(
+            answers,
+            {"advantage": found, "weight": np.array(weights)},
+            figures(answers, rewards, flat),
+            (self.context, self.micro_rows),
+        )
 
     def _scored(self, batch: Batch) -> Batch:
         """With all ranks' scores on each: rank 0 alone writes what a round that is cut goes on from."""

@@ -21,7 +21,6 @@ _ORDER = (
     "recipe.tasks",
     "recipe.answers.prompts",
     "recipe.answers.group",
-    "recipe.answers.gold",
     "recipe.answers.max_tokens",
     "recipe.loop.context",
     "recipe.loop.document_mask",

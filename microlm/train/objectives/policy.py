@@ -25,8 +25,7 @@ class Policy:
 
     `advantage`, `weight` (that the mean over answers is the one wanted), `engine` (log-probabilities of who
     drew the answers); `old` (of the weights that drew them; without it those of now), `raw` (the same at
-    temperature 1) and `reference` (of the start) where they are needed; `told` [R,M] goes into the metrics,
-    and what `drawn`, if there, weighs of the tokens: 0 where the model did not write them.
+    temperature 1) and `reference` (of the start) where they are needed; `told` [R,M] goes into the metrics.
     """
 
     clip: float
@@ -46,8 +45,7 @@ class Policy:
             apart = extras["reference"] - new
             kl = torch.exp(apart) - apart - 1  # k3 of joschu.net/blog/kl-approx.html: never negative
             loss, tokens = loss + self.kl_weight * kl, [*tokens, kl]
-        written = weight * extras["drawn"] if "drawn" in extras else weight
-        sums = ((written * t).sum().detach() for t in tokens)
+        sums = ((weight * t).sum().detach() for t in tokens)
         return Loss((weight * loss).sum(), (*extras["told"].sum(0).unbind(), *sums))
 
     def _raw(self, hidden_RTD: Tensor, decoder: Decoder, batch: Batch, old: Tensor) -> Tensor:

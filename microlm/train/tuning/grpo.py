@@ -102,7 +102,7 @@ class GrpoRecipe(StageRecipe):
     @property
     def sized(self) -> LoopRecipe:
         """The loop with its length: a step has at most as many rows as answers."""
-        rows = self.answers.prompts * self.answers.learnt
+        rows = self.answers.prompts * self.answers.group
         size = {"batch_rows": rows, "tokens": self.steps * rows * self.loop.context}
         return self.loop.model_copy(update=size)
 
@@ -222,8 +222,7 @@ def _rows(
         n: Judge(weight, *tools.reward(n, recipe)) for n, weight in sorted(recipe.rewards.items())
     }
     can_judge = _judged_by_one(judges)
-    gold = how.max_tokens if how.gold else 0
-    asked = make_prompts(chats, recipe.tasks, tokenizer, longest, can_judge, longest_gold=gold)
+    asked = make_prompts(chats, recipe.tasks, tokenizer, longest, can_judge)
     respondent = Respondent(tools.rollout(model.path, decoder, recipe), judges, ranks, how.max_tokens)
     drawn = drawing_scorers(decoder, loop, ranks, how.temperature) if how.updates > 1 else {}
     start = start_scorer(decoder, model.path, loop, how.temperature) if recipe.kl_weight else None
