@@ -77,7 +77,7 @@ def test_every_policy(policy: Pieces, kind: str, folder: Path) -> None:
     encoder = Encoder(read(inner, folder))
 
     @given(texts=st.lists(TEXT, max_size=4))
-    @settings(max_examples=15, deadline=None)
+    @settings(max_examples=15)
     def holds(texts: list[str]) -> None:
         assert ours(encoder, texts) == theirs(inner, texts)
 
@@ -86,7 +86,7 @@ def test_every_policy(policy: Pieces, kind: str, folder: Path) -> None:
 
 
 @given(texts=st.lists(TEXT, max_size=5))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_awkward_texts(pair: tuple[HFTokenizer, Encoder], texts: list[str]) -> None:
     assert ours(pair[1], texts) == theirs(pair[0], texts)
 
@@ -254,7 +254,7 @@ def test_published_tokenizers(name: str, folder: Path) -> None:
     encoder = Encoder(read(inner, folder))
 
     @given(texts=st.lists(TEXT, max_size=4))
-    @settings(max_examples=150, deadline=None)
+    @settings(max_examples=150)
     def holds(texts: list[str]) -> None:
         assert ours(encoder, texts) == theirs(inner, texts)
 

@@ -44,7 +44,7 @@ def theirs(text: str, rule: Pieces) -> list[str]:
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda r: f"{r.pattern}-{r.digits}-{r.whitespace}-{r.han_alone}")
 @given(text=TEXTS)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_a_text_is_cut_where_tokenizers_cuts_it(rule: Pieces, text: str) -> None:
     assert ours(text, rule.rule()) == [p for p in theirs(text, rule) if p]
 

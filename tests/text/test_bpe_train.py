@@ -97,13 +97,13 @@ def characters_theirs(texts: Sequence[str], room: int, least: int) -> list[list[
 
 
 @given(texts=TEXTS, room=st.integers(1, 60), least=st.integers(1, 5))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_merges_of_characters_are_those_of_tokenizers(texts: list[str], room: int, least: int) -> None:
     assert characters_learnt(texts, room, least) == characters_theirs(texts, room, least)
 
 
 @given(texts=TEXTS, room=st.integers(0, 60), least=st.integers(1, 4))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_exact_training_is_that_of_tokenizers(texts: list[str], room: int, least: int) -> None:
     trained = learnt(texts, room, mode="exact", min_frequency=least)
     assert as_model(trained.choice) == theirs(texts, room, Pieces(), least)
@@ -149,7 +149,7 @@ def is_whole(text: bytes) -> bool:
 
 
 @given(texts=TEXTS, room=st.integers(0, 40), least=st.integers(1, 4), cut=st.integers(1, 40))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_aligned_training_takes_what_is_most_frequent_wherever_pieces_are_cut(
     texts: list[str], room: int, least: int, cut: int
 ) -> None:
@@ -162,7 +162,7 @@ def test_aligned_training_takes_what_is_most_frequent_wherever_pieces_are_cut(
 
 
 @given(texts=TEXTS, room=st.integers(1, 60))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_no_token_of_aligned_training_cuts_through_a_character(texts: list[str], room: int) -> None:
     choice = learnt(texts, room).choice
     for token in choice.tokens:

@@ -74,7 +74,7 @@ def changed(path: tuple[Any, ...], value: Any) -> str:
     path=st.sampled_from(STRUCTURE) | st.sampled_from(PLACES),
     value=st.sampled_from([*ODD[:-4], [], {}, "a b"]),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_one_value_of_another_type(folder: Path, path: tuple[Any, ...], value: Any) -> None:
     try:
         tokenizer = load(folder, changed(path, value))
@@ -97,14 +97,14 @@ def test_one_value_is_missing(folder: Path, path: tuple[Any, ...]) -> None:
 
 
 @given(cut=st.integers(0, len(WHOLE) - 1))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_file_that_is_cut_off(folder: Path, cut: int) -> None:
     with pytest.raises(UserError, match=r"tokenizer\.json: not a tokenizer file .*; make it again"):
         load(folder, WHOLE[:cut])
 
 
 @given(seed=st.integers(0, 10_000))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_bytes_that_are_changed(folder: Path, seed: int) -> None:
     rng = random.Random(seed)
     data = bytearray(WHOLE.encode())

@@ -53,13 +53,13 @@ def check_equal(both: Both, chat: Conversation) -> None:
         assert ids == prompt_ids and mask == [0] * len(ids)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(chat=conversations())
 def test_text_ids_and_mask_are_those_of_transformers(both: Both, chat: Conversation) -> None:
     check_equal(both, chat)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(chat=conversations())
 def test_ids_spell_the_text_and_learn_the_answers(both: Both, chat: Conversation) -> None:
     tokenizer, _ = both
@@ -72,7 +72,7 @@ def test_ids_spell_the_text_and_learn_the_answers(both: Both, chat: Conversation
     assert learnt.count(tokenizer.eos_id) == sum(m.role == "assistant" for m in chat.messages)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(chat=conversations(), answer=ANSWERS)
 def test_a_prompt_is_the_beginning_of_what_follows_it(
     both: Both, chat: Conversation, answer: Message
@@ -92,7 +92,7 @@ def test_the_ids_of_a_prompt_begin_those_of_training(both: Both) -> None:
     assert ids[-2] == tokenizer.eos_id and mask[-2] == 1
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(words=TEXTS)
 def test_what_is_typed_is_no_control(both: Both, words: str) -> None:
     """Every control token inside every text of a conversation stays text; the template's own are the same."""

@@ -82,7 +82,7 @@ def alternating() -> st.SearchStrategy[Conversation]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(chat=alternating() | conversations())
 def test_text_and_ids_are_those_of_transformers(models: Any, name: str, chat: Conversation) -> None:
     check_equal(models[name], chat)
@@ -140,7 +140,7 @@ def test_calls_are_learnt(models: Any) -> None:
     assert learnt(models["llama-3.1"][0], llama) == [call, "诗人。<|eot_id|>"]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(chat=alternating())
 def test_generation_marks_give_the_mask_of_transformers(models: Any, chat: Conversation) -> None:
     tokenizer, theirs = models["marked"]
@@ -223,7 +223,7 @@ def test_templates_without_a_mask(tmp_path: Path, template: str, reason: str) ->
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(words=TEXTS)
 def test_what_is_typed_is_no_control(models: Any, name: str, words: str) -> None:
     tokenizer, _ = models[name]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from microlm.core.records import Conversation, Document, Message
@@ -68,7 +68,6 @@ def test_ordinary_prose_is_untouched() -> None:
     assert clean(document, rules(SMALL), Effects()) == (document, None)
 
 
-@settings(deadline=None)
 @given(st.text(max_size=300))
 def test_cleaning_twice_is_cleaning_once(text: str) -> None:
     steps = rules(CleanRecipe(min_chars=0, max_chars=1000))

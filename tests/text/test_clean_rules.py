@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from microlm.core.errors import UserError
@@ -64,7 +64,6 @@ def test_what_cannot_be_read_anew_is_dropped(dirty: str) -> None:
     assert after(dirty)[1] == "broken_encoding"
 
 
-@settings(deadline=None)
 @given(st.text(st.characters(min_codepoint=0x4E00, max_codepoint=0x9FFF), min_size=1, max_size=150))
 def test_chinese_text_is_never_mistaken_for_mojibake(text: str) -> None:
     assert after(text, max_top_run=1) == (text, None) or repetition(text).repeated > 0.85
@@ -241,7 +240,6 @@ def test_effects_of_parts_add_up() -> None:
     assert first == whole == Effects.from_json(whole.to_json())
 
 
-@settings(deadline=None)
 @given(st.text(max_size=200))
 def test_the_profile_counts_every_character_once(text: str) -> None:
     found = profile(text)

@@ -74,7 +74,6 @@ def test_a_document_equals_the_extraction_record_of_its_text() -> None:
     assert record_digest(Document("李白是诗人。")) == record_digest(Extraction("1", "人物", "李白是诗人", ()))
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(0, 5000)))
 def test_digest_set_is_a_set(numbers: list[int]) -> None:
     ours, pythons = DigestSet(), set[bytes]()

@@ -41,7 +41,7 @@ def call(capsys: pytest.CaptureFixture[str]) -> Call:
     return run
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(chat=conversations(), cuts=st.lists(st.integers(0, 300), max_size=4))
 def test_glyphs_hold_every_token_once_and_nothing_twice(
     tokenizer: Tokenizer, chat: Conversation, cuts: list[int]

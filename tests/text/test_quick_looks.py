@@ -8,7 +8,7 @@ import unicodedata
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from shared_data import raw_lines
 
@@ -94,7 +94,6 @@ def check_rules(text: str) -> None:
     assert encoding.normalise_unicode(document)[0].text == encoding.normalised("NFC", text)
 
 
-@settings(deadline=None)
 @given(st.one_of(text_of_lines, any_text))
 @example("\n".join(LINES))
 def test_a_rule_does_what_its_pattern_does(text: str) -> None:
@@ -132,7 +131,6 @@ def span_of(span: str) -> range:
     return range(int(first, 16), int(last or first, 16) + 1)
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.sampled_from(["春天", "the ", "old boat ", "。", "灯火渐渐", "x"]), max_size=80).map("".join),
     st.floats(0.05, 1),
@@ -150,7 +148,6 @@ def test_prose_is_varied_and_a_refrain_is_not() -> None:
     assert is_varied(prose, 0.85, 0.6) and not is_varied(prose[:50] * 20, 0.85, 0.6)
 
 
-@settings(deadline=None)
 @given(st.lists(any_text, max_size=5))
 def test_bytes_are_read_as_their_code_points(texts: list[str]) -> None:
     coded = [b"..", *(text.encode() for text in texts)]
@@ -185,7 +182,6 @@ def test_the_item_found_is_the_one_most_held(seed: int) -> None:
     assert None in found and len(set(found)) > 10
 
 
-@settings(deadline=None)
 @given(text_of_lines, st.data())
 def test_lines_go_by_their_places(text: str, data: st.DataObject) -> None:
     raw = text.encode()

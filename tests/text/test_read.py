@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import zstandard
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from microlm.core.errors import UserError
@@ -131,7 +131,6 @@ def test_a_packed_file_reads_as_the_plain_one(tmp_path: Path, kind: str) -> None
     assert sum(went_by) == path.stat().st_size
 
 
-@settings(deadline=None)
 @given(st.lists(st.text(alphabet=st.characters(exclude_categories=["Cs"]), min_size=1), min_size=1))
 def test_any_text_survives_the_reader(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> None:
     path = tmp_path_factory.getbasetemp() / "any.jsonl"

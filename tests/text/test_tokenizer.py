@@ -61,7 +61,7 @@ def tokenizer(trained: Artifact) -> Tokenizer:
     return Tokenizer.load(trained.path)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(text=TEXT | SHAPED)
 def test_decode_of_encode_is_the_text(tokenizer: Tokenizer, text: str) -> None:
     ids = tokenizer.encode(text)
@@ -70,7 +70,7 @@ def test_decode_of_encode_is_the_text(tokenizer: Tokenizer, text: str) -> None:
     assert not {tokenizer.pad_id, tokenizer.start_id, tokenizer.eos_id} & set(ids)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(text=TEXT | SHAPED, cut=st.integers(0, 60))
 def test_stream_never_shows_half_a_character(tokenizer: Tokenizer, text: str, cut: int) -> None:
     ids = tokenizer.encode(text)
@@ -84,13 +84,13 @@ def test_stream_never_shows_half_a_character(tokenizer: Tokenizer, text: str, cu
         assert "\ufffd" not in begun
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(texts=st.lists(TEXT | SHAPED, max_size=4))
 def test_batch_is_one_by_one(tokenizer: Tokenizer, texts: list[str]) -> None:
     assert tokenizer.encode_batch(texts) == [tokenizer.encode(t) for t in texts]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(texts=st.lists(TEXT | SHAPED, max_size=6), closing=st.sampled_from([None, 2]))
 def test_arrays_are_the_lists_in_a_row(tokenizer: Tokenizer, texts: list[str], closing: int | None) -> None:
     """Through the library, and through our encoder."""
@@ -102,7 +102,7 @@ def test_arrays_are_the_lists_in_a_row(tokenizer: Tokenizer, texts: list[str], c
         assert [part.tolist() for part in np.split(ids, ends)[:-1]] == expected
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(ids=st.lists(st.integers(0, 379), max_size=40))
 def test_decode_is_the_stream_at_once(tokenizer: Tokenizer, ids: list[int]) -> None:
     stream = tokenizer.stream()

@@ -65,7 +65,7 @@ def test_a_lossless_tokenizer_by_hand(ours: peers.Peer) -> None:
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=30))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_parts_are_the_whole_text_and_all_tokens(bert: peers.Peer, ours: peers.Peer, text: str) -> None:
     for peer in (bert, ours):
         [cut] = peer.cut([text])

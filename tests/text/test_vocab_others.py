@@ -35,7 +35,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[Algorithm, Tokenizer]
 
 @pytest.mark.parametrize("algorithm", ["unigram", "wordpiece"])
 @given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=60))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_nothing_is_lost(made: dict[Algorithm, Tokenizer], algorithm: Algorithm, text: str) -> None:
     tokenizer = made[algorithm]
     ids = tokenizer.encode(text)

@@ -34,7 +34,7 @@ def cut(splitter: pre_tokenizers.PreTokenizer, text: str) -> list[str]:
 
 @pytest.mark.parametrize("pieces", RULES, ids=name)
 @given(text=TEXTS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_one_pattern_cuts_as_the_two_steps_do(pieces: Pieces, text: str) -> None:
     one = pre_tokenizers.Split(Regex(ranks.one_regex(pieces)), "isolated")
     assert cut(one, text) == cut(pieces.pre_tokenizer(), text)

@@ -161,7 +161,8 @@ def test_a_dry_run_tells_the_most_it_takes(
     assert code_of("grpo", str(file), "--dry-run", "--json") == 0
     [plan] = json.loads(capsys.readouterr().out)["plans"]
     assert (plan["steps"], plan["batch_tokens"], plan["epochs"]) == (4, 12 * 64, {"prompts": 2.4})
-    assert code_of("plan", str(file), "--measure") == code_of("train", "overfit", str(file)) == 2
-    told = capsys.readouterr().err
-    assert "--measure times rows that are there" in told and "train overfit learns rows" in told
+    assert code_of("plan", str(file), "--measure") == 0
+    assert "not measured: grpo learns from answers that it writes itself" in capsys.readouterr().err
+    assert code_of("train", "overfit", str(file)) == 2
+    assert "grpo learns from answers that it writes itself" in capsys.readouterr().err
     assert not (tmp_path / "a").exists()

@@ -60,7 +60,7 @@ def stretches(tokens: TokenSet, policy: TooLong) -> list[Stretch]:
 
 
 @example(masks=["." * 10 + "x" * (ROOM - 9)], policy="cut_right", chunk=1 << 22)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     masks=st.lists(st.text(".x", min_size=1, max_size=60), min_size=1, max_size=12),
     policy=st.sampled_from(POLICIES),
