@@ -41,6 +41,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("microlm", "torch", "numpy", "numba")
 KINDS = ("mixed", "specific", "generic")
 ORIGINS = {"real": factbook.REAL, "invented": factbook.INVENTED}
+GROUPS = (*KINDS, *ORIGINS, "all")
 GOALS: dict[str, result_file.Goal] = {
     f"f1_low_after_less_high_before.{kind}": (
         0.0,
@@ -93,7 +94,7 @@ def measure_f1(rows: Rows, run: Path) -> None:
     """Triple F1 of both models by kind of wording and by origin of the names, and the paired difference."""
     gold = read_gold(open_artifact(str(run / "data")))
     before, after = (scored(open_artifact(str(run / name)), gold) for name in ("before", "after"))
-    for kind in (*KINDS, *ORIGINS, "all"):
+    for kind in GROUPS:
         one, two = (by_entity(part(found, kind)) for found in (before, after))
         for name, counts in (("before", one), ("after", two)):
             add(rows, f"extraction_f1.{kind}.{name}", "F1", *stats.micro_f1_ci(counts), len(counts))
@@ -219,13 +220,13 @@ def draw(path: Path, logged: Sequence[dict[str, Any]], rows: Rows) -> None:
     left.legend()
     known = {row["name"]: row for row in rows}
     for place, name in enumerate(("before", "after")):
-        for at, kind in enumerate(KINDS):
+        for at, kind in enumerate(GROUPS):
             row = known[f"extraction_f1.{kind}.{name}"]
             spread = [[row["value"] - row["min"]], [row["max"] - row["value"]]]
             style = {"color": f"C{place}", "label": name if at == 0 else None}
             right.errorbar([at + 0.2 * place], [row["value"]], yerr=spread, fmt="o", capsize=4, **style)
-    right.set(xticks=[0.1, 1.1, 2.1], ylabel="triple F1 on held-out records")
-    right.set_xticklabels(KINDS)
+    right.set(xticks=[at + 0.1 for at in range(len(GROUPS))], ylabel="triple F1 on held-out records")
+    right.set_xticklabels(GROUPS)
     right.grid(alpha=0.3)
     right.legend(loc="upper left")
     figure.savefig(path, dpi=120)
