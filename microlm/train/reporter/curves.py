@@ -29,9 +29,8 @@ def write_curves(job: Job, rows: Rows, summary: Mapping[str, Any]) -> None:
 def page(job: Job, rows: Rows, summary: Mapping[str, Any]) -> Page:
     """Figures, curves over the tokens seen, the samples."""
     loop = job.loop
-    rows_a_step = round(
-        summary["tokens"] / (loop.steps * loop.context), 1
-    )  # rollouts fill as many as they do
+    # of what was read, as a step of rollouts has as many rows as its answers fill
+    rows_a_step = round(summary["tokens"] / (loop.steps * loop.context), 1)
     made = Page(
         f"Training: {job.name}",
         f"{loop.steps:,} steps of {rows_a_step:g} rows × {loop.context} tokens",

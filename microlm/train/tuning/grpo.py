@@ -116,8 +116,9 @@ def answering_bytes(recipe: GrpoRecipe, config: ModelConfig) -> int:
     """The engine's own weights, and pages for `answers.rows` whole rows."""
     how, auto = recipe.answers, recipe.loop.compute_dtype().itemsize
     item = {"float32": 4, "bfloat16": 2, "int8": 1}.get(how.precision, auto)
+    page_item = auto if how.precision == "int8" else item  # quantized weights leave the cache as it is
     token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    return config.parameters * item + how.rows * recipe.loop.context * token * max(item, 2)
+    return config.parameters * item + how.rows * recipe.loop.context * token * page_item
 
 
 OpenRollout = Callable[[Path, Decoder, GrpoRecipe], Rollout]
